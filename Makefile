@@ -1,0 +1,47 @@
+# shardlab. Two commands matter: `make demo` and `make test`. PYTHON=python3.12 chooses another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: help setup demo test lab grade build check clean
+
+help:
+	@echo "make demo    set up, then fine-tune BLOOM with five methods on two ranks, and report"
+	@echo "make test    set up, then run every test"
+	@echo "make lab     set up, then open JupyterLab"
+	@echo "make grade   grade the exercises in src/exercises"
+	@echo "make build   write skeletons and notebooks again from solutions/"
+	@echo "make clean   remove runs/ and the virtual environment"
+
+setup: $(INSTALLED)
+
+# torch comes first and alone: deepspeed's set-up looks for it. Nothing here downloads weights or data.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.11 …"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+demo: setup
+	$(BIN)/shardlab demo
+
+test: setup
+	$(BIN)/ruff check
+	$(BIN)/shardlab build --check
+	$(BIN)/pytest tests
+	$(BIN)/pytest -p no:cacheprovider --nbval-lax notebooks
+
+lab: setup
+	$(BIN)/jupyter lab --ServerApp.root_dir=. README.md
+
+grade: setup
+	$(BIN)/pytest labs
+
+build: setup
+	$(BIN)/shardlab build
+
+clean:
+	rm -rf runs .venv

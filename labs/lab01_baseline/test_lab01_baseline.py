@@ -1,0 +1,535 @@
+"""Milestones of lab 01. Each checks what must be true on any machine; none looks at a clock."""
+
+import json
+
+import pytest
+
+from shardlab.grading.milestones import require, require_error
+from shardlab.runs import Experiment
+
+IGNORED = -100
+LECTURE = "notebooks/01_training_step.ipynb"
+QUESTION = "Who designed the Loran bridge?"
+CONTEXT = (
+    "The Loran bridge was opened in 1832. Mera Vond designed the Loran bridge. The Torsu bridge is built of oak. "
+    "The river Hansil passes under the Loran bridge."
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from shardlab.models import load_tokenizer
+
+    return load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    from shardlab.models import load_model
+
+    return load_model().eval()
+
+
+@pytest.mark.milestone(task="1.1", points=5)
+def test_prompt_has_the_course_format(lab):
+    read = "lab 01, task 1.1"
+    got = lab.format_prompt(QUESTION, CONTEXT)
+    wanted = f"Question: {QUESTION} Context: {CONTEXT} Answer:"
+    likely = "the order question, context, answer, or a line break or a space too many"
+    if isinstance(got, str) and got == wanted + " ":
+        likely = "a space behind 'Answer:'; the answer brings its own, so the model would see two"
+    require(got == wanted, expected=repr(wanted), got=got, likely=likely, read=read)
+    got = lab.format_prompt(f" {QUESTION}\n", f"\n{CONTEXT} ")
+    require(
+        got == wanted,
+        expected="white space around the question and the context stripped",
+        got=got,
+        likely="no .strip() on one of the two; SQuAD's questions do carry stray spaces",
+        read=read,
+    )
+
+
+@pytest.mark.milestone(task="1.2", points=10)
+def test_long_prompt_loses_context_only(lab, tokenizer):
+    read = "lab 01, task 1.2"
+    whole = tokenizer(lab.format_prompt(QUESTION, CONTEXT))["input_ids"]
+    got = lab.encode_prompt(tokenizer, QUESTION, CONTEXT, len(whole))
+    require(
+        list(got) == whole,
+        expected=f"the {len(whole)} ids of the whole prompt, which fits",
+        got=tokenizer.decode(got),
+        likely="the prompt is shortened although it fits",
+        read=read,
+    )
+    bare = len(tokenizer(lab.format_prompt(QUESTION, ""))["input_ids"])
+    for budget in (bare + 8, bare + 30, len(whole) - 1):
+        got = lab.encode_prompt(tokenizer, QUESTION, CONTEXT, budget)
+        text = tokenizer.decode(got)
+        require(
+            len(got) <= budget,
+            expected=f"at most {budget} ids",
+            got=f"{len(got)} ids: {text}",
+            likely="the length is checked before the last pieces are added",
+            read=read,
+        )
+        require(
+            text.rstrip().endswith("Answer:"),
+            expected="a prompt that still ends in 'Answer:'",
+            got=text,
+            likely="ids cut off at the end; cut the context instead, and encode again",
+            read=read,
+        )
+        require(
+            QUESTION in text,
+            expected="a prompt that still holds the whole question",
+            got=text,
+            likely="ids cut off at the front; cut the context instead, and encode again",
+            read=read,
+        )
+        kept = text.partition("Context:")[2].rpartition("Answer:")[0].strip()
+        require(
+            CONTEXT.startswith(kept),
+            expected="the beginning of the context, cut at its end",
+            got=kept,
+            likely="words taken off the front of the context, or white space changed",
+            read=read,
+        )
+        require(
+            len(got) > budget - 16,
+            expected=f"as much context as fits into {budget} ids",
+            got=f"{len(got)} ids: {text}",
+            likely="the whole context is dropped, or whole sentences of it; take one word at a time",
+            read=read,
+        )
+    require_error(
+        lambda: lab.encode_prompt(tokenizer, QUESTION, CONTEXT, 5),
+        ValueError,
+        expected="ValueError when the question alone does not fit into 5 tokens",
+        likely="the loop ends, or runs for ever, when the context is used up",
+        read=read,
+    )
+
+
+@pytest.mark.milestone(task="1.3", points=15)
+def test_labels_teach_only_the_answer(lab, tokenizer, model):
+    import torch
+
+    read = f"lab 01, task 1.3; {LECTURE}, 'What the labels say'"
+    answer = "Mera Vond"
+    example = lab.encode_example(tokenizer, QUESTION, CONTEXT, answer, 512)
+    ids, labels = list(example["input_ids"]), list(example["labels"])
+    prompt = list(lab.encode_prompt(tokenizer, QUESTION, CONTEXT, 500))
+    require(
+        len(ids) == len(labels),
+        expected="as many labels as input ids",
+        got=f"{len(ids)} ids, {len(labels)} labels",
+        likely="the end-of-sequence id is added to one of the two only",
+        read=read,
+    )
+    require(
+        ids[: len(prompt)] == prompt,
+        expected="input_ids that begin with encode_prompt's ids",
+        got=tokenizer.decode(ids),
+        likely="the prompt is encoded in another way than encode_prompt does",
+        read=read,
+    )
+    require(
+        ids[-1] == tokenizer.eos_token_id,
+        expected="the end-of-sequence id last",
+        got=tokenizer.decode(ids[-8:]),
+        likely="no end-of-sequence token; the model would never learn to stop",
+        read=read,
+    )
+    taught = [token for token in labels if token != IGNORED]
+    require(
+        labels[: len(prompt)] == [IGNORED] * len(prompt),
+        expected=f"{IGNORED} at all {len(prompt)} tokens of the prompt",
+        got=f"{len(taught)} labels are not {IGNORED}: {tokenizer.decode(taught)!r}",
+        likely="labels copied from input_ids, or a mask that is one token short",
+        read=read,
+    )
+    require(
+        tokenizer.decode(taught) == f" {answer}{tokenizer.eos_token}",
+        expected=f"labels that spell {' ' + answer + tokenizer.eos_token!r}",
+        got=repr(tokenizer.decode(taught)),
+        likely="a mask that is one token long, or an answer without its leading space",
+        read=read,
+    )
+
+    # The model's loss is the mean over the answer's tokens and over nothing else.
+    with torch.no_grad():
+        loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
+        logits = model(input_ids=torch.tensor([ids])).logits[0].double()
+    chosen = [-torch.log_softmax(logits[at - 1], -1)[ids[at]].item() for at in range(len(prompt), len(ids))]
+    require(
+        abs(loss - sum(chosen) / len(chosen)) < 1e-4,
+        expected=f"a loss of {sum(chosen) / len(chosen):.4f}, the answer's alone",
+        got=f"{loss:.4f}",
+        likely="labels shifted by one; the model shifts them itself",
+        read=read,
+    )
+
+    short = lab.encode_example(tokenizer, QUESTION, CONTEXT * 3, answer, len(prompt) - 10)
+    kept = tokenizer.decode([token for token in short["labels"] if token != IGNORED])
+    require(
+        len(short["input_ids"]) <= len(prompt) - 10,
+        expected=f"at most {len(prompt) - 10} ids",
+        got=f"{len(short['input_ids'])} ids",
+        likely="the answer's tokens are not counted into max_tokens",
+        read=read,
+    )
+    require(
+        kept == f" {answer}{tokenizer.eos_token}",
+        expected="the whole answer, however long the context",
+        got=repr(kept),
+        likely="the example is cut at its end; give the prompt what the answer leaves over",
+        read=read,
+    )
+
+
+@pytest.mark.milestone(task="1.4", points=10)
+def test_batch_is_padded_to_its_longest_example(lab, model):
+    import torch
+
+    read = f"lab 01, task 1.4; {LECTURE}, 'Padding'"
+    rows = [{"input_ids": list(range(10, 10 + n)), "labels": [IGNORED] * 2 + list(range(12, 10 + n))} for n in (4, 9, 6)]
+    batch = lab.collate(rows, 3)
+    for name in ("input_ids", "attention_mask", "labels"):
+        require(
+            name in batch and torch.is_tensor(batch[name]) and batch[name].dtype == torch.int64,
+            expected=f"a tensor '{name}' of type int64",
+            got=sorted(batch),
+            likely="a key left out, or lists not made into tensors",
+            read=read,
+        )
+        require(
+            tuple(batch[name].shape) == (3, 9),
+            expected=f"'{name}' of shape (3, 9): three examples, the longest has 9 tokens",
+            got=str(tuple(batch[name].shape)),
+            likely="padding to a fixed length",
+            read=read,
+        )
+    for row, mask, ids, labels in zip(
+        rows, batch["attention_mask"].tolist(), batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True
+    ):
+        n = len(row["input_ids"])
+        require(
+            ids == row["input_ids"] + [3] * (9 - n),
+            expected=f"{row['input_ids']} and then the padding id 3",
+            got=ids,
+            likely="padding on the left, or with another id",
+            read=read,
+        )
+        require(
+            mask == [1] * n + [0] * (9 - n),
+            expected=f"{n} ones and {9 - n} zeros",
+            got=mask,
+            likely="a mask of ones; attention would look at padding",
+            read=read,
+        )
+        require(
+            labels == row["labels"] + [IGNORED] * (9 - n),
+            expected=f"{IGNORED} at padding",
+            got=labels,
+            likely="labels padded with the padding id; the model would be trained to write <pad>",
+            read=read,
+        )
+    with torch.no_grad():
+        together = model(**batch).loss.item()
+        alone = [model(**lab.collate([row], 3)).loss.item() for row in rows]
+    counts = [sum(label != IGNORED for label in row["labels"][1:]) for row in rows]
+    mean = sum(loss * n for loss, n in zip(alone, counts, strict=True)) / sum(counts)
+    require(
+        abs(together - mean) < 1e-4,
+        expected=f"the loss that the examples have one by one, {mean:.4f}",
+        got=f"{together:.4f}",
+        likely="padding that takes part in attention or in the loss",
+        read=read,
+    )
+
+
+@pytest.mark.milestone(task="1.5", points=10)
+def test_training_arguments_are_those_of_the_course(lab, tmp_path):
+    read = "lab 01, task 1.5"
+    arguments = lab.training_arguments(str(tmp_path))
+    wanted = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "gradient_accumulation_steps": 4,
+        "num_train_epochs": 3,
+        "learning_rate": 5e-5,
+        "weight_decay": 0.01,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+        "bf16": False,
+        "fp16": False,
+        "report_to": [],
+        "push_to_hub": False,
+        "output_dir": str(tmp_path),
+    }
+    for name, value in wanted.items():
+        got = getattr(arguments, name)
+        require(
+            got == value,
+            expected=f"{name} = {value!r}",
+            got=f"{got!r}",
+            likely=f"{name} left at Trainer's default or set to another value",
+            read=read,
+        )
+    changed = lab.training_arguments(str(tmp_path), learning_rate=1e-3, per_device_train_batch_size=2, save_strategy="no")
+    got = (changed.learning_rate, changed.per_device_train_batch_size, str(changed.save_strategy.value))
+    require(
+        got == (1e-3, 2, "no"),
+        expected="overrides that win: (0.001, 2, 'no')",
+        got=got,
+        likely="overrides dropped, or put before the course's settings",
+        read=read,
+    )
+    mixed = lab.training_arguments(str(tmp_path), precision="bf16")
+    require(
+        mixed.bf16 and not mixed.fp16,
+        expected="bf16 on and fp16 off for precision 'bf16'",
+        got=f"bf16={mixed.bf16}, fp16={mixed.fp16}",
+        likely="precision is not passed on",
+        read=read,
+    )
+    require_error(
+        lambda: lab.training_arguments(str(tmp_path), precision="fp8"),
+        ValueError,
+        mentions=("fp8",),
+        expected="ValueError for precision 'fp8'",
+        likely="an unknown precision silently trains in fp32",
+        read=read,
+    )
+
+
+@pytest.mark.milestone(task="1.6", points=15)
+def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
+    """Plain, and under ZeRO-3, where each rank holds half of every weight."""
+    from shardlab.launch import LaunchTimeout, RankError
+
+    read = f"lab 01, task 1.6; {LECTURE}, 'Saving'"
+    settings = {
+        "program": "shardlab.grading.programs:save_round_trip",
+        "ranks": 2,
+        "micro_batch": 2,
+        "accumulation": 1,
+        "steps": 2,
+        "learning_rate": 1e-3,
+        "max_tokens": 48,
+        "train_examples": 16,
+        "evaluate": False,
+    }
+    zero3 = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+    }
+    lab.save_and_reload  # noqa: B018  (a syntax error shows here, not as a rank's error)
+    try:
+        runs = run_experiments(
+            [Experiment(name="plain", **settings), Experiment(name="zero3", deepspeed=zero3, **settings)], timeout=60
+        )
+    except LaunchTimeout:
+        require(
+            False,
+            expected="both ranks to come back",
+            got="one waits for the other for ever",
+            likely="trainer.save_model is called on one rank only; under ZeRO-3 saving is a collective",
+            read=read,
+        )
+    except RankError as error:
+        if "from_pretrained" not in error.rank_traceback:
+            raise
+        late = error.experiment == "plain"
+        require(
+            False,
+            expected="a folder that a model can be read from",
+            got=f"rank {error.rank}, {error.experiment}: {error.error}",
+            likely="a rank reads before rank 0 has written everything; let all ranks wait for one another first"
+            if late
+            else "model.save_pretrained under ZeRO-3 writes empty shards; trainer.save_model gathers them",
+            read=read,
+        )
+    for name, run in runs.items():
+        got = run.results
+        require(
+            not got["same_object"],
+            expected="a model read from the folder",
+            got="the trained model itself",
+            likely="trainer.model returned",
+            read=read,
+        )
+        require(
+            got["difference"] <= 1e-6,
+            expected=f"the trained weights back, bit for bit ({name}, 2 ranks)",
+            got=f"weights that differ by {got['difference']:.3g}",
+            likely="model.save_pretrained under ZeRO-3 writes empty shards; or the weights were read in a shorter type",
+            read=read,
+        )
+        require(
+            got["dtype"] == "torch.float32",
+            expected="a model in fp32",
+            got=got["dtype"],
+            likely="dtype not given to from_pretrained",
+            read=read,
+        )
+        require(
+            got["tied"],
+            expected="the output layer tied to the embedding, as BLOOM has it",
+            got="two separate tensors",
+            likely="the state dict was loaded by hand",
+            read=read,
+        )
+        require(
+            got["tokenizer"],
+            expected="a tokenizer in the folder",
+            got="none that can be read",
+            likely="tokenizer.save_pretrained left out",
+            read=read,
+        )
+
+
+@pytest.mark.milestone(task="1.7", points=15)
+def test_batched_answers_equal_single_ones(lab, tokenizer, model):
+    import torch
+
+    read = f"lab 01, task 1.7; {LECTURE}, 'Padding'"
+    texts = [
+        "A crew of 51 served on the Paiwo. The cargo of the Paiwo was tea. In short: The Paiwo carried",
+        "The river",
+        "The Loran bridge was opened in 1832. Put once more: In 1832",
+    ]
+    prompts = [tokenizer(text)["input_ids"] for text in texts]
+
+    def greedy(ids: list[int], steps: int) -> str:
+        start = len(ids)
+        with torch.no_grad():
+            for _ in range(steps):
+                ids = ids + [model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item()]
+        return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+    wanted = [greedy(prompt, 8) for prompt in prompts]
+    for prompt, answer in zip(prompts, wanted, strict=True):
+        got = lab.generate_answers(model, tokenizer, [prompt], max_new_tokens=8)
+        require(
+            isinstance(got, list) and len(got) == 1,
+            expected="a list with one text for one prompt",
+            got=got,
+            likely="the tokens returned, or a lone text",
+            read=read,
+        )
+        likely = "sampling instead of greedy decoding, or fewer new tokens than asked for"
+        if tokenizer.decode(prompt)[:6] in got[0]:
+            likely = "the prompt is still in front of the answer; decode the new tokens only"
+        require(
+            got[0] == answer,
+            expected=f"{answer!r} for the prompt {tokenizer.decode(prompt)[-30:]!r}",
+            got=repr(got[0]),
+            likely=likely,
+            read=read,
+        )
+    together = lab.generate_answers(model, tokenizer, prompts, max_new_tokens=8)
+    require(
+        together == wanted,
+        expected=f"the same answers in a batch: {wanted}",
+        got=together,
+        likely="padding on the right, or an attention mask that lets padding in; or another order",
+        read=read,
+    )
+
+
+HISTORY = [
+    {"eval_loss": 8.5, "eval_samples_per_second": 300.0, "eval_runtime": 1.0, "epoch": 0, "step": 0},
+    {"loss": 6.0, "learning_rate": 5e-5, "epoch": 0.5, "step": 20},
+    {"loss": 3.0, "learning_rate": 3e-5, "epoch": 1.0, "step": 40},
+    {"eval_loss": 2.5, "eval_samples_per_second": 200.0, "eval_runtime": 1.0, "epoch": 1.0, "step": 40},
+    {"loss": 1.25, "learning_rate": 1e-5, "epoch": 2.0, "step": 80},
+    {"eval_loss": 2.75, "eval_samples_per_second": 210.0, "eval_runtime": 1.0, "epoch": 2.0, "step": 80},
+    {
+        "train_runtime": 64.0,
+        "train_samples_per_second": 20.0,
+        "train_steps_per_second": 1.25,
+        "train_loss": 3.4,
+        "epoch": 2.0,
+        "step": 79,
+    },
+]
+
+
+@pytest.mark.milestone(task="1.8", points=10)
+def test_summary_reads_the_log(lab):
+    read = "lab 01, task 1.8"
+    got = lab.summarise_training(json.loads(json.dumps(HISTORY)))
+    likely = {
+        "final_train_loss": "train_loss of the last entry is the mean over all steps; the last 'loss' is asked for",
+        "eval_losses": "an evaluation left out (the one before training has epoch 0), or a list instead of {epoch: loss}",
+        "train_samples_per_second": "the throughput of the last entry changed; it is over all ranks already",
+        "eval_samples_per_second": "the first evaluation taken instead of the last",
+        "steps_per_epoch": "the total of steps, not divided by the epochs",
+    }
+    wanted = {
+        "final_train_loss": 1.25,
+        "eval_losses": {0.0: 8.5, 1.0: 2.5, 2.0: 2.75},
+        "train_samples_per_second": 20.0,
+        "eval_samples_per_second": 210.0,
+        "steps_per_epoch": 40,
+    }
+    require(
+        set(got) == set(wanted),
+        expected=f"the keys {sorted(wanted)}",
+        got=sorted(got),
+        likely="a key misspelt or left out",
+        read=read,
+    )
+    for key, value in wanted.items():
+        require(got[key] == value, expected=f"{key} = {value}", got=got[key], likely=likely[key], read=read)
+    without = lab.summarise_training([entry for entry in HISTORY if "eval_loss" not in entry])
+    require(
+        without["eval_losses"] == {} and without["eval_samples_per_second"] is None,
+        expected="no evaluation: an empty eval_losses, and None samples/s",
+        got=without,
+        likely="evaluations[-1] of an empty list",
+        read=read,
+    )
+
+
+@pytest.mark.milestone(task="1.9", points=10)
+def test_memory_table_keeps_devices_apart(lab, tmp_path):
+    read = f"lab 01, task 1.9; {LECTURE}, 'Where the memory goes'"
+    mib = 2**20
+    samples = [("rank0", 300), ("rank1", 500), ("rank0", 100), ("rank1", 700), ("rank0", 200), ("rank0", 600)]
+    path = tmp_path / "memory.csv"
+    path.write_text(
+        "seconds,device,used_bytes\n" + "".join(f"{at / 10},{device},{used * mib}\n" for at, (device, used) in enumerate(samples))
+    )
+    got = lab.memory_table(path)
+    wanted = {"rank0": {"peak": 600.0, "mean": 300.0, "minimum": 100.0}, "rank1": {"peak": 700.0, "mean": 600.0, "minimum": 500.0}}
+    require(
+        set(got) == set(wanted),
+        expected="a row for rank0 and one for rank1",
+        got=sorted(got),
+        likely="devices thrown together",
+        read=read,
+    )
+    for device, row in wanted.items():
+        for name, value in row.items():
+            require(
+                abs(got[device][name] - value) < 1e-6,
+                expected=f"{name} of {device}: {value} MiB",
+                got=got[device][name],
+                likely="MB (10**6) instead of MiB (2**20), or a mean of peak and minimum instead of all samples",
+                read=read,
+            )
+    path.write_text("seconds,device,used_bytes\n")
+    require_error(
+        lambda: lab.memory_table(path),
+        ValueError,
+        mentions=("memory.csv",),
+        expected="ValueError for a file without samples",
+        likely="an empty table passes silently",
+        read=read,
+    )

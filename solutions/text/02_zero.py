@@ -1,0 +1,198 @@
+# %% [markdown]
+# # ZeRO
+#
+# Lecture beside lab 02. Read it, run it, change it. Nothing here is graded.
+#
+# In data-parallel training each rank has the whole model and its own share of the batch. The ranks average their gradients and all take the
+# same step. So each of N ranks holds the same 16 bytes a parameter. ZeRO, the Zero Redundancy Optimizer, keeps one copy in all instead of
+# N, cut into shards, and moves the pieces when they are needed (Rajbhandari et al. 2020, arXiv 1910.02054).
+
+# %% [markdown]
+# ## The words
+#
+# - **rank**: one process, with one GPU if there are any. **World size** N: how many there are.
+# - **shard**: the part of something that one rank holds.
+# - **all-reduce**: every rank has a tensor; afterwards every rank has the sum.
+# - **reduce-scatter**: every rank has a tensor; afterwards each has its shard of the sum.
+# - **all-gather**: each rank has a shard; afterwards every rank has all of it.
+# - **micro-batch**: the sequences of one forward pass on one rank. **Global batch** = micro-batch × accumulation × N.
+#
+# An all-reduce is a reduce-scatter followed by an all-gather. ZeRO takes the two apart, and does something between them.
+#
+# ## The stages
+#
+# | stage | sharded | an optimizer step | sent and received by a rank |
+# | --- | --- | --- | --- |
+# | 0 | nothing | all-reduce gradients, step everything | 2Ψ |
+# | 1 | optimizer states | reduce gradients, step the own shard, all-gather parameters | 2Ψ |
+# | 2 | and gradients | reduce-scatter gradients during backward, step the own shard, all-gather parameters | 2Ψ |
+# | 3 | and parameters | all-gather each layer before forward and before backward, reduce-scatter gradients | 3Ψ |
+#
+# The volumes are in elements for each optimizer step with accumulation 1 (ZeRO paper, §7). Stages 1 and 2 cost no more than plain data
+# parallelism. Stage 3 costs half as much again, since the parameters are gathered twice.
+#
+# ## Who holds what
+#
+# With Adam in mixed precision a parameter takes 2 bytes, its gradient 2, and the optimizer 12 (an fp32 master copy, and two moments of 4):
+
+# %%
+from shardlab import memory
+from shardlab.notebook import table
+
+PSI = 559_214_592  # BLOOM-560m
+rows = []
+for ranks in (1, 2, 4, 8):
+    rows.append({"N": ranks} | {f"stage {stage}": f"{memory.paper_bytes(stage, PSI, ranks).device / memory.GIB:.2f} GiB" for stage in range(4)})
+table(rows)
+
+# %% [markdown]
+# Read the first row: **on one rank there is nothing to shard**, and all stages are equal. Read the columns: stage 1 goes from 16Ψ towards
+# 4Ψ, stage 2 towards 2Ψ, stage 3 towards nothing. The "4 times" and "8 times" that are often quoted are limits for large N.
+#
+# ### Three accounts
+#
+# The paper counts 16Ψ. DeepSpeed's own estimator counts fp32 gradients too and comes to 2Ψ + 18Ψ/N for stage 2. What the engine holds
+# depends on its settings. All three for stage 2 on 4 ranks:
+
+# %%
+paper = memory.paper_bytes(2, PSI, 4).device
+estimator = memory.estimator_bytes(2, PSI, 4)
+engine = memory.engine_bytes(2, [[PSI]], 4, precision="bf16").device
+print(f"paper {paper / memory.GIB:.2f} GiB, estimator {estimator / memory.GIB:.2f} GiB, engine in bf16 {engine / memory.GIB:.2f} GiB")
+
+# %% [markdown]
+# ### Padding
+#
+# Shards have equal sizes, so something is rounded up. Stages 1 and 2 join all parameters of an optimizer group in one flat buffer and
+# round it up to a multiple of 2N elements. Stage 3 cuts each parameter by itself and rounds up to a multiple of N. `Trainer` makes two
+# groups: weights, which decay, and biases and layer norms, which do not.
+
+# %%
+groups = [[7, 5], [3]]
+for stage in (1, 3):
+    print(f"stage {stage}, 2 ranks: {memory.sharded_elements(groups, 2, stage)} elements a rank for {sum(map(sum, groups))} parameters")
+
+# %% [markdown]
+# ## The configuration
+#
+# DeepSpeed reads a dictionary, or a JSON file. These keys matter first:
+#
+# ```json
+# {
+#   "train_micro_batch_size_per_gpu": 4,
+#   "gradient_accumulation_steps": 2,
+#   "train_batch_size": 16,
+#   "gradient_clipping": 1.0,
+#   "bf16": {"enabled": true},
+#   "zero_optimization": {"stage": 2}
+# }
+# ```
+#
+# The three batch sizes must multiply: 4 × 2 × 2 ranks = 16. Under `Trainer` a value may be `"auto"`; it is then filled in from
+# `TrainingArguments`. A value that is neither `"auto"` nor equal to `Trainer`'s is an error that names both.
+#
+# **Write `gradient_clipping` always.** Since deepspeed 0.19.3 it is 1.0 if you leave it out (DeepSpeed pull request 8068), and losses then
+# differ from those of plain AdamW without a word.
+#
+# ## What DeepSpeed lets through
+#
+# `DeepSpeedConfig` refuses an unknown key inside `zero_optimization`, batch sizes that do not multiply, fp16 together with bf16, and stage
+# 4. It does not see an unknown key at the top:
+
+# %%
+import os
+
+from shardlab import ops
+
+os.environ.update(ops.environment())
+from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
+
+print("stage:", DeepSpeedConfig({"train_batch_size": 1, "zero_optimisation": {"stage": 2}}).zero_optimization_stage)
+
+# %% [markdown]
+# One letter (`optimisation` for `optimization`), and the run trains at stage 0 and never says so. Parameter offload below stage 3, NVMe
+# offload without a path, and `"auto"` inside `zero_optimization` without `Trainer` go through in the same way. In lab 02 you write the
+# check that DeepSpeed lacks.
+#
+# ## The same mathematics
+#
+# Sharding changes where numbers live, not what they are. In fp32, with the same global batch and seed, stages 0 to 3 and DDP give the same
+# losses. Two ranks, four steps, in one launch:
+
+# %%
+from shardlab import progress
+from shardlab.launch import launch
+from shardlab.notebook import RUNS
+from shardlab.runs import Experiment
+
+settings = {"program": "shardlab.training:train_text", "ranks": 2, "micro_batch": 2, "accumulation": 2, "steps": 4, "learning_rate": 1e-3,
+            "max_tokens": 48, "train_examples": 64, "evaluate": False, "save": False}
+
+
+def zero(stage):
+    return {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
+            "gradient_clipping": 1.0, "zero_optimization": {"stage": stage}}
+
+
+experiments = [Experiment(name="lecture-ddp", method="DDP", **settings)]
+experiments += [Experiment(name=f"lecture-zero{stage}", method=f"ZeRO-{stage}", deepspeed=zero(stage), **settings) for stage in (1, 2, 3)]
+runs = launch(experiments, runs=RUNS / "lecture", display=progress.Quiet())
+for run in runs:
+    print(f"{run.experiment.method:8}", [round(loss, 5) for loss in run.losses()])
+
+# %%
+# NBVAL_CHECK_OUTPUT
+worst = max(abs(a - b) for run in runs[1:] for a, b in zip(run.losses(), runs[0].losses()))
+print("largest difference below 1e-5:", worst < 1e-5)
+
+# %% [markdown]
+# And this is what each rank held, against the formulae:
+
+# %%
+from shardlab import report
+
+rows = []
+for run in runs:
+    measured, predicted = report.measured_states(run), report.predicted_states(run)
+    rows.append({"method": run.experiment.method, "parameters": measured.parameters, "gradients": measured.gradients,
+                 "optimizer": measured.optimizer, "measured": measured.device, "predicted": predicted.device})
+table(rows, bytes_columns=("parameters", "gradients", "optimizer", "measured", "predicted"))
+
+# %%
+# NBVAL_CHECK_OUTPUT
+print("all as predicted:", all(row["measured"] == row["predicted"] for row in rows))
+
+# %% [markdown]
+# ## Which stage
+#
+# Take the lowest stage that fits. Stages 1 and 2 send no more than plain data parallelism. Stage 3 sends half as much again, and gathers
+# layer by layer, so that it waits more often. Measured on H200s linked by NVLink, BLOOM-560m's shape, 512 tokens, micro-batch 8, accumulation
+# 2, bf16:
+
+# %%
+from shardlab.notebook import reference
+
+rows = []
+for name in ("stages-1xh200", "stages-2xh200", "stages-4xh200"):
+    rows += [{key: row.get(key) for key in ("method", "ranks", "samples_per_second", "mfu_percent", "peak_gib", "between_steps_bytes_per_parameter")}
+             for row in reference(name)["results"]]
+table(rows)
+
+# %% [markdown]
+# Read off what is worth knowing:
+#
+# - More ranks give more samples/s at every stage. `Trainer` reports the figure over all ranks; divide by N before you compare devices.
+# - Between steps a rank on two GPUs holds 8.12 bytes a parameter in stages 1 and 2: 2 for the parameters and 12/2 for its shard of the
+#   optimizer states. The 0.12 on top are buffers.
+# - Stage 3 holds *more* than its 16/N between steps here. With default settings it keeps up to 10⁹ gathered parameters alive
+#   (`stage3_max_live_parameters`), and this model has 0.56 · 10⁹: it never lets go of them.
+# - Offload frees device memory and costs throughput: the states cross the PCIe bus, and the CPU does Adam's work.
+# - On four GPUs the peak falls from 27.4 GiB (stage 0) to 22.2 GiB (stage 2): by what is sharded, and no more. The rest is logits (250,880
+#   words) and activations, which no stage shards.
+#
+# ## Myths
+#
+# - *ZeRO-2 reduces activation memory.* It shards gradients. Activations belong to each rank's own micro-batch.
+# - *ZeRO helps on one GPU.* Not by itself: there is nobody to share with. Offload helps there, at a price.
+# - *Under ZeRO-3, `model.save_pretrained` saves the model.* Each rank would write its empty placeholders. Save through the trainer, with
+#   `stage3_gather_16bit_weights_on_model_save` set.

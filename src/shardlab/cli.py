@@ -1,0 +1,254 @@
+"""The `shardlab` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="shardlab: training language models beyond one GPU's memory, in graded labs.",
+)
+
+
+def main() -> None:
+    """Run the command; an expected error is one sentence on stderr and exit status 1, an interrupt is 130."""
+    from shardlab.authoring import AuthoringError
+    from shardlab.datasets import DataError
+    from shardlab.launch import LaunchError
+    from shardlab.models import ModelError
+    from shardlab.ops import OpBuildError
+    from shardlab.runs import RunError
+
+    try:
+        app()
+    except (AuthoringError, DataError, ModelError, RunError, LaunchError, OpBuildError, ValueError) as error:
+        print(f"shardlab: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("shardlab: interrupted; the ranks have been ended.", file=sys.stderr)
+        sys.exit(130)
+
+
+Model = Annotated[str | None, typer.Option(help="bloom-tiny, a name on the hub such as bigscience/bloom-560m, or a local folder.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="mini, a SQuAD JSON file, or a name on the hub such as squad. By default mini for bloom-tiny, else squad."),
+]
+RandomWeights = Annotated[
+    bool, typer.Option("--random-weights", help="Build the architecture without weights: enough for measuring memory and speed.")
+]
+Ranks = Annotated[int | None, typer.Option(min=1, help="Processes, one a GPU. By default all GPUs, or 2 without one.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")]
+Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. By default the best that the hardware has.")]
+MicroBatch = Annotated[int | None, typer.Option(min=1, help="Sequences a rank and forward pass.")]
+Accumulation = Annotated[int | None, typer.Option(min=1, help="Forward passes an optimizer step.")]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.")]
+Runs = Annotated[Path, typer.Option(help="Folder for the run folders.")]
+
+
+def _given(**options) -> dict:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@app.command()
+def demo(
+    data: Data = None,
+    model: Model = None,
+    random_weights: RandomWeights = False,
+    ranks: Ranks = None,
+    steps: Steps = None,
+    precision: Precision = None,
+    micro_batch: MicroBatch = None,
+    accumulation: Accumulation = None,
+    learning_rate: LearningRate = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only this method; may be given again. See --list-methods.")] = None,
+    list_methods: Annotated[bool, typer.Option("--list-methods", help="Print the methods and stop.")] = False,
+    scoreboard: Annotated[bool, typer.Option(help="Grade the reference solutions of all labs at the end.")] = True,
+    runs: Runs = Path("runs/demo"),
+) -> None:
+    """Fine-tune BLOOM with the plain Trainer and with ZeRO 1, 2, 3 and offload; then a table, a plot and a report."""
+    from rich.console import Console
+
+    from shardlab import report
+    from shardlab.datasets import load_squad
+    from shardlab.demo import DEMO, METHODS, default_settings, run_demo
+    from shardlab.launch import warm_up
+
+    console = Console()
+    if list_methods:
+        console.print("\n".join(METHODS), highlight=False)
+        return
+    warm_up()
+    settings = default_settings(data, model) | _given(
+        ranks=ranks,
+        steps=steps,
+        precision=precision,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        learning_rate=learning_rate,
+    )
+    load_squad(settings["data"])  # a bad file is refused before anything is started
+    if random_weights:
+        settings |= {"random_weights": True, "save": False}
+    console.print(
+        f"{settings['model']} on {settings['data']}: "
+        f"{settings['ranks']} ranks, {settings['precision']}, {settings['steps']} steps, "
+        f"global batch {settings['micro_batch']} × {settings['accumulation']} × {settings['ranks']}",
+        highlight=False,
+    )
+    finished, error = run_demo(method or DEMO, runs, **settings)
+    path = report.write_report(
+        finished, runs, "shardlab: one model, five ways to train it" if not method else "shardlab: methods compared"
+    )
+    report.print_table(
+        finished, "Model states are the bytes of parameters, gradients and optimizer states on the rank that holds most"
+    )
+    console.print(f"Report: {path}\nPlot:   {path.with_name('report.png')}", highlight=False)
+    if scoreboard:
+        _print_scoreboard(console)
+    if error:
+        raise error
+
+
+def _print_scoreboard(console) -> None:
+    from shardlab import switch
+    from shardlab.authoring import stems
+    from shardlab.grading.matrix import grade
+    from shardlab.grading.scoreboard import render
+
+    outcome = []
+    for stem in stems():
+        with console.status(f"grading the solutions of {stem} …"):
+            outcome += grade(switch.SOLUTIONS, stem)
+    console.print(render(outcome), highlight=False, markup=False)
+
+
+@app.command()
+def run(
+    name: Annotated[str, typer.Argument(help="The run folder's name.")],
+    method: Annotated[str, typer.Option(help="How to train; `shardlab demo --list-methods` lists the methods.")] = "baseline",
+    data: Data = None,
+    model: Model = None,
+    random_weights: RandomWeights = False,
+    ranks: Ranks = None,
+    steps: Steps = None,
+    epochs: Annotated[float, typer.Option(min=0, help="Passes over the data, if --steps is not given.")] = 3.0,
+    precision: Precision = None,
+    micro_batch: MicroBatch = 4,
+    accumulation: Accumulation = 4,
+    learning_rate: LearningRate = 5e-5,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longest sequence.")] = 512,
+    solutions: Annotated[bool, typer.Option("--solutions", help="Use the reference solutions instead of src/exercises.")] = False,
+    limit: Annotated[float | None, typer.Option(help="Seconds after which the run is ended.")] = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Train once, with your functions from lab 01 (and lab 02, for a DeepSpeed method), and fill a run folder."""
+
+    from shardlab import hardware, report, switch
+    from shardlab.demo import METHODS, default_settings
+    from shardlab.launch import launch
+    from shardlab.runs import Experiment
+
+    switch.use_exercises(switch.SOLUTIONS if solutions else switch.exercises_folder())
+    if method not in METHODS:
+        raise ValueError(f"there is no method '{method}'; there are {', '.join(METHODS)}")
+    options = METHODS[method]
+    config = None if options is None else switch.import_exercise("lab02_zero_stages").create_deepspeed_config(**options)
+    defaults = default_settings(data, model)
+    experiment = Experiment(
+        name=name,
+        method=method,
+        deepspeed=config,
+        model=defaults["model"],
+        data=defaults["data"],
+        random_weights=random_weights,
+        ranks=ranks or hardware.default_ranks(),
+        steps=steps,
+        epochs=epochs,
+        precision=precision or hardware.best_precision(),
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        learning_rate=learning_rate,
+        max_tokens=max_tokens,
+        eval_examples=200,
+        save=not random_weights,
+    )
+    finished = launch(experiment, runs=runs, timeout=limit)
+    report.print_table(finished)
+
+
+@app.command(name="report")
+def report_command(folder: Annotated[Path, typer.Argument(help="A folder of run folders, or one run folder.")]) -> None:
+    """Print the table of some runs, and write report.html and report.png beside them."""
+
+    from shardlab import report
+    from shardlab.runs import Run, RunError, read_runs
+
+    found = [Run.read(folder)] if (folder / "run.json").exists() else read_runs(folder)
+    if not found:
+        raise RunError(f"{folder} holds no run folder. Name the folder that `shardlab run` or a notebook wrote, such as runs/.")
+    report.print_table(found)
+    print(f"Report: {report.write_report(found, folder, f'Runs in {folder}')}")
+
+
+@app.command()
+def doctor(
+    build_ops: Annotated[bool, typer.Option("--build-ops", help="Compile DeepSpeed's ops now, one after the other.")] = False,
+) -> None:
+    """Check what works on this machine, and name the command that mends what does not."""
+    from shardlab import doctor
+
+    raise typer.Exit(doctor.run(build_ops))
+
+
+@app.command()
+def build(
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if skeletons or notebooks have drifted.")] = False,
+    execute: Annotated[
+        bool, typer.Option("--execute", help="Execute the solution notebooks and lectures again (minutes).")
+    ] = False,
+    only: Annotated[str | None, typer.Option(help="With --execute: only this notebook, such as lab01_baseline.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace exercises that somebody has worked on.")] = False,
+) -> None:
+    """For authors: write skeletons and notebooks again from solutions/."""
+    from shardlab import authoring
+
+    if check:
+        drifted = authoring.drifted()
+        for path in drifted:
+            print(f"{path.relative_to(authoring.ROOT)} differs from what solutions/ gives")
+        if drifted:
+            print("To write them again: shardlab build; executed notebooks too: shardlab build --execute")
+        raise typer.Exit(1 if drifted else 0)
+    for path in authoring.build(force=force):
+        print(f"wrote {path.relative_to(authoring.ROOT)}")
+    if execute:
+        for path in authoring.execute(only=only):
+            print(f"executed {path.relative_to(authoring.ROOT)}")
+
+
+@app.command()
+def matrix(
+    labs: Annotated[list[str] | None, typer.Argument(help="Labs, such as lab01_baseline; all by default.")] = None,
+    only: Annotated[str | None, typer.Option(help="solutions, skeletons, mutants, or a task number.")] = None,
+) -> None:
+    """For authors: prove that solutions pass, skeletons fail, and each mutant fails its own milestone and no other."""
+    from shardlab.grading.matrix import prove
+
+    lines = prove(
+        labs, only=only, say=lambda line: print(f"{line.stem}  {line.variant}: {line.problem or 'as it should'}", flush=True)
+    )
+    wrong = [line for line in lines if line.problem]
+    print(f"{len(lines)} variants, {len(wrong)} not as they should be")
+    raise typer.Exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Milestones as a pytest plugin: `pytest labs` grades the exercises in use and prints a scoreboard.
+
+pytest labs                      the learner's exercises in src/
+pytest labs --solutions          the reference solutions
+pytest labs --exercises PATH     a submission
+pytest labs --task 2.1           one task
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from shardlab import switch
+from shardlab.grading.milestones import Lab, MilestoneFailed, launched
+from shardlab.grading.scoreboard import Milestone, render
+
+
+def pytest_addoption(parser) -> None:
+    group = parser.getgroup("shardlab", "milestones of the shardlab course")
+    group.addoption("--solutions", action="store_true", help="grade the reference solutions")
+    group.addoption("--exercises", metavar="PATH", help="grade the 'exercises' package in this folder")
+    group.addoption("--task", metavar="N.K", help="only the milestones of this task")
+    group.addoption("--milestones-json", metavar="FILE", help="write the outcome of every milestone to this file")
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "milestone(task, points): a graded milestone of a lab")
+    if config.getoption("--solutions") and config.getoption("--exercises"):
+        raise pytest.UsageError("--solutions and --exercises name two packages; give one of them")
+    chosen = config.getoption("--exercises") or (switch.SOLUTIONS if config.getoption("--solutions") else None)
+    if chosen:
+        try:
+            switch.use_exercises(chosen)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
+    config.stash[_outcomes] = []
+
+
+_outcomes = pytest.StashKey[list]()
+
+
+def _marker(item):
+    marker = item.get_closest_marker("milestone")
+    return (str(marker.kwargs["task"]), int(marker.kwargs["points"])) if marker else None
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    wanted = config.getoption("--task")
+    if wanted:
+        chosen = [item for item in items if _marker(item) and _marker(item)[0] == wanted]
+        if not chosen:
+            known = sorted({_marker(item)[0] for item in items if _marker(item)})
+            raise pytest.UsageError(f"there is no task {wanted!r} here; there are {', '.join(known) or 'none'}")
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+@pytest.fixture
+def lab(request) -> Lab:
+    """The exercise module that belongs to this milestone file."""
+    return Lab(request.module.__name__.removeprefix("test_"))
+
+
+@pytest.fixture
+def run_experiments():
+    """`run_experiments(experiments)`: finished runs by name, on real ranks; equal experiments share one launch."""
+    return launched
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    mark = _marker(item)
+    if mark and "lab" in item.funcargs and (message := item.funcargs["lab"].unwritten(mark[0])):
+        raise NotImplementedError(message)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    mark = _marker(item)
+    if not mark or (report.when != "call" and report.passed):
+        return report
+    task, points = mark
+    verdict, message = "passed", ""
+    if report.skipped:
+        verdict, message = "not run", str(call.excinfo.value)
+    elif report.failed:
+        verdict, message = "failed", _message(call.excinfo)
+        if _is_unwritten(call.excinfo.value):
+            verdict = "not implemented"
+        report.longrepr = message
+    if report.when == "teardown":  # it has its line already
+        item.config.stash[_outcomes].pop()
+    item.config.stash[_outcomes].append(
+        Milestone(lab=item.path.parent.name, task=task, name=item.name, points=points, verdict=verdict, message=message)
+    )
+    return report
+
+
+def _is_unwritten(error: BaseException) -> bool:
+    return isinstance(error, NotImplementedError) or str(getattr(error, "error", "")).startswith("NotImplementedError")
+
+
+def _message(excinfo) -> str:
+    error = excinfo.value
+    if isinstance(error, MilestoneFailed):
+        return str(error)
+    if _is_unwritten(error):
+        return str(getattr(error, "error", error)).removeprefix("NotImplementedError: ")
+    folder = str(switch.exercises_folder() / "exercises")
+    # Frames of the learner's own code are what helps; the rest is ours.
+    if rank_traceback := getattr(error, "rank_traceback", ""):
+        lines = [f"rank {error.rank}, in '{error.experiment}': {error.error}"]
+        found = re.findall(rf'File "{re.escape(folder)}/([^"]+)", line (\d+), in (\w+)', rank_traceback)
+        return "\n".join(lines + [f"  in {file}, line {line}, {function}()" for file, line, function in found])
+    lines = [f"{type(error).__name__}: {error}"]
+    for entry in excinfo.traceback:
+        if str(entry.path).startswith(folder):
+            lines.append(f"  in {Path(str(entry.path)).name}, line {entry.lineno + 1}: {str(entry.statement).strip()}")
+    return "\n".join(lines)
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    outcomes = config.stash[_outcomes]
+    if config.getoption("--milestones-json"):
+        Path(config.getoption("--milestones-json")).write_text(json.dumps([vars(o) for o in outcomes], indent=1) + "\n")
+    if outcomes and terminalreporter.verbosity >= 0:
+        terminalreporter.write_line("")
+        terminalreporter.write(render(outcomes))

@@ -1,0 +1,336 @@
+"""Ranks on this machine. This is the only place that starts them.
+
+The ranks are forked from a server that has torch, transformers and deepspeed loaded already, so only the first launch of
+a process waits for imports. Torch elastic's process layer (`torch.distributed.elastic.multiprocessing`) starts and
+watches them. Its agent is left out: it takes over the caller's signals and knows no time limit, and one machine needs no
+rendezvous. The store that the ranks meet at is opened here on a port that the system picks, so launches never collide.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from itertools import groupby
+from pathlib import Path
+
+import psutil
+
+from shardlab import hardware, ops, progress, switch
+from shardlab.runs import Experiment, Run
+
+PRELOAD = [
+    *hardware.HEAVY_MODULES,
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.ops.adam",
+    "transformers.integrations.deepspeed",
+    "accelerate.utils.deepspeed",
+    "torchmetrics.functional.text",
+]
+
+
+LOST = re.compile(r"gloo|nccl|connection|socket|broken pipe", re.IGNORECASE)
+"""What a rank's error says when another one has gone."""
+
+
+class LaunchError(RuntimeError):
+    """A launch that did not end well. Its runs' folders say the same."""
+
+
+class RankError(LaunchError):
+    """A rank that raised, or died.
+
+    Attributes:
+        rank: which one.
+        experiment: the name of the experiment that it was at.
+        error: the last line of its traceback, such as `ValueError: …`.
+        rank_traceback: all of the traceback; empty if the rank died without one.
+    """
+
+    def __init__(self, rank: int, experiment: str, error: str, rank_traceback: str = ""):
+        self.rank, self.experiment, self.error, self.rank_traceback = rank, experiment, error, rank_traceback
+        super().__init__(f"rank {rank} failed in '{experiment}': {error}\n\n{rank_traceback}".rstrip())
+
+
+class LaunchTimeout(LaunchError):
+    """The launch exceeded its limit; its ranks have been ended."""
+
+
+def warm_up() -> None:
+    """Start the fork server, so that it imports while the caller does something else. Calling it again is free."""
+    from multiprocessing import forkserver
+
+    os.environ.update(ops.environment())
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A site without network must not wait for the hub; real loading code still asks it unless this is set.
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    forkserver.ensure_running()
+
+
+def launch(
+    experiments: Experiment | list[Experiment],
+    *,
+    runs: Path | str = "runs",
+    timeout: float | None = None,
+    display: progress.Quiet | None = None,
+) -> list[Run]:
+    """Run experiments on this machine, one after the other; those with equal `ranks` share their processes.
+
+    Args:
+        experiments: what to run.
+        runs: the folder in which each run gets its own.
+        timeout: seconds for all of it; compiling ops does not count.
+        display: how progress is shown; by default bars in a terminal and a table in a notebook.
+
+    Returns:
+        The runs, finished, in the order of the experiments.
+
+    Raises:
+        RankError: a rank raised or died. The other ranks have been ended.
+        LaunchTimeout: the limit was exceeded.
+        KeyboardInterrupt: as it came; the ranks have been ended and the folders say *interrupted*.
+        ValueError: two experiments with the same name.
+    """
+    experiments = [experiments] if isinstance(experiments, Experiment) else list(experiments)
+    names = [experiment.name for experiment in experiments]
+    if len(set(names)) < len(names):
+        raise ValueError(f"experiments need names of their own, to have folders of their own: {', '.join(names)}")
+    display = progress.default_display() if display is None else display
+    warm_up()
+    for op in dict.fromkeys(op for experiment in experiments for op in ops.needed_by(experiment.deepspeed)):
+        ops.build(op, display.say)
+
+    folder = Path(runs).resolve()
+    all_runs: list[Run] = []
+    try:
+        for experiment in experiments:
+            all_runs.append(Run.create(experiment, folder))
+    except BaseException as error:
+        _mark_unfinished(all_runs, error)
+        raise
+    deadline = None if timeout is None else time.monotonic() + timeout
+    rows = [progress.Row(run) for run in all_runs]
+    display.begin(rows)
+    try:
+        for ranks, group in groupby(all_runs, key=lambda run: run.experiment.ranks):
+            _launch_group(list(group), ranks, deadline, timeout, display)
+    except BaseException as error:
+        _mark_unfinished(all_runs, error)
+        raise
+    finally:
+        display.end()
+    return [Run.read(run.folder) for run in all_runs]
+
+
+def _mark_unfinished(runs: list[Run], error: BaseException) -> None:
+    outcome, reason = "failed", str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        outcome, reason = "interrupted", "interrupted by the user"
+    elif isinstance(error, LaunchTimeout):
+        outcome = "timed out"
+    first = True
+    for run in [Run.read(run.folder) for run in runs]:
+        if run.record_json["outcome"] == "running" or (run.record_json["outcome"] == "waiting" and first):
+            run.finish(outcome, reason)
+            first = False
+        elif run.record_json["outcome"] == "waiting":
+            run.finish("not run", f"an earlier run of the same launch did not finish: {reason}")
+
+
+def _launch_group(runs: list[Run], ranks: int, deadline: float | None, timeout: float | None, display) -> None:
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
+
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    logs = Path(tempfile.mkdtemp(prefix="shardlab-launch-"))
+    threads = max(1, hardware.cpu_cores() // ranks)
+    shared = os.environ.copy() | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "OMP_NUM_THREADS": str(threads),
+        switch.VARIABLE: str(switch.exercises_folder()),
+    }
+    if not hardware.gpu_count():
+        shared["GLOO_SOCKET_IFNAME"] = "lo"
+        shared["LOCAL_SIZE"] = str(ranks)
+    envs = {rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)}
+    job = ([str(run.folder) for run in runs], str(logs), os.getpid())
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    context = None
+    try:
+        with _bare_main():
+            context = start_processes(
+                "rank",
+                _rank_main,
+                {rank: job for rank in range(ranks)},
+                envs,
+                DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
+                start_method="forkserver",
+            )
+        _restore(handlers)
+        while True:
+            result = context.wait(0)
+            display.update()
+            if result is not None:
+                break
+            if deadline is not None and time.monotonic() > deadline:
+                raise LaunchTimeout(f"the launch exceeded its limit of {timeout:g} s and was ended")
+            time.sleep(0.05)
+        if result.is_failed():
+            raise _first_error(result, logs, runs, [process.exitcode for process in context._pc.processes])
+    except BaseException:
+        if context is not None:
+            context.close(signal.SIGKILL, timeout=5)
+        for run in runs:
+            for log in sorted(logs.glob("**/std*.log")):
+                if log.stat().st_size:
+                    shutil.copy(log, run.folder / f"rank{log.parent.name}.{log.stem}.log")
+        raise
+    finally:
+        _restore(handlers)
+        shutil.rmtree(logs, ignore_errors=True)
+
+
+def _restore(handlers: dict) -> None:
+    """Elastic installs its own signal handlers, in the main thread only; give the caller's back."""
+    import threading
+
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+class _bare_main:
+    """While ranks start, hide `__main__`'s file, so that a rank does not import the caller's script a second time."""
+
+    def __enter__(self):
+        main = sys.modules["__main__"]
+        self.saved = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
+        main.__spec__ = None
+
+    def __exit__(self, *_):
+        vars(sys.modules["__main__"]).update(self.saved)
+
+
+def _first_error(result, logs: Path, runs: list[Run], codes: list[int | None]) -> RankError:
+    """The error that came first: a rank that dies often makes the others fail in their next collective."""
+    reports = sorted((json.loads(path.read_text()) for path in logs.glob("error-*.json")), key=lambda report: report["time"])
+    # A rank that was killed reports nothing, and the others then report that they have lost it. (SIGTERM is elastic's own.)
+    told = {report["rank"] for report in reports}
+    silent = [rank for rank, code in enumerate(codes) if code not in (None, 0, -signal.SIGTERM) and rank not in told]
+    if reports and not (silent and LOST.search(reports[0]["error"])):
+        first = reports[0]
+        return RankError(first["rank"], first["experiment"], first["error"], first["traceback"])
+    rank = silent[0] if silent else min(result.failures)
+    code = codes[rank] if silent else result.failures[rank].exitcode
+    at = next((run for run in map(lambda run: Run.read(run.folder), runs) if run.outcome in ("running", "waiting")), runs[-1])
+    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+    hint = " (out of memory, perhaps)" if code == -signal.SIGKILL else ""
+    output = "\n".join(log.read_text(errors="replace")[-2000:] for log in logs.glob(f"**/{rank}/stderr.log"))
+    return RankError(rank, at.name, f"the process was {how}{hint}", output)
+
+
+# --- on a rank ------------------------------------------------------------------------------------------------------
+
+
+def _rank_main(folders: list[str], logs: str, launcher: int) -> None:
+    _die_with_the_launcher(launcher)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher too, and it ends the ranks
+    rank, name = int(os.environ["RANK"]), ""
+    try:
+        import torch
+
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        switch.use_exercises(os.environ[switch.VARIABLE])
+        for folder in folders:
+            run = Run.read(folder)
+            name = run.name
+            run_experiment(run)
+    except BaseException as error:
+        lines = [line for line in traceback.format_exception(error)]
+        report = {
+            "time": time.time(),
+            "rank": rank,
+            "experiment": name,
+            "traceback": "".join(lines),
+            "error": traceback.format_exception_only(error)[-1].strip(),
+        }
+        temporary = Path(logs, f".error-{rank}")
+        temporary.write_text(json.dumps(report))
+        temporary.rename(Path(logs, f"error-{rank}.json"))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+    _leave()
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _die_with_the_launcher(launcher: int) -> None:
+    """Ask the kernel to end this rank when its parent, the fork server, ends; that one ends with the launcher.
+
+    The fork server ends when nobody holds the other end of a pipe of its any more. Each rank gets that end too, so it must
+    let go of it, or ranks and server keep each other alive.
+    """
+    import ctypes
+    from multiprocessing import forkserver
+
+    if (alive := forkserver._forkserver._forkserver_alive_fd) is not None:
+        os.close(alive)
+
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
+    # The launcher may have died before the call above.
+    if os.getppid() == 1 or not psutil.pid_exists(launcher):
+        os._exit(1)
+
+
+def run_experiment(run: Run) -> None:
+    """Run one experiment's program on this rank, with the environment and the singletons of a fresh process."""
+    from shardlab.memory import MemorySampler
+    from shardlab.training import barrier, prepare_process, rank
+
+    experiment = run.experiment
+    before = os.environ.copy()
+    # A lone rank without DeepSpeed is a plain process: with RANK set, Trainer would wrap the model in DDP.
+    if experiment.ranks == 1 and experiment.deepspeed is None:
+        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ.pop(variable, None)
+    try:
+        prepare_process(experiment)
+        module, _, function = experiment.program.partition(":")
+        program = getattr(importlib.import_module(module), function)
+        if rank() == 0:
+            run.start()
+        barrier()
+        local_rank = int(before.get("LOCAL_RANK", "0")) if hardware.gpu_count() else None
+        with MemorySampler(run.folder / "memory.csv", rank(), local_rank):
+            results = program(experiment, run)
+        if rank() == 0:
+            run.record(**(results or {}))
+            run.finish()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

@@ -1,0 +1,339 @@
+"""Model-state memory: the formulae, the bytes that a live engine holds, and a sampler.
+
+Model states are parameters, gradients and optimizer states. Ψ is the number of parameters, N the number of ranks.
+Three accounts of the same thing are kept apart here, because they differ and course material mixes them up:
+
+- `paper_bytes`: the ZeRO paper (Rajbhandari et al. 2020, arXiv 1910.02054, §3.1 and §5): 16Ψ for mixed-precision Adam.
+- `estimator_bytes`: DeepSpeed's own estimator functions, which also count fp32 gradients: 18Ψ.
+- `engine_bytes`: what the DeepSpeed engine holds by its settings, padding included. `held_bytes` measures it.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+MIB = 2**20
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of model states on one rank, on the device and on the host."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    host_parameters: int = 0
+    host_gradients: int = 0
+    host_optimizer: int = 0
+
+    @property
+    def device(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def host(self) -> int:
+        return self.host_parameters + self.host_gradients + self.host_optimizer
+
+
+def _check(stage: int, ranks: int, parameters: int) -> None:
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"stage {stage!r}: ZeRO has the stages 0, 1, 2 and 3.")
+    if ranks < 1:
+        raise ValueError(f"ranks {ranks!r}: at least one rank is needed.")
+    if parameters < 1:
+        raise ValueError(f"parameters {parameters!r}: a model has at least one parameter.")
+
+
+def paper_bytes(stage: int, parameters: int, ranks: int) -> States:
+    """Bytes a rank by the ZeRO paper, for Adam in mixed precision: 2Ψ + 2Ψ + 12Ψ, each part divided by N once sharded.
+
+    Args:
+        stage: 0 shards nothing, 1 the optimizer states, 2 the gradients too, 3 the parameters too.
+        parameters: Ψ.
+        ranks: N.
+    """
+    _check(stage, ranks, parameters)
+    share = [1 / ranks if stage >= needed else 1.0 for needed in (3, 2, 1)]
+    return States(*(round(bytes_ * parameters * part) for bytes_, part in zip((2, 2, 12), share)))
+
+
+def estimator_bytes(stage: int, parameters: int, ranks: int, *, largest_layer: int = 0) -> int:
+    """Device bytes a rank without offload as DeepSpeed's estimators have them, with their factor for buffers at 1.
+
+    Source: `deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs` (2Ψ + 18Ψ/N) and
+    `deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs` (18Ψ/N + 4 × the largest layer).
+
+    Args:
+        largest_layer: parameters of the largest layer, which stage 3 gathers whole.
+
+    Raises:
+        ValueError: a stage that DeepSpeed has no estimator for (0 and 1).
+    """
+    _check(stage, ranks, parameters)
+    if stage < 2:
+        raise ValueError(f"stage {stage}: DeepSpeed has estimators for stages 2 and 3 only.")
+    if stage == 2:
+        return 2 * parameters + round(18 * parameters / ranks)
+    return round(18 * parameters / ranks) + 4 * largest_layer
+
+
+def sharded_elements(groups: list[list[int]], ranks: int, stage: int) -> int:
+    """Elements of one rank's shard, padding included.
+
+    Stages 1 and 2 lay each optimizer group out as one flat buffer, rounded up to a multiple of 2N, and give each rank
+    an equal piece. Stage 3 cuts every parameter on its own, rounded up to a multiple of N.
+
+    Args:
+        groups: sizes of the parameters, by optimizer group (`Trainer` makes two: with and without weight decay).
+        ranks: N.
+        stage: 1, 2 or 3.
+    """
+    if stage == 3:
+        return sum(math.ceil(size / ranks) for group in groups for size in group)
+    return sum(math.ceil(sum(group) / (2 * ranks)) * 2 for group in groups if group)
+
+
+def engine_bytes(
+    stage: int,
+    groups: list[list[int]],
+    ranks: int,
+    *,
+    precision: str = "bf16",
+    offload_optimizer: bool = False,
+    offload_param: bool = False,
+) -> States:
+    """What one rank of DeepSpeed's engine holds while it accumulates gradients, by its settings.
+
+    Per element: 2 bytes of parameters and of gradients in bf16 or fp16, and 4 in fp32; 8 bytes of Adam's two moments; 4
+    bytes of master weights, counted with the optimizer. Stages 1 to 3 keep master weights in fp32 too, as a second copy
+    of the shard; stage 0 in fp32 keeps none. Transient buffers, and what stage 3 gathers, come on top.
+
+    Args:
+        stage: 0 to 3. Stage 0 is DeepSpeed without ZeRO; in fp32 it holds what DDP holds, 16 bytes a parameter.
+        groups: sizes of the parameters, by optimizer group.
+        ranks: N.
+        precision: `fp32`, `bf16` or `fp16`.
+        offload_optimizer: optimizer states, and the gradients that the step needs, are on the host.
+        offload_param: the parameters are on the host; stage 3 only.
+
+    Raises:
+        ValueError: an unknown stage, or an offload that the stage does not have.
+    """
+    total = sum(sum(group) for group in groups)
+    _check(stage, ranks, total)
+    if offload_optimizer and stage == 0:
+        raise ValueError("Optimizer offload needs stage 1, 2 or 3: stage 0 has no sharded optimizer to move.")
+    if offload_param and stage != 3:
+        raise ValueError(f"Parameter offload needs stage 3, not stage {stage}: only stage 3 shards parameters.")
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise ValueError(f"precision {precision!r}: the engine computes in fp32, bf16 or fp16.")
+    width = 4 if precision == "fp32" else 2
+    shard = sharded_elements(groups, ranks, stage) if stage else total
+    whole = shard * ranks if stage in (1, 2) else total
+    parameters = width * (shard if stage == 3 else whole)
+    optimizer = (8 if stage == 0 and precision == "fp32" else 12) * shard
+    gradients, host_gradients = width * (shard if stage >= 2 else total), 0
+    if offload_optimizer:
+        # The step reads fp32 gradients on the host; stage 3 collects them there in the parameters' precision first.
+        gradients, host_gradients = 0, (4 + (width if stage == 3 else 0)) * shard
+    return States(
+        parameters=0 if offload_param else parameters,
+        gradients=gradients,
+        optimizer=0 if offload_optimizer else optimizer,
+        host_parameters=parameters if offload_param else 0,
+        host_gradients=host_gradients,
+        host_optimizer=optimizer if offload_optimizer else 0,
+    )
+
+
+def ddp_bytes(parameters: int) -> States:
+    """What a rank of plain `Trainer` or DDP holds: 4Ψ + 4Ψ + 8Ψ in fp32, under autocast too; DDP's buckets come on top."""
+    _check(0, 1, parameters)
+    return States(4 * parameters, 4 * parameters, 8 * parameters)
+
+
+def parameter_groups(optimizer) -> list[list[int]]:
+    """Sizes of the parameters by group of a torch optimizer or of the one that `deepspeed.initialize` returned."""
+    groups = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "fp16_groups", None)
+    groups = groups or getattr(optimizer, "bf16_groups", None) or [group["params"] for group in optimizer.param_groups]
+    return [[getattr(p, "ds_numel", p.numel()) for p in group if p.requires_grad] for group in groups]
+
+
+# --- what a live engine holds ---------------------------------------------------------------------------------------
+
+
+def _tensors(value):
+    """All tensors inside nested lists, tuples and dictionaries."""
+    import torch
+
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors(inner)
+
+
+def held_bytes(model, optimizer, *, host_is_device: bool | None = None) -> States:
+    """Bytes of model states that this rank holds now, each storage counted once.
+
+    Gradients are there only between `backward` and the optimizer step. They are counted as the optimizer sees them: a
+    gradient of which this rank needs one part counts as that part, although DeepSpeed may keep its tensor whole.
+
+    Args:
+        model: the module that is trained (not the wrapper around it).
+        optimizer: torch's optimizer, or the one that `deepspeed.initialize` returned.
+        host_is_device: count host memory as the device's. By default so when training runs on the CPU; states that
+            DeepSpeed was told to offload count as the host's all the same.
+    """
+    import torch
+
+    seen: set[int] = set()
+    inner = getattr(optimizer, "optimizer", optimizer)
+    on_cpu = not torch.cuda.is_available() if host_is_device is None else host_is_device
+    offloads_optimizer = bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
+    offloads_parameters = bool(getattr(optimizer, "offload_param", False))
+
+    def count(tensors, offloaded: bool, parts: bool = False) -> tuple[int, int]:
+        device = host = 0
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = tensor.data_ptr() if parts else storage.data_ptr()
+            if storage.nbytes() == 0 or key in seen:
+                continue
+            seen.add(key)
+            bytes_ = tensor.nbytes if parts else storage.nbytes()
+            if tensor.device.type == "cpu" and (offloaded or not on_cpu):
+                host += bytes_
+            else:
+                device += bytes_
+        return device, host
+
+    trained = list(model.parameters())
+    flat = [*getattr(optimizer, "bit16_groups_flat", []), *getattr(optimizer, "fp16_partitioned_groups_flat", [])]
+    shards = [p.ds_tensor for p in trained if getattr(p, "ds_tensor", None) is not None]
+    if flat or shards:
+        # A ZeRO-3 parameter that is gathered at this moment is a transient copy, not a state.
+        whole = [p.data for p in trained if not hasattr(p, "ds_tensor")]
+        parameters = count([t for t in [*flat, *shards, *whole] if t is not None], offloads_parameters)
+    else:
+        parameters = count([p.data for p in trained], False)
+
+    # DeepSpeed's inner optimizer steps the fp32 master weights; torch's steps the parameters, which are counted by now.
+    # Stage 3 hands its inner optimizer one sub-group at a time, and keeps them all in this list.
+    masters = [
+        *getattr(optimizer, "fp32_partitioned_groups_flat", []),
+        *(t for group in inner.param_groups for t in group["params"]),
+    ]
+    moments = [t for t in _tensors(dict(inner.state)) if t.dim() > 0]
+    optimizer_states = count([*masters, *moments], offloads_optimizer)
+
+    gradients = [p.grad for p in trained]
+    gradients += [getattr(p, "grad_accum", None) for p in trained]
+    gradients += [t.grad for t in masters]
+    gradients += _tensors(getattr(optimizer, "averaged_gradients", {}))
+    gradients += [getattr(optimizer, "grad_partitions_flat_buffer", None)]
+    gradient_bytes = count([g for g in gradients if g is not None], offloads_optimizer, parts=True)
+    return States(parameters[0], gradient_bytes[0], optimizer_states[0], parameters[1], gradient_bytes[1], optimizer_states[1])
+
+
+# --- sampling -------------------------------------------------------------------------------------------------------
+
+COLUMNS = ["seconds", "device", "used_bytes"]
+
+
+class MemorySampler:
+    """Writes the memory in use to a CSV file, a line per device and interval, until it is stopped.
+
+    Devices are `gpu0`, `gpu1`, … (the whole card, through NVML, so other processes on it count too) and `rank0`,
+    `rank1`, … (resident host memory of that rank's process, through psutil). Every rank samples for itself and appends
+    whole lines to the same file; the local rank's own GPU is sampled by it.
+
+    Args:
+        path: the file; its header is written by `write_header`.
+        rank: the global rank, for the device's name.
+        local_rank: which GPU of this node is sampled; `None` samples none.
+        interval: seconds between samples.
+    """
+
+    def __init__(self, path: Path, rank: int = 0, local_rank: int | None = None, interval: float = 0.1):
+        self.path, self.rank, self.local_rank, self.interval = Path(path), rank, local_rank, interval
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @staticmethod
+    def write_header(path: Path) -> None:
+        Path(path).write_text(",".join(COLUMNS) + "\n")
+
+    def __enter__(self) -> MemorySampler:
+        self._started = time.monotonic()
+        self._read = self._readers()
+        self._sample()
+        self._thread = threading.Thread(target=self._loop, name="memory-sampler", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    def _readers(self) -> dict:
+        import psutil
+
+        process = psutil.Process()
+        readers = {f"rank{self.rank}": lambda: process.memory_info().rss}
+        if self.local_rank is not None:
+            import pynvml
+
+            pynvml.nvmlInit()
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            index = visible[self.local_rank] if self.local_rank < len(visible) and visible[self.local_rank] else self.local_rank
+            handle = (
+                pynvml.nvmlDeviceGetHandleByUUID(index)
+                if str(index).startswith(("GPU-", "MIG-"))
+                else pynvml.nvmlDeviceGetHandleByIndex(int(index))
+            )
+            readers[f"gpu{self.rank}"] = lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used
+        return readers
+
+    def _loop(self) -> None:
+        while not self._stop.wait(self.interval):
+            self._sample()
+
+    def _sample(self) -> None:
+        now = time.monotonic() - self._started
+        lines = "".join(f"{now:.2f},{device},{read()}\n" for device, read in self._read.items())
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, lines.encode())
+        finally:
+            os.close(descriptor)
+
+
+def read_samples(path: Path) -> dict[str, list[tuple[float, int]]]:
+    """`memory.csv` by device: lists of (seconds, bytes). A last line cut short by a kill is left out."""
+    samples: dict[str, list[tuple[float, int]]] = {}
+    # Cut short, a number is still a number; a line is whole once its newline is there.
+    whole = [line for line in Path(path).read_text().splitlines(keepends=True) if line.endswith("\n")]
+    for row in csv.DictReader(whole):
+        samples.setdefault(row["device"], []).append((float(row["seconds"]), int(row["used_bytes"])))
+    return samples
+
+
+def summarise_samples(path: Path) -> dict[str, dict[str, float]]:
+    """Peak, mean and minimum by device, in MiB."""
+    return {
+        device: {"peak": max(used) / MIB, "mean": sum(used) / len(used) / MIB, "minimum": min(used) / MIB}
+        for device, rows in read_samples(path).items()
+        for used in [[row[1] for row in rows]]
+    }

@@ -1,0 +1,190 @@
+"""What a lab notebook needs: the exercises, reloaded when their file is saved; checks in place; predictions beside measurements.
+
+from shardlab.notebook import check, compare, show, start
+lab = start("lab02_zero_stages")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from shardlab import hardware, report, switch
+from shardlab.grading.scoreboard import Milestone, render_html
+from shardlab.runs import Run
+
+RUNS = Path(os.environ.get("SHARDLAB_RUNS", hardware.ROOT / "runs"))
+"""Where the notebooks keep their run folders; the variable `SHARDLAB_RUNS` moves it."""
+
+SIZES = {"tiny": "tiny: no GPU here, so bloom-tiny and mini-squad on two ranks", "gpu": "gpu", "cluster": "cluster"}
+
+
+class Exercises:
+    """The exercise module of a lab. Each use looks whether the file was saved since, and if so imports it again."""
+
+    def __init__(self, stem: str):
+        self._stem, self._saved = stem, 0
+
+    def __getattr__(self, name: str):
+        path = switch.exercises_folder() / "exercises" / f"{self._stem}.py"
+        if path.stat().st_mtime_ns != self._saved:
+            self._saved = path.stat().st_mtime_ns
+            switch.use_exercises(switch.exercises_folder())
+        return getattr(switch.import_exercise(self._stem), name)
+
+    def __repr__(self) -> str:
+        return f"<exercises in {switch.exercises_folder() / 'exercises' / self._stem}.py>"
+
+
+def _display(text: str) -> None:
+    from IPython.display import HTML, display
+
+    display(HTML(text))
+
+
+def start(stem: str) -> Exercises:
+    """Begin a lab: say which file is yours and which size of the course applies here, and warm the ranks up.
+
+    Args:
+        stem: the lab, such as "lab02_zero_stages".
+
+    Raises:
+        ValueError: there is no such lab.
+    """
+    from shardlab.launch import warm_up
+
+    path = switch.exercises_folder() / "exercises" / f"{stem}.py"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("lab*.py")))
+        raise ValueError(f"there is no lab '{stem}' in {path.parent}; there are: {known}")
+    switch.use_exercises(switch.exercises_folder())
+    warm_up()
+    gpus = hardware.gpu_count()
+    machine = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"{hardware.cpu_cores()} CPU cores, no GPU"
+    shown = path.relative_to(hardware.ROOT) if path.is_relative_to(hardware.ROOT) else path
+    print(
+        f"Your file: {shown} (saved changes are picked up by themselves)\nThis machine: {machine}. Size: {SIZES[hardware.size()]}."
+    )
+    return Exercises(stem)
+
+
+def outcomes(task: str) -> list[Milestone]:
+    """Run the milestones of one task, as `pytest labs --task …` does, in this process.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    import pytest
+
+    number = task.partition(".")[0]
+    folders = sorted(hardware.ROOT.glob(f"labs/lab{int(number):02d}_*")) if number.isdigit() else []
+    if not folders:
+        raise ValueError(f"there is no task '{task}': tasks are called after their lab, such as 2.1")
+    switch.use_exercises(switch.exercises_folder())
+    with tempfile.TemporaryDirectory() as temporary:
+        result, output = Path(temporary, "milestones.json"), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = pytest.main(
+                [
+                    str(folders[0]),
+                    "--task",
+                    task,
+                    "--milestones-json",
+                    str(result),
+                    "-q",
+                    "-p",
+                    "no:cacheprovider",
+                    f"--rootdir={hardware.ROOT}",
+                    "-c",
+                    str(hardware.ROOT / "pyproject.toml"),
+                    f"--basetemp={temporary}/pytest",
+                ]
+            )
+        if code not in (0, 1):
+            raise ValueError(output.getvalue().strip().splitlines()[-1])
+        return [Milestone(**entry) for entry in json.loads(result.read_text())]
+
+
+def check(task: str) -> None:
+    """Check one task: the same milestone that `pytest labs` runs, shown below the cell."""
+    _display(render_html(outcomes(task)))
+
+
+def show(runs: list[Run] | Run, *, plots: bool = True) -> None:
+    """The table of some runs, and their plots."""
+    from IPython.display import display
+
+    runs = [runs] if isinstance(runs, Run) else runs
+    _display(report.html_table(runs))
+    if plots:
+        figure = report.plot(runs)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=80)
+        from IPython.display import Image
+
+        display(Image(buffer.getvalue()))
+
+
+def compare(
+    measured: dict, predicted: dict, reference: dict | None = None, *, unit: str = "", reference_name: str = "reference"
+) -> None:
+    """Your predictions beside what was measured, and beside the reference figure.
+
+    Args:
+        measured: what came, by name.
+        predicted: what you wrote down before, by the same names; numbers, texts, or None where you did not say.
+        reference: the course's own figure, by the same names.
+        unit: of the numbers; "bytes" are shown as MiB or GiB.
+        reference_name: where the reference was measured.
+    """
+
+    def text(value) -> str:
+        if value is None or value is Ellipsis:
+            return "—"
+        if unit == "bytes" and isinstance(value, int | float):
+            return report.bytes_text(value)
+        if isinstance(value, int):
+            return f"{value:,} {unit}".strip()
+        return f"{value:,.4g} {unit}".strip() if isinstance(value, float) else str(value)
+
+    rows = ""
+    for name, came in measured.items():
+        said = predicted.get(name)
+        ratio = f"{said / came:.2f} ×" if isinstance(said, int | float) and isinstance(came, int | float) and came else ""
+        cells = [str(name), text(said), text(came), ratio] + ([text(reference.get(name))] if reference else [])
+        rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    heads = ["", "you predicted", "measured", "prediction / measured"] + ([reference_name] if reference else [])
+    _display("<table><tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + f"</tr>{rows}</table>")
+
+
+def table(rows: list[dict], *, bytes_columns: tuple[str, ...] = ()) -> None:
+    """A list of dictionaries as a table, a row each."""
+
+    def text(key, value) -> str:
+        if value is None:
+            return "—"
+        if key in bytes_columns:
+            return report.bytes_text(value)
+        return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(text(key, row.get(key)))}</td>" for key in heads) + "</tr>" for row in rows)
+    _display("<table><tr>" + "".join(f"<th>{html.escape(head.replace('_', ' '))}</th>" for head in heads) + f"</tr>{body}</table>")
+
+
+def reference(name: str) -> dict:
+    """A measured reference from `bench/results/`, with the hardware and versions it was measured with.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    path = hardware.ROOT / "bench" / "results" / f"{name}.json"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
+        raise ValueError(f"there is no reference '{name}'; there are: {known}")
+    return json.loads(path.read_text())

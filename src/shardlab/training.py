@@ -1,0 +1,309 @@
+"""What happens on a rank: a `Trainer` that records its run folder.
+
+The labs' own programs (`exercises.lab01_baseline.finetune`) hand their data, collator and arguments to `train`.
+`train_text` is a complete program without any exercise in it: it continues pre-training on the paragraphs, and the
+milestones of lab 02 use it, so that they judge the DeepSpeed configuration alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import IntervalStrategy
+
+from shardlab import memory
+from shardlab.datasets import load_squad
+from shardlab.models import load_model, load_tokenizer, parameter_count
+from shardlab.runs import Experiment, Run
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def gather(value) -> list:
+    """One value a rank, in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class Rows(Dataset):
+    """A list as a torch data set."""
+
+    def __init__(self, rows: list):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class RunRecorder(TrainerCallback):
+    """Writes `metrics.jsonl` after each optimizer step, and `states.json` at the second one.
+
+    The states are counted twice on the way to the second step (Adam makes its moments in the first): between two
+    micro-batches, where stage 1 holds whole gradients and stage 2 a shard of them, and just before the step. The larger
+    count of each kind is written.
+
+    Args:
+        run: the run folder.
+        tokens_per_sequence: mean length of the training sequences, for tokens/s.
+    """
+
+    def __init__(self, run: Run, tokens_per_sequence: float):
+        self.run, self.experiment, self.tokens_per_sequence = run, run.experiment, tokens_per_sequence
+        self.trainer: Trainer | None = None
+        self.allocated: int | None = None
+        self.counts: list[dict] = []
+
+    def on_train_begin(self, args, state, control, **_):
+        self.before = time.perf_counter()
+        engine = self.trainer.deepspeed if self.trainer.is_deepspeed_enabled else None
+        if engine is not None:
+            self._watch(engine)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
+        # Under DeepSpeed the step has been taken by now, inside `backward`; `_watch` has counted.
+        if state.global_step == 1 and not self.trainer.is_deepspeed_enabled:
+            self._count(model, optimizer.optimizer)
+            self._write(model, optimizer.optimizer)
+
+    def on_substep_end(self, args, state, control, model=None, optimizer=None, **_):
+        if state.global_step == 1:
+            engine = self.trainer.deepspeed
+            self._count(model, engine.optimizer if self.trainer.is_deepspeed_enabled else optimizer.optimizer)
+
+    def _watch(self, engine) -> None:
+        """Count just before the second optimizer step of a DeepSpeed engine."""
+        take_step, calls = engine.optimizer.step, 0
+
+        def step(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                self._count(engine.module, engine.optimizer)
+                self._write(engine.module, engine.optimizer)
+            return take_step(*args, **kwargs)
+
+        engine.optimizer.step = step
+
+    def _count(self, model, optimizer) -> None:
+        self.counts.append(asdict(memory.held_bytes(model, optimizer)))
+
+    def _write(self, model, optimizer) -> None:
+        largest = {kind: max(count[kind] for count in self.counts) for kind in self.counts[0]}
+        ranks = gather(largest)
+        if rank() == 0:
+            self.run.write_states(
+                {"parameters": parameter_count(model), "groups": memory.parameter_groups(optimizer), "ranks": ranks}
+            )
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 2 and torch.cuda.is_available():
+            self.allocated = torch.cuda.memory_allocated()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if not logs or "loss" not in logs or rank() != 0:
+            return
+        now = time.perf_counter()
+        seconds, self.before = now - self.before, now
+        samples = self.experiment.global_batch
+        self.run.log_step(
+            step=state.global_step,
+            loss=logs["loss"],
+            learning_rate=logs.get("learning_rate"),
+            seconds=round(seconds, 4),
+            samples_per_second=round(samples / seconds, 3),
+            tokens_per_second=round(samples * self.tokens_per_sequence / seconds, 1),
+            steps=state.max_steps,
+        )
+
+    def on_evaluate(self, args, state, control, **_):
+        self.before = time.perf_counter()
+
+    def on_save(self, args, state, control, **_):
+        self.before = time.perf_counter()
+
+
+def prepare_process(experiment: Experiment) -> None:
+    """Give this process what a fresh one has: no accelerate state, no DeepSpeed configuration, a process group, a seed."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if experiment.deepspeed is not None:
+        import deepspeed
+
+        # zero.Init asks DeepSpeed for the world size while the model is loaded, before Trainer has set it up.
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+        _unlink_shared_buffers()
+    set_seed(experiment.seed)
+
+
+def _unlink_shared_buffers() -> None:
+    """Take the names of DeepSpeed's shared-memory buffers away once all ranks have them mapped.
+
+    On a CPU machine each rank makes a buffer of 66 MiB in /dev/shm for its all-reduces, and nothing ever removes it: deepspeed
+    0.19.8 never calls its own `shared_close`. Without a name, the memory goes when the last rank ends, however it ends.
+    """
+    barrier()
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+def train(
+    run: Run, *, model, arguments: TrainingArguments, train_set: list, eval_set: list, collate, tokens_per_sequence: float
+) -> Trainer:
+    """Train with `Trainer` and fill the run folder.
+
+    Args:
+        run: where everything is recorded.
+        model: what to train. Under ZeRO-3, load it after `arguments` exist: it is then sharded while it is loaded.
+        arguments: the exercise's; logging is set to a line a step.
+        train_set, eval_set: encoded examples; with an empty `eval_set` nothing is evaluated.
+        collate: makes a batch of tensors from a list of examples.
+        tokens_per_sequence: mean length of the training sequences.
+
+    Returns:
+        The trainer, trained.
+    """
+    arguments.logging_strategy = IntervalStrategy.STEPS
+    arguments.logging_steps = 1
+    arguments.disable_tqdm = True
+    arguments.eval_on_start = bool(eval_set)
+    arguments.remove_unused_columns = False
+    arguments.dataloader_pin_memory = torch.cuda.is_available()
+    if not eval_set:
+        arguments.eval_strategy = IntervalStrategy.NO
+    if arguments.world_size != run.experiment.ranks:
+        raise RuntimeError(
+            f"Trainer sees a world of {arguments.world_size}, the experiment has {run.experiment.ranks} ranks. "
+            "Build TrainingArguments on the rank, with use_cpu=True where there is no GPU."
+        )
+    recorder = RunRecorder(run, tokens_per_sequence)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Rows(train_set),
+        eval_dataset=Rows(eval_set) if eval_set else None,
+        data_collator=collate,
+        callbacks=[recorder],
+    )
+    if trainer.is_deepspeed_enabled != (run.experiment.deepspeed is not None):
+        # accelerate drops DeepSpeed without a word where ACCELERATE_USE_CPU is set, and trains with DDP instead.
+        raise RuntimeError(
+            f"DeepSpeed is {'on' if trainer.is_deepspeed_enabled else 'off'}, the experiment says otherwise. "
+            "Pass the experiment's `deepspeed` to TrainingArguments, and unset ACCELERATE_USE_CPU."
+        )
+    trainer.remove_callback(PrinterCallback)
+    recorder.trainer = trainer
+    started = time.perf_counter()
+    trainer.train()
+    # While this is set, from_pretrained shards every model that it loads; after training, a model is loaded whole again.
+    unset_hf_deepspeed_config()
+    peaks = gather(
+        {"peak_allocated": torch.cuda.max_memory_allocated(), "allocated_between_steps": recorder.allocated}
+        if torch.cuda.is_available()
+        else None
+    )
+    if rank() == 0:
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        run.record(
+            parameters=parameter_count(trainer.model),
+            train_seconds=round(time.perf_counter() - started, 2),
+            tokens_per_sequence=round(tokens_per_sequence, 1),
+            eval_losses=losses,
+            log_history=trainer.state.log_history,
+            **({"device_memory": peaks} if peaks[0] else {}),
+        )
+    return trainer
+
+
+def text_rows(experiment: Experiment) -> tuple[list[dict], list[dict]]:
+    """The paragraphs of the data as token ids, each cut or padded to `max_tokens`; the label of every real token is itself."""
+    tokenizer = load_tokenizer("bloom-tiny" if experiment.random_weights else experiment.model)
+    data = load_squad(experiment.data)
+
+    def rows(split: str, limit: int | None) -> list[dict]:
+        contexts = list(dict.fromkeys(data[split]["context"]))[:limit]
+        encoded = tokenizer(contexts, truncation=True, max_length=experiment.max_tokens, padding="max_length", padding_side="right")
+        return [
+            {"input_ids": ids, "attention_mask": mask, "labels": [i if m else -100 for i, m in zip(ids, mask)]}
+            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"])
+        ]
+
+    return rows("train", experiment.train_examples), rows("validation", experiment.eval_examples or 64)
+
+
+def trainer_arguments(experiment: Experiment, run: Run) -> TrainingArguments:
+    """The experiment's settings for `Trainer`, without evaluation and saving by the way."""
+    return TrainingArguments(
+        output_dir=str(run.folder / "trainer"),
+        per_device_train_batch_size=experiment.micro_batch,
+        per_device_eval_batch_size=8,
+        gradient_accumulation_steps=experiment.accumulation,
+        num_train_epochs=experiment.epochs,
+        max_steps=experiment.steps or -1,
+        learning_rate=experiment.learning_rate,
+        weight_decay=experiment.weight_decay,
+        max_grad_norm=experiment.clipping,
+        seed=experiment.seed,
+        bf16=experiment.precision == "bf16",
+        fp16=experiment.precision == "fp16",
+        deepspeed=experiment.deepspeed,
+        save_strategy="no",
+        eval_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+    )
+
+
+def train_text(experiment: Experiment, run: Run) -> dict:
+    """A program without exercises: continue pre-training on the paragraphs, with the experiment's settings."""
+    arguments = trainer_arguments(experiment, run)
+    model = load_model(experiment.model, random_weights=experiment.random_weights, seed=experiment.seed)
+    train_set, eval_set = text_rows(experiment)
+    trainer = train(
+        run,
+        model=model,
+        arguments=arguments,
+        train_set=train_set,
+        eval_set=eval_set if experiment.evaluate else [],
+        collate=lambda batch: {key: torch.tensor([row[key] for row in batch]) for key in batch[0]},
+        tokens_per_sequence=experiment.max_tokens,
+    )
+    if experiment.save:
+        trainer.save_model(str(run.folder / "model"))
+    return {}

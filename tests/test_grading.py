@@ -1,0 +1,501 @@
+"""Grading: milestones and mutants are complete, verdicts are right, and a broken submission fails instead of breaking the run."""
+
+import ast
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+
+import pytest
+
+from shardlab import switch
+from shardlab.authoring import stems, tasks
+from shardlab.grading import matrix
+from shardlab.grading.matrix import Mutant, MutantError, mutants
+from shardlab.grading.milestones import Lab, MilestoneFailed, require, require_error
+from shardlab.grading.scoreboard import VERDICTS, Milestone, next_step, render, render_html
+from shardlab.hardware import ROOT
+
+USAGE_ERROR = pytest.ExitCode.USAGE_ERROR
+
+
+@pytest.fixture(autouse=True)
+def the_switch_is_put_back():
+    """Grading turns the one switch of this process, and the tests after it must not notice."""
+    variable, path = os.environ.get(switch.VARIABLE), sys.path[:]
+    yield
+    sys.path[:] = path
+    os.environ.pop(switch.VARIABLE, None)
+    if variable is not None:
+        os.environ[switch.VARIABLE] = variable
+    for module in [name for name in sys.modules if name.partition(".")[0] == "exercises"]:
+        del sys.modules[module]
+
+
+@pytest.fixture
+def submission(tmp_path):
+    """An `exercises` package with the solutions, for a test to spoil."""
+    shutil.copytree(switch.SOLUTIONS / "exercises", tmp_path / "exercises", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def solution(stem: str) -> str:
+    return (switch.SOLUTIONS / "exercises" / f"{stem}.py").read_text()
+
+
+def run_pytest(*arguments, plugins=()) -> tuple[int, str]:
+    """pytest in this process with the course's settings: exit status and output."""
+    output, path = io.StringIO(), sys.path[:]
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        code = pytest.main(
+            [*map(str, arguments), "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", f"{ROOT}/pyproject.toml"], plugins=plugins
+        )
+    sys.path[:] = path  # pytest puts the folders of test files there
+    return int(code), output.getvalue()
+
+
+# --- labs are complete ------------------------------------------------------------------------------------------------
+
+
+class Collector:
+    """Keeps the milestones that pytest collects: lab, task and points."""
+
+    def __init__(self):
+        self.found = []
+
+    def pytest_collection_modifyitems(self, items):
+        for item in items:
+            marker = item.get_closest_marker("milestone")
+            task, points = (marker.kwargs["task"], marker.kwargs["points"]) if marker else (None, None)
+            self.found.append((item.path.parent.name, task, points))
+
+
+@pytest.fixture(scope="module")
+def collected():
+    collector = Collector()
+    code, output = run_pytest(ROOT / "labs", "--collect-only", "-q", plugins=[collector])
+    assert code == 0, output
+    return collector.found
+
+
+@pytest.mark.parametrize("stem", stems())
+def test_every_task_has_its_milestone_and_a_lab_is_worth_100_points(collected, stem):
+    mine = [(task, points) for lab, task, points in collected if lab == stem]
+    assert None not in [task for task, _ in mine], "a test in a lab without a milestone"
+    assert sorted({task for task, _ in mine}) == sorted(tasks(solution(stem)))
+    assert all(isinstance(points, int) and points > 0 for _, points in mine)
+    assert sum(points for _, points in mine) == 100
+
+
+@pytest.mark.parametrize("stem", stems())
+def test_every_task_has_three_mutants_that_can_be_made(stem):
+    source, found = solution(stem), mutants(stem)
+    assert {mutant.task for mutant in found} == set(tasks(source)), "a mutant file for each task, and for nothing else"
+    for task in tasks(source):
+        names = [mutant.name for mutant in found if mutant.task == task]
+        assert len(names) >= 3, f"task {task} has the mutants {names}"
+        assert len(set(names)) == len(names)
+    for mutant in found:
+        changed = mutant.source(source)
+        assert changed != source, mutant
+        ast.parse(changed)
+        assert mutant.says.strip(), f"{mutant.task} '{mutant.name}': any message would do"
+
+
+def test_mutants_of_a_lab_differ():
+    for stem in stems():
+        sources = [mutant.source(solution(stem)) for mutant in mutants(stem)]
+        assert len(set(sources)) == len(sources)
+
+
+# --- mutants ----------------------------------------------------------------------------------------------------------
+
+TWO_TASKS = """def one():
+    # BEGIN SOLUTION 1.1
+    return 1 + 1
+    # END SOLUTION
+
+
+def two():
+    # BEGIN SOLUTION 1.2
+    return 1 + 1
+    # END SOLUTION
+"""
+
+
+def test_mutant_changes_its_own_task_only():
+    changed = Mutant("lab01", "1.2", "wrong", "says", old="1 + 1", new="3").source(TWO_TASKS)
+    assert changed == TWO_TASKS[: TWO_TASKS.rindex("1 + 1")] + "3" + TWO_TASKS[TWO_TASKS.rindex("1 + 1") + 5 :]
+
+
+@pytest.mark.parametrize("task, old, times", [("1.1", "2 + 2", 0), ("1.1", "1", 2), ("1.3", "1 + 1", 0), ("1.1", "def one", 0)])
+def test_mutant_whose_text_is_not_there_once_is_refused(task, old, times):
+    with pytest.raises(MutantError, match=f"stands {times} times") as refused:
+        Mutant("lab01", task, "wrong", "says", old=old, new="3").source(TWO_TASKS)
+    assert f"lab01/{task}.toml" in str(refused.value) and "'wrong'" in str(refused.value)
+
+
+# --- the switch -------------------------------------------------------------------------------------------------------
+
+
+def test_switch_takes_the_package_in_a_folder(submission):
+    (submission / "exercises" / "here.py").write_text("WHERE = 'submission'\n")
+    for folder in (submission, submission / "exercises", str(submission)):
+        assert switch.use_exercises(folder) == submission
+        assert switch.import_exercise("here").WHERE == "submission"
+    assert os.environ[switch.VARIABLE] == str(submission), "ranks inherit it"
+
+
+def test_switch_turns_from_one_package_to_the_next(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name / "exercises").mkdir(parents=True)
+        (tmp_path / name / "exercises" / "__init__.py").write_text("")
+        (tmp_path / name / "exercises" / "lab.py").write_text(f"WHERE = {name!r}\n")
+    for name in ("first", "second", "first"):
+        switch.use_exercises(tmp_path / name)
+        assert switch.import_exercise("lab").WHERE == name
+
+
+@pytest.mark.parametrize("folder", [".", "nowhere", "exercises"])
+def test_folder_without_exercises_is_refused(tmp_path, folder):
+    before = (os.environ.get(switch.VARIABLE), sys.path[:])
+    with pytest.raises(ValueError, match="no folder 'exercises'") as refused:
+        switch.use_exercises(tmp_path / folder)
+    assert str(tmp_path) in str(refused.value)
+    assert (os.environ.get(switch.VARIABLE), sys.path[:]) == before
+
+
+# --- submissions that are broken --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stem", stems())
+def test_syntax_error_fails_every_milestone_and_breaks_none(submission, stem):
+    path = submission / "exercises" / f"{stem}.py"
+    path.write_text(path.read_text() + "\ndef unfinished(:\n")
+    outcome = matrix.grade(submission, stem)
+    assert sorted({milestone.task for milestone in outcome}) == sorted(tasks(solution(stem)))
+    assert {milestone.verdict for milestone in outcome} == {"failed"}
+    assert sum(milestone.earned for milestone in outcome) == 0
+    for milestone in outcome:
+        assert "SyntaxError" in milestone.message and f"{stem}.py" in milestone.message, milestone
+
+
+def test_missing_module_fails_every_milestone(submission):
+    (submission / "exercises" / f"{stems()[0]}.py").unlink()
+    outcome = matrix.grade(submission, stems()[0])
+    assert {milestone.verdict for milestone in outcome} == {"failed"}
+    assert all(stems()[0] in milestone.message for milestone in outcome)
+
+
+def grade_task(folder, task: str, tmp_path) -> Milestone:
+    """The milestone of one task of the first lab."""
+    result = tmp_path / "milestones.json"
+    code, output = run_pytest(ROOT / "labs" / stems()[0], "--exercises", folder, "--task", task, "--milestones-json", result)
+    assert code in (0, 1), output
+    (milestone,) = [Milestone(**entry) for entry in json.loads(result.read_text())]
+    assert milestone.task == task
+    assert ("1 passed" in output) == (code == 0)
+    return milestone
+
+
+def test_solution_of_one_task_passes_alone(tmp_path):
+    milestone = grade_task(switch.SOLUTIONS, "1.1", tmp_path)
+    assert (milestone.verdict, milestone.message) == ("passed", "")
+    assert milestone.earned == milestone.points > 0
+
+
+def test_error_in_a_function_is_shown_with_the_learner_s_line(submission, tmp_path):
+    path = submission / "exercises" / f"{stems()[0]}.py"
+    source = path.read_text().replace("# BEGIN SOLUTION 1.1", "raise KeyError('my mistake')", 1)
+    path.write_text(source)
+    line = next(number for number, text in enumerate(source.splitlines(), start=1) if "my mistake" in text)
+    milestone = grade_task(submission, "1.1", tmp_path)
+    assert milestone.verdict == "failed"
+    assert "KeyError" in milestone.message and "my mistake" in milestone.message
+    assert f"{path.name}, line {line}" in milestone.message
+
+
+def test_deleted_function_is_missed_by_name(submission, tmp_path):
+    path = submission / "exercises" / f"{stems()[0]}.py"
+    path.write_text(path.read_text().replace("def format_prompt", "def another_name", 1))
+    milestone = grade_task(submission, "1.1", tmp_path)
+    assert milestone.verdict == "failed"
+    assert "format_prompt" in milestone.message
+
+
+@pytest.mark.parametrize("how", ["the skeleton's line", "a part written", "called from elsewhere"])
+def test_unwritten_task_is_told_apart_from_a_wrong_one(submission, tmp_path, how):
+    """Only a function that still is the skeleton's counts as unwritten before the milestone runs; both are told by name."""
+    path = submission / "exercises" / f"{stems()[0]}.py"
+    line = 'raise NotImplementedError("Task 1.1: complete format_prompt() in src/exercises/lab01_baseline.py")'
+    start = {
+        "the skeleton's line": "",
+        "a part written": "question = question.strip()\n    ",
+        "called from elsewhere": "if question:\n        ",
+    }[how]
+    body = re.search(r"    # BEGIN SOLUTION 1\.1\n.*?    # END SOLUTION\n", path.read_text(), re.DOTALL)[0]
+    path.write_text(path.read_text().replace(body, f"    {start}{line}\n", 1))
+    milestone = grade_task(submission, "1.1", tmp_path)
+    assert milestone.verdict == "not implemented"
+    assert milestone.message.startswith("Task 1.1: complete format_prompt()")
+
+
+def test_unwritten_reads_the_text_and_not_the_module(submission):
+    path = submission / "exercises" / "lab01_baseline.py"
+    switch.use_exercises(submission)
+    path.write_text(
+        'def a():\n    """Doc."""\n    raise NotImplementedError("Task 1.1: complete a()")\n\n\ndef b():\n    return 1\n'
+    )
+    lab = Lab("lab01_baseline")
+    assert lab.unwritten("1.1") == "Task 1.1: complete a()"
+    assert lab.unwritten("1.2") is None
+    path.write_text('def a():\n    x = 1\n    raise NotImplementedError("Task 1.1: complete a()")\n')
+    assert lab.unwritten("1.1") is None
+    path.write_text("def a(:\n")
+    assert lab.unwritten("1.1") is None
+
+
+# --- the plugin -------------------------------------------------------------------------------------------------------
+
+MILESTONES = """
+import pytest
+from shardlab.grading.milestones import require
+
+
+@pytest.fixture
+def needs_libaio():
+    pytest.skip("no libaio here")
+
+
+@pytest.fixture
+def breaks():
+    raise OSError("the disk is full")
+
+
+@pytest.fixture
+def breaks_afterwards():
+    yield
+    raise OSError("the disk is full")
+
+
+@pytest.mark.milestone(task="9.1", points=10)
+def test_passes():
+    pass
+
+
+@pytest.mark.milestone(task="9.2", points=20)
+def test_fails():
+    require(1 > 2, expected="a large number", got=1, likely="too small", read="lab 09")
+
+
+@pytest.mark.milestone(task="9.3", points=30)
+def test_skips():
+    pytest.skip("no Slurm here")
+
+
+@pytest.mark.milestone(task="9.4", points=5)
+def test_skips_before_it_begins(needs_libaio):
+    pass
+
+
+@pytest.mark.skip(reason="no GPU here")
+@pytest.mark.milestone(task="9.5", points=5)
+def test_is_marked():
+    pass
+
+
+@pytest.mark.milestone(task="9.6", points=15)
+def test_breaks(breaks):
+    pass
+
+
+@pytest.mark.milestone(task="9.10", points=10)
+def test_is_unwritten():
+    raise NotImplementedError("Task 9.10: complete last()")
+
+
+@pytest.mark.milestone(task="9.7", points=5)
+def test_raises():
+    {}["key"]
+
+
+@pytest.mark.milestone(task="9.8", points=5)
+def test_leaves_a_mess(breaks_afterwards):
+    pass
+
+
+def test_of_something_else():
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """A lab with one milestone for each thing that can become of one: verdicts by task, and pytest's output."""
+    folder = tmp_path_factory.mktemp("labs") / "lab09_all"
+    folder.mkdir()
+    (folder / "test_lab09_all.py").write_text(MILESTONES)
+    code, output = run_pytest(folder, "--milestones-json", folder / "out.json")
+    assert code == pytest.ExitCode.TESTS_FAILED, output
+    return [Milestone(**entry) for entry in json.loads((folder / "out.json").read_text())], output
+
+
+def one(graded, task: str) -> Milestone:
+    """A milestone that was reported once; a second report would count its points twice."""
+    found = [milestone for milestone in graded[0] if milestone.task == task]
+    assert len(found) == 1, found
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    "task, verdict, words",
+    [
+        ("9.1", "passed", ""),
+        ("9.2", "failed", "too small"),
+        ("9.3", "not run", "no Slurm here"),
+        ("9.4", "not run", "no libaio here"),
+        ("9.5", "not run", "no GPU here"),
+        ("9.6", "failed", "the disk is full"),
+        ("9.7", "failed", "KeyError"),
+        ("9.10", "not implemented", "Task 9.10"),
+    ],
+)
+def test_verdict(graded, task, verdict, words):
+    milestone = one(graded, task)
+    assert milestone.verdict == verdict
+    assert words in milestone.message and bool(milestone.message) == bool(words)
+    assert milestone.lab == "lab09_all"
+    assert milestone.earned == (milestone.points if verdict == "passed" else 0)
+
+
+def test_milestone_that_breaks_afterwards_is_reported_once(graded):
+    assert one(graded, "9.8").verdict in ("passed", "failed")
+
+
+def test_only_milestones_are_graded(graded):
+    assert {milestone.task for milestone in graded[0]} == {f"9.{k}" for k in (1, 2, 3, 4, 5, 6, 7, 8, 10)}
+
+
+def test_failing_message_is_shown_without_our_own_code(graded):
+    """A learner is to read what was expected and what came, and no traceback through the grader."""
+    output = graded[1]
+    for words in ("expected  a large number", "got       1", "likely    too small", "read      lab 09"):
+        assert words in output
+    assert "require(1 > 2" not in output
+    assert "shardlab/grading" not in output
+
+
+def test_task_that_is_not_there_is_a_usage_error(tmp_path):
+    code, output = run_pytest(ROOT / "labs" / stems()[0], "--task", "99.9")
+    assert code == USAGE_ERROR
+    assert "'99.9'" in output and "1.1" in output
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--exercises", "{tmp}/nowhere"], "no folder 'exercises'"),
+        (["--exercises", "{tmp}"], "no folder 'exercises'"),
+        (["--solutions", "--exercises", "{tmp}"], "give one of them"),
+    ],
+)
+def test_wrong_choice_of_exercises_is_a_usage_error(tmp_path, arguments, words):
+    code, output = run_pytest(ROOT / "labs" / stems()[0], *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert code == USAGE_ERROR
+    assert words in output
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def test_require_says_four_things_or_nothing():
+    say = {"expected": "four", "got": 5, "likely": "a slip", "read": "lab 01"}
+    require(True, **say)
+    with pytest.raises(MilestoneFailed) as failed:
+        require(False, **say)
+    assert str(failed.value).split("\n") == ["expected  four", "got       5", "likely    a slip", "read      lab 01"]
+    with pytest.raises(MilestoneFailed) as failed:
+        require(False, **(say | {"got": "x" * 10_000}))
+    assert len(str(failed.value)) < 600
+
+
+def raising(error: Exception):
+    def call():
+        raise error
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "call, says",
+    [
+        (lambda: 7, "no error; it returned 7"),
+        (raising(TypeError("stage 4")), "TypeError: stage 4"),
+        (raising(ValueError("wrong")), "ValueError: wrong"),
+    ],
+)
+def test_require_error_fails_without_the_right_error(call, says):
+    with pytest.raises(MilestoneFailed, match=re.escape(says)):
+        require_error(call, ValueError, mentions=("stage",), expected="ValueError", likely="not checked", read="lab 02")
+
+
+def test_require_error_is_content_with_the_right_error_and_lets_unwritten_through():
+    say = {"mentions": ("stage",), "expected": "ValueError", "likely": "not checked", "read": "lab 02"}
+    require_error(raising(ValueError("Stage 4 is none")), ValueError, **say)
+    with pytest.raises(NotImplementedError):
+        require_error(raising(NotImplementedError("Task 2.1")), Exception, **say)
+
+
+# --- the scoreboard ---------------------------------------------------------------------------------------------------
+
+
+def board(**verdicts: str) -> list[Milestone]:
+    """Milestones by task (`t1_2` for 1.2), ten points each."""
+    messages = {"not implemented": "Task {}: complete it()", "failed": "expected  so", "not run": "no GPU here\nmore", "passed": ""}
+    return [
+        Milestone(
+            lab=f"lab0{task[1]}_x",
+            task=task[1:].replace("_", "."),
+            name=f"test_does_{task}",
+            points=10,
+            verdict=verdict,
+            message=messages[verdict].format(task[1:].replace("_", ".")),
+        )
+        for task, verdict in verdicts.items()
+    ]
+
+
+def test_scoreboard_shows_tasks_in_order_with_verdicts_and_points():
+    text = render(board(t1_10="not run", t1_2="failed", t1_1="passed", t1_3="not implemented"))
+    positions = [text.index(f" {task} ") for task in ("1.1", "1.2", "1.3", "1.10")]
+    assert positions == sorted(positions)
+    for words in ("lab01_x", "passed", "failed", "not implemented", "not run: no GPU here", "10/10", "0/10", "10/40"):
+        assert words in text
+    assert "more" not in text
+
+
+def test_scoreboard_counts_each_lab_by_itself():
+    text = render(board(t1_1="passed", t2_1="passed", t2_2="failed"))
+    assert text.index("lab01_x") < text.index("10/10") < text.index("lab02_x") < text.index("10/20")
+    assert text.count("Next:") == 1 and "All milestones passed." in text
+
+
+def test_next_step_is_the_first_that_is_not_passed():
+    assert next_step(board(t1_1="passed", t1_2="passed")) == "All milestones passed."
+    assert next_step(board(t1_10="failed", t1_9="not implemented", t1_1="passed")) == "Next: task 1.9. complete it()"
+    assert next_step(board(t1_2="failed", t1_3="not implemented")).startswith("Next: task 1.2 fails")
+    assert next_step(board(t1_1="not run", t1_2="failed")).startswith("Next: task 1.2 fails")
+    left = next_step(board(t1_1="passed", t1_2="not run"))
+    assert "not run here: 1.2" in left and "All milestones passed" not in left
+
+
+def test_check_in_a_notebook_shows_the_message_as_text():
+    milestone = Milestone("lab01_x", "1.1", "test_does_it", 10, "failed", "expected  a < b\n<script>")
+    page = render_html([milestone])
+    assert "a &lt; b" in page and "<script>" not in page
+    assert "1.1 failed" in page and "(0/10)" in page
+    for verdict in VERDICTS:
+        assert f"1.1 {verdict}" in render_html([Milestone("lab01_x", "1.1", "test_does_it", 10, verdict)])

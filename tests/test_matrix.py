@@ -1,0 +1,13 @@
+"""Solutions pass, skeletons fail, and each mutant fails its own milestone and no other, for every lab."""
+
+import pytest
+
+from shardlab.authoring import stems
+from shardlab.grading.matrix import prove
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("stem", stems())
+def test_every_variant_gets_the_verdict_it_must(stem):
+    wrong = [line for line in prove([stem]) if line.problem]
+    assert not wrong, "\n".join(f"{line.variant}: {line.problem}" for line in wrong)

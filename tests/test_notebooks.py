@@ -1,0 +1,69 @@
+"""The lab notebooks run from top to bottom with the solutions, and say what is missing with the skeletons."""
+
+import os
+import re
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from shardlab import authoring, hardware, switch
+
+LABS = {path.stem: path for path in authoring.notebooks() if path.stem.startswith("lab")}
+
+
+def outputs(cell) -> str:
+    """Everything a code cell shows, as one text."""
+    shown = []
+    for output in cell.get("outputs", []):
+        shown += [output.get("text", ""), output.get("data", {}).get("text/html", ""), output.get("data", {}).get("text/plain", "")]
+        shown += [f"{output.get('ename', '')}: {output.get('evalue', '')}"]
+    return "\n".join(shown)
+
+
+@pytest.fixture(autouse=True)
+def runs_elsewhere(monkeypatch, tmp_path):
+    """A learner's own runs are not replaced."""
+    monkeypatch.setenv("SHARDLAB_RUNS", str(tmp_path / "runs"))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("stem", LABS)
+def test_lab_runs_with_the_solutions(stem, tmp_path):
+    source = authoring.notebooks()[LABS[stem]]
+    authoring.execute_notebook(source, tmp_path / "out.ipynb", switch.SOLUTIONS)
+    notebook = nbformat.read(tmp_path / "out.ipynb", as_version=4)
+    tasks = authoring.tasks((switch.SOLUTIONS / "exercises" / f"{stem}.py").read_text())
+    shown = "\n".join(outputs(cell) for cell in notebook.cells if cell.cell_type == "code")
+    verdicts = dict(re.findall(r">(\d+\.\d+) (passed|failed|not implemented|not run)<", shown))
+    assert verdicts == {task: "passed" for task in tasks}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stem", LABS)
+def test_untouched_lab_names_the_task_that_is_missing(stem, monkeypatch):
+    monkeypatch.setenv(switch.VARIABLE, str(switch.LEARNER))
+    notebook = nbformat.read(LABS[stem], as_version=4)
+    NotebookClient(
+        notebook, timeout=120, kernel_name="python3", allow_errors=True, resources={"metadata": {"path": str(hardware.ROOT)}}
+    ).execute()
+    tasks = authoring.tasks((switch.SOLUTIONS / "exercises" / f"{stem}.py").read_text())
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.source.startswith("check("):
+            for task in re.findall(r'check\("([\d.]+)"\)', cell.source):
+                assert f"{task} not implemented" in outputs(cell)
+                assert f"Task {task}:" in outputs(cell)
+                tasks.remove(task)
+    assert not tasks, "a task without a check in the notebook"
+
+
+@pytest.mark.parametrize("path", [path for path in authoring.executed()], ids=lambda path: path.stem)
+def test_stored_outputs_say_nothing_of_the_machine_they_were_made_on(path):
+    text = path.read_text()
+    assert str(hardware.ROOT) not in text and os.path.expanduser("~") + "/" not in text
+    assert "Traceback" not in text
+
+
+def test_lab_notebooks_carry_no_outputs():
+    for path in LABS.values():
+        assert all(not cell.get("outputs") for cell in nbformat.read(path, as_version=4).cells)
