@@ -13,7 +13,7 @@ import pytest
 
 from shardlab import switch
 from shardlab.authoring import stems, tasks
-from shardlab.grading import matrix
+from shardlab.grading.grade import grade
 from shardlab.grading.matrix import Mutant, MutantError, mutants
 from shardlab.grading.milestones import Lab, MilestoneFailed, require, require_error
 from shardlab.grading.scoreboard import VERDICTS, Milestone, next_step, render, render_html
@@ -175,7 +175,7 @@ def test_folder_without_exercises_is_refused(tmp_path, folder):
 def test_syntax_error_fails_every_milestone_and_breaks_none(submission, stem):
     path = submission / "exercises" / f"{stem}.py"
     path.write_text(path.read_text() + "\ndef unfinished(:\n")
-    outcome = matrix.grade(submission, stem)
+    outcome = grade(stem, exercises=submission)
     assert sorted({milestone.task for milestone in outcome}) == sorted(tasks(solution(stem)))
     assert {milestone.verdict for milestone in outcome} == {"failed"}
     assert sum(milestone.earned for milestone in outcome) == 0
@@ -185,7 +185,7 @@ def test_syntax_error_fails_every_milestone_and_breaks_none(submission, stem):
 
 def test_missing_module_fails_every_milestone(submission):
     (submission / "exercises" / f"{stems()[0]}.py").unlink()
-    outcome = matrix.grade(submission, stems()[0])
+    outcome = grade(stems()[0], exercises=submission)
     assert {milestone.verdict for milestone in outcome} == {"failed"}
     assert all(stems()[0] in milestone.message for milestone in outcome)
 

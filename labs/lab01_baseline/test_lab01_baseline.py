@@ -61,6 +61,17 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
         likely="the prompt is shortened although it fits",
         read=read,
     )
+    lines = CONTEXT.replace(". ", ".\n ")
+    whole_lines = tokenizer(lab.format_prompt(QUESTION, lines))["input_ids"]
+    got = lab.encode_prompt(tokenizer, QUESTION, lines, len(whole_lines))
+    require(
+        list(got) == whole_lines,
+        expected="a context of several lines, which fits, as it is",
+        got=repr(tokenizer.decode(got)),
+        likely='context.split() throws line breaks and double spaces away; context.split(" ") and " ".join keep them',
+        read=read,
+    )
+    before, after = lab.format_prompt(QUESTION, "|").split("|")
     bare = len(tokenizer(lab.format_prompt(QUESTION, ""))["input_ids"])
     for budget in (bare + 8, bare + 30, len(whole) - 1):
         got = lab.encode_prompt(tokenizer, QUESTION, CONTEXT, budget)
@@ -86,7 +97,7 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
             likely="ids cut off at the front; cut the context instead, and encode again",
             read=read,
         )
-        kept = text.partition("Context:")[2].rpartition("Answer:")[0].strip()
+        kept = text.removeprefix(before).removesuffix(after).strip()
         require(
             CONTEXT.startswith(kept),
             expected="the beginning of the context, cut at its end",

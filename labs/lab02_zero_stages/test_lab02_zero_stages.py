@@ -2,6 +2,7 @@
 
 import copy
 import json
+from math import ceil
 from types import SimpleNamespace
 
 import pytest
@@ -132,7 +133,7 @@ def test_configuration_is_what_deepspeed_reads(lab, judge):
             seen.optimizer_name == "adamw" and seen.optimizer_params == {"lr": 1e-4, "torch_adam": True},
             expected="optimizer AdamW with lr 0.0001 and torch_adam",
             got=f"{seen.optimizer_name} {seen.optimizer_params}",
-            likely="params of the optimizer at the wrong level, or 'auto' left in without Trainer",
+            likely="params of the optimizer at the wrong level, or weight_decay 'auto' beside a learning rate that is a number",
             read=read,
         )
         require(
@@ -254,6 +255,13 @@ BAD = [
         "nvme_path",
         "only one of the two offloads is looked at",
     ),
+    (
+        "nvme with the path in the wrong place",
+        {"zero_optimization": {"stage": 2, "nvme_path": "/scratch", "offload_optimizer": {"device": "nvme"}}},
+        True,
+        "nvme_path",
+        "nvme_path is looked for beside the offload; DeepSpeed reads it inside",
+    ),
     ("'auto' without Trainer", {"train_batch_size": "auto"}, False, "train_batch_size", "with_trainer is not looked at"),
     (
         "'auto' deep inside, without Trainer",
@@ -261,6 +269,13 @@ BAD = [
         False,
         "reduce_bucket_size",
         "only the top level is searched; inside zero_optimization 'auto' quietly becomes a default",
+    ),
+    (
+        "'auto' in a list, without Trainer",
+        {"optimizer": {"type": "AdamW", "params": {"betas": ["auto", 0.999]}}},
+        False,
+        "betas",
+        "dictionaries are searched, lists are not",
     ),
 ]
 GOOD = [
@@ -450,11 +465,21 @@ def test_shards_are_padded_as_deepspeed_pads(lab, run_experiments):
         (1, 1, 16, "⌈12 / 2⌉·2 + ⌈3 / 2⌉·2"),
     ):
         got = lab.shard_elements(stage, groups, ranks)
+        mistakes = {
+            "a shard at stage 0; nothing is sharded there": sum(2 * ceil(sum(group) / (2 * ranks)) for group in groups),
+            "rounded down": sum(2 * (sum(group) // (2 * ranks)) for group in groups) if stage < 3 else 15 // ranks,
+            "each parameter rounded by itself, as stage 3 does": sum(ceil(size / ranks) for group in groups for size in group),
+            "each group rounded as a whole, as stages 1 and 2 do": sum(2 * ceil(sum(group) / (2 * ranks)) for group in groups),
+            "each group rounded to a multiple of N instead of 2N": sum(ceil(sum(group) / ranks) for group in groups),
+            "both groups joined before rounding": 2 * ceil(15 / (2 * ranks)),
+            "the elements of all ranks, not of one": wanted * ranks,
+        }
+        likely = [mistake for mistake, value in mistakes.items() if value == got and (stage == 0) == ("stage 0" in mistake)]
         require(
             got == wanted,
             expected=f"{wanted} elements for stage {stage}, groups {groups}, {ranks} ranks: {why}",
             got=got,
-            likely="rounded down, rounded per parameter in stages 1 and 2, per group in stage 3, or to a multiple of N instead of 2N",
+            likely=" or ".join(likely) or "the rounding; ⌈x⌉ is math.ceil(x)",
             read=read,
         )
     runs = run_experiments(

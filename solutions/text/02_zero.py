@@ -92,7 +92,7 @@ for stage in (1, 3):
 # `TrainingArguments`. A value that is neither `"auto"` nor equal to `Trainer`'s is an error that names both.
 #
 # **Write `gradient_clipping` always.** Since deepspeed 0.19.3 it is 1.0 if you leave it out (DeepSpeed pull request 8068), and losses then
-# differ from those of plain AdamW without a word.
+# differ from those of plain AdamW, and no message says so.
 #
 # ## What DeepSpeed lets through
 #
@@ -117,7 +117,8 @@ print("stage:", DeepSpeedConfig({"train_batch_size": 1, "zero_optimisation": {"s
 # ## The same mathematics
 #
 # Sharding changes where numbers live, not what they are. In fp32, with the same global batch and seed, stages 0 to 3 and DDP give the same
-# losses. Two ranks, four steps, in one launch:
+# losses. Two ranks, four steps, in one launch. (Each step sees other text, and Adam's first steps at this learning rate are rough; so the loss
+# need not fall within four steps. That all methods give the same four is the point.)
 
 # %%
 from shardlab import progress
@@ -165,9 +166,8 @@ print("all as predicted:", all(row["measured"] == row["predicted"] for row in ro
 # %% [markdown]
 # ## Which stage
 #
-# Take the lowest stage that fits. Stages 1 and 2 send no more than plain data parallelism. Stage 3 sends half as much again, and gathers
-# layer by layer, so that it waits more often. Measured on H200s linked by NVLink, BLOOM-560m's shape, 512 tokens, micro-batch 8, accumulation
-# 2, bf16:
+# Take the lowest stage that fits; between stages 0, 1 and 2 measure, if it matters. They send the same volume. Stage 3 sends half as much
+# again, and gathers layer by layer. Measured on H200s linked by NVLink, BLOOM-560m's shape, 512 tokens, micro-batch 8, accumulation 2, bf16:
 
 # %%
 from shardlab.notebook import reference
@@ -179,16 +179,27 @@ for name in ("stages-1xh200", "stages-2xh200", "stages-4xh200"):
 table(rows)
 
 # %% [markdown]
-# Read off what is worth knowing:
+# Read off what is worth knowing. First speed:
 #
 # - More ranks give more samples/s at every stage. `Trainer` reports the figure over all ranks; divide by N before you compare devices.
-# - Between steps a rank on two GPUs holds 8.12 bytes a parameter in stages 1 and 2: 2 for the parameters and 12/2 for its shard of the
-#   optimizer states. The 0.12 on top are buffers.
-# - Stage 3 holds *more* than its 16/N between steps here. With default settings it keeps up to 10⁹ gathered parameters alive
-#   (`stage3_max_live_parameters`), and this model has 0.56 · 10⁹: it never lets go of them.
-# - Offload frees device memory and costs throughput: the states cross the PCIe bus, and the CPU does Adam's work.
-# - On four GPUs the peak falls from 27.4 GiB (stage 0) to 22.2 GiB (stage 2): by what is sharded, and no more. The rest is logits (250,880
-#   words) and activations, which no stage shards.
+# - On 4 GPUs stage 1 reaches 282 samples/s, stage 2 reaches 269, stage 0 only 222: the ranks of stage 1 each step a quarter of the parameters,
+#   those of stage 0 step all of them. On 1 GPU, where nobody shares the work, stage 0 is the fastest of the four.
+# - Stage 3 runs at about a third of stage 2's speed, on 1 GPU too (24 against 63 samples/s), where nothing is sent at all. So the link is not the
+#   reason. The reason is the work around each layer, which the host does in Python: gather, wait, release, in the forward and in the backward
+#   pass. A model of this size with a micro-batch of 8 is too quick for it to hide.
+# - Offload frees device memory and costs throughput: the states cross the PCIe bus, and the CPU does Adam's work. Lab 04 measures that.
+#
+# Then bytes between steps, when no gradients are needed:
+#
+# - The baseline's 12.12 on 1 GPU are fp32 parameters (4) and Adam's moments (8); `Trainer` has let go of the gradients. DDP, on more GPUs, keeps
+#   them in its communication buckets: 16.12. The 0.12 on top are smaller buffers; they are there at every stage.
+# - Stages 1 and 2: 2 + 12/N. On two GPUs 8.12, on four 5.12: the bf16 parameters, and the shard of the optimizer states.
+# - Stage 3: 16/N + 1.91. Its gradient shards live in one flat buffer that is kept between steps, so it is 16/N and not 14/N. The 1.91 are
+#   parameters that it gathered and did not let go of: it keeps up to 10⁹ of them (`stage3_max_live_parameters`), and this model has 0.56 · 10⁹.
+#   In the row of ZeRO-3 + CPU offload they stand alone.
+#
+# And the peak: on four GPUs it falls by 5.2 GiB from stage 0 (27.4) to stage 2 (22.2). The paper's count falls by 5.5 (from 8.33 to 2.86). The
+# other 22 GiB are logits (a vocabulary of 250,880 words) and activations, which no stage shards.
 #
 # ## Myths
 #

@@ -47,7 +47,7 @@ print(row["question"], "→", row["answers"]["text"][0])
 # %% [markdown]
 # ## 1.1 The prompt
 #
-# A causal language model continues a text. So we write a text that a sensible continuation of is the answer:
+# A causal language model continues a text. So we write a text whose natural continuation is the answer:
 #
 # > Question: *…* Context: *…* Answer:
 #
@@ -64,8 +64,9 @@ check("1.1")
 # %% [markdown]
 # ## 1.2 A prompt that fits
 #
-# Sequences have a longest length, here `max_tokens`. What is too long must be cut, and where matters. Cut at the end, and "Answer:" is
-# gone. Cut at the front, and the question is gone. So the context gives way, word by word from its end.
+# No sequence may be longer than `max_tokens`. What is too long must be cut, but not anywhere: cut the ids at the end, and "Answer:" is
+# gone; cut them at the front, and the question is gone. So the context gives way, word by word from its end. A word here is what stands
+# between two single spaces: line breaks and double spaces stay as they are.
 #
 # (The answer may stand in the part that was cut off. When we train, we could look where it is. When the model is used, nobody knows. So
 # both are cut in the same way.)
@@ -137,6 +138,8 @@ check("1.5")
 #
 # A model that was never read back from its folder may not be there. Save through the trainer, add the tokenizer, and load both as a stranger
 # would. All ranks call your function: the check runs it on two ranks, plain and under ZeRO-3, where each rank holds half of every weight.
+# Only rank 0 writes. So there must be one point that no rank passes before rank 0 has written everything, weights and tokenizer, and the
+# reading stands behind it. `trainer.accelerator.wait_for_everyone()` is such a point, if all ranks reach it. The check takes about 10 seconds.
 #
 # Complete `save_and_reload(trainer, tokenizer, folder)`.
 

@@ -38,7 +38,8 @@ def encode_prompt(tokenizer, question: str, context: str, max_tokens: int) -> li
     """Token ids of the prompt, cut to `max_tokens` by shortening the context.
 
     Cutting the ids from the end would lose "Answer:", and cutting them from the front would lose the question. So words
-    are taken off the end of the context until the prompt fits.
+    are taken off the end of the context until the prompt fits. Words stand between single spaces; line breaks and double
+    spaces of the context are kept.
 
     Args:
         tokenizer: the model's tokenizer; `tokenizer(text)["input_ids"]` are the ids of a text.
@@ -176,7 +177,8 @@ def summarise_training(log_history: list[dict]) -> dict:
         `final_train_loss`: the loss of the last training step;
         `eval_losses`: {epoch: loss} for each evaluation, epochs as floats;
         `train_samples_per_second`, `eval_samples_per_second`: the latter of the last evaluation, or None;
-        `steps_per_epoch`: optimizer steps an epoch, rounded to a whole number.
+        `steps_per_epoch`: optimizer steps an epoch, rounded to a whole number. The last entry has the optimizer steps taken
+            in `step`, and the epochs, a fraction perhaps, in `epoch`.
     """
     raise NotImplementedError("Task 1.8: complete summarise_training() in src/exercises/lab01_baseline.py")
 

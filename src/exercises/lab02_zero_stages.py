@@ -20,7 +20,7 @@ TOP_LEVEL_KEYS = frozenset("""
     torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown
     wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 """.split())
-"""What deepspeed 0.19.8 reads at the top of a configuration. It passes over any other key without a word."""
+"""What deepspeed 0.19.8 reads at the top of a configuration. It ignores any other key, and does not say so."""
 
 
 # --- Task 2.1 -------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def create_deepspeed_config(stage: int, *, micro_batch: int | str = "auto", accu
         `train_micro_batch_size_per_gpu`, `gradient_accumulation_steps`, and `train_batch_size`, which is their product
         with `world_size`, or "auto" if one of the three is "auto";
         `gradient_clipping`;
-        `bf16` and `fp16`: {"enabled": True or False}, or "auto" in both;
+        `bf16` and `fp16`: each {"enabled": True or False}, and for precision "auto" each {"enabled": "auto"};
         `zero_optimization`: `stage`; with offload, `offload_optimizer` and `offload_param`, each {"device": "cpu",
         "pin_memory": True}; in stage 3, `stage3_gather_16bit_weights_on_model_save`: True, or saving writes no weights;
         `optimizer`, if DeepSpeed makes it: {"type": "AdamW", "params": {"lr": learning_rate, "weight_decay": "auto"}}, and
@@ -83,7 +83,7 @@ def check_deepspeed_config(config: dict, *, world_size: int, with_trainer: bool 
             three batch sizes, all numbers, where micro-batch × accumulation × world_size is not the global batch;
             an enabled `offload_param` (its device is not "none") below stage 3;
             an offload to "nvme" without an `nvme_path`;
-            without `Trainer`: the value "auto" anywhere, however deep.
+            without `Trainer`: the value "auto" anywhere, however deep, in lists too.
     """
     raise NotImplementedError("Task 2.2: complete check_deepspeed_config() in src/exercises/lab02_zero_stages.py")
 
@@ -152,7 +152,8 @@ def state_bytes(stage: int, groups: list[list[int]], ranks: int, precision: str)
     Per element: parameters and gradients take 2 bytes in bf16 and fp16, and 4 in fp32. The optimizer takes 12: the fp32
     master weight and Adam's two moments. (Stage 0 in fp32 steps the parameters themselves and keeps no master: 8.)
     Stage 1 shards the optimizer states, stage 2 the gradients too, stage 3 the parameters too; what is not sharded is
-    held whole. In stages 1 and 2 the whole buffer of parameters is the padded one: ranks × shard elements.
+    held whole. In stages 1 and 2 the whole buffer of parameters is the padded one: ranks × shard elements. Gradients that
+    are held whole (stages 0 and 1) are not padded.
 
     Args:
         stage: 0 to 3.

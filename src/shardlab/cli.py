@@ -120,13 +120,13 @@ def demo(
 def _print_scoreboard(console) -> None:
     from shardlab import switch
     from shardlab.authoring import stems
-    from shardlab.grading.matrix import grade
+    from shardlab.grading.grade import grade
     from shardlab.grading.scoreboard import render
 
     outcome = []
     for stem in stems():
         with console.status(f"grading the solutions of {stem} …"):
-            outcome += grade(switch.SOLUTIONS, stem)
+            outcome += grade(stem, exercises=switch.SOLUTIONS)
     console.print(render(outcome), highlight=False, markup=False)
 
 

@@ -6,20 +6,15 @@ All variants are graded in this one process, so the fork server stays warm, and 
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import shutil
 import tempfile
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from shardlab import switch
 from shardlab.authoring import stems, tasks
-from shardlab.grading.scoreboard import Milestone
+from shardlab.grading.grade import grade
 from shardlab.hardware import ROOT
 
 
@@ -60,33 +55,6 @@ def mutants(stem: str, root: Path = ROOT) -> list[Mutant]:
     return found
 
 
-def grade(folder: Path, stem: str, *, root: Path = ROOT) -> list[Milestone]:
-    """Run the milestones of one lab on the `exercises` package in `folder`, in this process."""
-    with tempfile.TemporaryDirectory() as temporary:
-        result = Path(temporary, "milestones.json")
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            code = pytest.main(
-                [
-                    str(root / "labs" / stem),
-                    "--exercises",
-                    str(folder),
-                    "--milestones-json",
-                    str(result),
-                    "-q",
-                    "-p",
-                    "no:cacheprovider",
-                    f"--rootdir={root}",
-                    "-c",
-                    str(root / "pyproject.toml"),
-                    f"--basetemp={temporary}/pytest",
-                ]
-            )
-        if code not in (0, 1) or not result.exists():
-            raise RuntimeError(f"pytest ended with {code} on {folder}:\n{output.getvalue()[-3000:]}")
-        return [Milestone(**entry) for entry in json.loads(result.read_text())]
-
-
 def _package(folder: Path, stem: str, source: str) -> Path:
     """An `exercises` package with the solutions of all labs, but this source for one."""
     shutil.copytree(switch.SOLUTIONS / "exercises", folder / "exercises", ignore=shutil.ignore_patterns("__pycache__"))
@@ -120,7 +88,7 @@ def prove(labs: list[str] | None = None, *, only: str | None = None, say=lambda 
     for stem in labs or stems():
         solution = (switch.SOLUTIONS / "exercises" / f"{stem}.py").read_text()
         if only in (None, "solutions"):
-            outcome = grade(switch.SOLUTIONS, stem)
+            outcome = grade(stem, exercises=switch.SOLUTIONS)
             wrong = [m.task for m in outcome if m.verdict not in ("passed", "not run")]
             untested = sorted(set(tasks(solution)) - {m.task for m in outcome})
             problem = (
@@ -131,14 +99,14 @@ def prove(labs: list[str] | None = None, *, only: str | None = None, say=lambda 
             from shardlab.authoring import skeleton
 
             with tempfile.TemporaryDirectory() as temporary:
-                outcome = grade(_package(Path(temporary), stem, skeleton(solution)), stem)
+                outcome = grade(stem, exercises=_package(Path(temporary), stem, skeleton(solution)))
             wrong = [m.task for m in outcome if m.verdict != "not implemented" or f"Task {m.task}" not in m.message]
             add(Line(stem, "skeleton", f"does not say 'Task {wrong[0]}': {outcome}" if wrong else ""))
         for mutant in mutants(stem):
             if only not in (None, "mutants", mutant.task):
                 continue
             with tempfile.TemporaryDirectory() as temporary:
-                outcome = grade(_package(Path(temporary), stem, mutant.source(solution)), stem)
+                outcome = grade(stem, exercises=_package(Path(temporary), stem, mutant.source(solution)))
             failed = {m.task: m.message for m in outcome if m.verdict not in ("passed", "not run")}
             problem = ""
             if set(failed) != {mutant.task}:

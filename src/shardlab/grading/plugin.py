@@ -90,7 +90,7 @@ def pytest_runtest_makereport(item, call):
     if report.skipped:
         verdict, message = "not run", str(call.excinfo.value)
     elif report.failed:
-        verdict, message = "failed", _message(call.excinfo)
+        verdict, message = "failed", _message(call.excinfo, task)
         if _is_unwritten(call.excinfo.value):
             verdict = "not implemented"
         report.longrepr = message
@@ -106,7 +106,7 @@ def _is_unwritten(error: BaseException) -> bool:
     return isinstance(error, NotImplementedError) or str(getattr(error, "error", "")).startswith("NotImplementedError")
 
 
-def _message(excinfo) -> str:
+def _message(excinfo, task: str) -> str:
     error = excinfo.value
     if isinstance(error, MilestoneFailed):
         return str(error)
@@ -115,14 +115,28 @@ def _message(excinfo) -> str:
     folder = str(switch.exercises_folder() / "exercises")
     # Frames of the learner's own code are what helps; the rest is ours.
     if rank_traceback := getattr(error, "rank_traceback", ""):
-        lines = [f"rank {error.rank}, in '{error.experiment}': {error.error}"]
+        got = f"rank {error.rank}, in '{error.experiment}': {error.error}"
         found = re.findall(rf'File "{re.escape(folder)}/([^"]+)", line (\d+), in (\w+)', rank_traceback)
-        return "\n".join(lines + [f"  in {file}, line {line}, {function}()" for file, line, function in found])
-    lines = [f"{type(error).__name__}: {error}"]
-    for entry in excinfo.traceback:
-        if str(entry.path).startswith(folder):
-            lines.append(f"  in {Path(str(entry.path)).name}, line {entry.lineno + 1}: {str(entry.statement).strip()}")
-    return "\n".join(lines)
+        places = [f"{file}, line {line}, in {function}()" for file, line, function in found]
+    else:
+        got = f"{type(error).__name__}: {error}"
+        places = [
+            f"{Path(str(entry.path)).name}, line {entry.lineno + 1}: {str(entry.statement).strip()}"
+            for entry in excinfo.traceback
+            if str(entry.path).startswith(folder)
+        ]
+    likely = "it returned something of another form than its docstring says"
+    if places:
+        likely = f"the last line of yours that ran: {places[-1]}"
+    return "\n".join(
+        [
+            "expected  your function to come to its end",
+            f"got       {got}",
+            *(f"          {place}" for place in places[:-1]),
+            f"likely    {likely}",
+            f"read      lab {int(task.partition('.')[0]):02d}, task {task}",
+        ]
+    )
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:

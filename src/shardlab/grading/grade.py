@@ -1,0 +1,42 @@
+"""Run the milestones of one lab in this process, and get their outcomes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from shardlab import switch
+from shardlab.grading.scoreboard import Milestone
+from shardlab.hardware import ROOT
+
+
+def grade(stem: str, *, exercises: Path | None = None, task: str | None = None) -> list[Milestone]:
+    """The outcome of each milestone of a lab, as `pytest labs/<stem>` would report it.
+
+    Args:
+        stem: the lab, such as "lab02_zero_stages".
+        exercises: the folder that holds the `exercises` package to grade; the one in use by default.
+        task: only the milestones of this task.
+
+    Raises:
+        ValueError: there is no such task.
+        RuntimeError: pytest could not run the milestones; the message holds what it printed last.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        result, output = Path(temporary, "milestones.json"), io.StringIO()
+        options = ["--exercises", str(exercises or switch.exercises_folder()), "--milestones-json", str(result)]
+        options += ["--task", task] if task else []
+        options += ["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = pytest.main([str(ROOT / "labs" / stem), *options, f"--basetemp={temporary}/pytest"])
+        printed = output.getvalue().strip()
+        if task and code == pytest.ExitCode.USAGE_ERROR:
+            raise ValueError(printed.splitlines()[-1])
+        if code not in (0, 1) or not result.exists():
+            raise RuntimeError(f"pytest ended with {code} on {exercises}:\n{printed[-3000:]}")
+        return [Milestone(**entry) for entry in json.loads(result.read_text())]
