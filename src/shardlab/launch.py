@@ -195,7 +195,7 @@ def _launch_group(runs: list[Run], ranks: int, deadline: float | None, timeout: 
             raise _first_error(result, logs, runs, [process.exitcode for process in context._pc.processes])
     except BaseException:
         if context is not None:
-            context.close(signal.SIGKILL, timeout=5)
+            _end(context)
         for run in runs:
             for log in sorted(logs.glob("**/std*.log")):
                 if log.stat().st_size:
@@ -204,6 +204,22 @@ def _launch_group(runs: list[Run], ranks: int, deadline: float | None, timeout: 
     finally:
         _restore(handlers)
         shutil.rmtree(logs, ignore_errors=True)
+
+
+def _end(context) -> None:
+    """Kill the ranks and what they have started: a data loader's workers would outlive them."""
+    children = []
+    for process in context._pc.processes:
+        try:
+            children += psutil.Process(process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            continue
+    context.close(signal.SIGKILL, timeout=5)
+    for child in children:
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            continue
 
 
 def _restore(handlers: dict) -> None:
@@ -334,3 +350,30 @@ def run_experiment(run: Run) -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def run_under_launcher(experiment: Experiment, runs: Path | str) -> Run:
+    """Run one experiment in a process that `deepspeed`, `torchrun` or `srun` has started as one of its ranks.
+
+    Every rank calls this. What goes wrong on a rank is in the run folder before the error goes on.
+
+    Returns:
+        The finished run, on every rank.
+    """
+    from shardlab.training import barrier, prepare_process, rank
+
+    for op in ops.needed_by(experiment.deepspeed):
+        ops.build(op, print)
+    prepare_process(experiment)
+    if rank() == 0:
+        Run.create(experiment, Path(runs).resolve())
+    barrier()
+    run = Run.read(Path(runs).resolve() / experiment.name)
+    try:
+        run_experiment(run)
+    except BaseException as error:
+        if Run.read(run.folder).record_json["outcome"] in ("waiting", "running"):
+            run.finish("failed", f"rank {rank()}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        raise
+    barrier()
+    return Run.read(run.folder)

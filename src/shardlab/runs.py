@@ -60,6 +60,7 @@ class Experiment(BaseModel):
     eval_examples: int | None = Field(None, ge=1, description="evaluate on only the first so many")
     evaluate: bool = Field(True, description="evaluation loss before and after training, and generated answers")
     save: bool = Field(True, description="save the model into the run folder")
+    options: dict[str, Any] = Field({}, description="what this program needs and no other does; the program's docstring says")
 
     @model_validator(mode="before")
     @classmethod
@@ -143,7 +144,7 @@ class Run:
 
     def write_states(self, states: dict) -> None:
         """`states`: {"parameters": Ψ, "groups": sizes by optimizer group, "ranks": [bytes by kind, a rank each]}."""
-        _write_json(self.folder / "states.json", states)
+        write_json(self.folder / "states.json", states)
 
     def finish(self, outcome: str = "finished", reason: str | None = None) -> None:
         """Set the outcome: `finished`, `failed`, `killed`, `interrupted` or `timed out`."""
@@ -151,7 +152,7 @@ class Run:
         self._write()
 
     def _write(self) -> None:
-        _write_json(self.folder / "run.json", self._record)
+        write_json(self.folder / "run.json", self._record)
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -286,7 +287,7 @@ def _is_alive(writer: dict) -> bool:
         return False
 
 
-def _write_json(path: Path, value) -> None:
+def write_json(path: Path, value) -> None:
     """Write a file whole or not at all, so that a reader never sees half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(json.dumps(value, indent=1) + "\n")

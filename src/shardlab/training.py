@@ -61,7 +61,7 @@ class Rows(Dataset):
         return self.rows[index]
 
 
-class RunRecorder(TrainerCallback):
+class StateRecorder:
     """Writes `metrics.jsonl` after each optimizer step, and `states.json` at the second one.
 
     The states are counted twice on the way to the second step (Adam makes its moments in the first): between two
@@ -70,50 +70,47 @@ class RunRecorder(TrainerCallback):
 
     Args:
         run: the run folder.
-        tokens_per_sequence: mean length of the training sequences, for tokens/s.
+        engine: a DeepSpeed engine; None without DeepSpeed, where `count` and `write` must be called.
+        tokens_per_sequence: mean length of the training sequences, for tokens/s; the experiment's `max_tokens` by default.
     """
 
-    def __init__(self, run: Run, tokens_per_sequence: float):
-        self.run, self.experiment, self.tokens_per_sequence = run, run.experiment, tokens_per_sequence
-        self.trainer: Trainer | None = None
-        self.allocated: int | None = None
+    def __init__(self, run: Run, engine=None, tokens_per_sequence: float | None = None):
+        self.run, self.experiment = run, run.experiment
+        self.tokens_per_sequence = tokens_per_sequence or run.experiment.max_tokens
         self.counts: list[dict] = []
-
-    def on_train_begin(self, args, state, control, **_):
-        self.before = time.perf_counter()
-        engine = self.trainer.deepspeed if self.trainer.is_deepspeed_enabled else None
+        self.allocated: int | None = None
+        self.restart_clock()
         if engine is not None:
-            self._watch(engine)
+            self.watch(engine)
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
-        # Under DeepSpeed the step has been taken by now, inside `backward`; `_watch` has counted.
-        if state.global_step == 1 and not self.trainer.is_deepspeed_enabled:
-            self._count(model, optimizer.optimizer)
-            self._write(model, optimizer.optimizer)
+    def restart_clock(self) -> None:
+        """Leave what has happened since the last step out of the next step's time."""
+        self.before = time.perf_counter()
 
-    def on_substep_end(self, args, state, control, model=None, optimizer=None, **_):
-        if state.global_step == 1:
-            engine = self.trainer.deepspeed
-            self._count(model, engine.optimizer if self.trainer.is_deepspeed_enabled else optimizer.optimizer)
-
-    def _watch(self, engine) -> None:
-        """Count just before the second optimizer step of a DeepSpeed engine."""
-        take_step, calls = engine.optimizer.step, 0
+    def watch(self, engine) -> None:
+        """Count just before the second optimizer step of a DeepSpeed engine, and after each earlier micro-batch of that step."""
+        take_step, backward, calls = engine.optimizer.step, engine.backward, 0
 
         def step(*args, **kwargs):
             nonlocal calls
             calls += 1
             if calls == 2:
-                self._count(engine.module, engine.optimizer)
-                self._write(engine.module, engine.optimizer)
+                self.count(engine.module, engine.optimizer)
+                self.write(engine.module, engine.optimizer)
             return take_step(*args, **kwargs)
 
-        engine.optimizer.step = step
+        def count_behind(*args, **kwargs):
+            result = backward(*args, **kwargs)
+            if calls == 1 and not engine.is_gradient_accumulation_boundary():
+                self.count(engine.module, engine.optimizer)
+            return result
 
-    def _count(self, model, optimizer) -> None:
+        engine.optimizer.step, engine.backward = step, count_behind
+
+    def count(self, model, optimizer) -> None:
         self.counts.append(asdict(memory.held_bytes(model, optimizer)))
 
-    def _write(self, model, optimizer) -> None:
+    def write(self, model, optimizer) -> None:
         largest = {kind: max(count[kind] for count in self.counts) for kind in self.counts[0]}
         ranks = gather(largest)
         if rank() == 0:
@@ -121,31 +118,65 @@ class RunRecorder(TrainerCallback):
                 {"parameters": parameter_count(model), "groups": memory.parameter_groups(optimizer), "ranks": ranks}
             )
 
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == 2 and torch.cuda.is_available():
+    def log_step(self, step: int, loss: float, learning_rate: float | None = None) -> None:
+        """One optimizer step is done; rank 0 writes its line. `loss` is the mean over the step's micro-batches."""
+        if step == 2 and torch.cuda.is_available():
             self.allocated = torch.cuda.memory_allocated()
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if not logs or "loss" not in logs or rank() != 0:
-            return
         now = time.perf_counter()
         seconds, self.before = now - self.before, now
+        if rank() != 0:
+            return
         samples = self.experiment.global_batch
         self.run.log_step(
-            step=state.global_step,
-            loss=logs["loss"],
-            learning_rate=logs.get("learning_rate"),
+            step=step,
+            loss=loss,
+            learning_rate=learning_rate,
             seconds=round(seconds, 4),
             samples_per_second=round(samples / seconds, 3),
             tokens_per_second=round(samples * self.tokens_per_sequence / seconds, 1),
-            steps=state.max_steps,
+            steps=self.experiment.steps or step,
         )
 
+    def device_memory(self) -> dict:
+        """Each rank's peak and what it held after the second step, for `run.json`; nothing without a GPU. All ranks call it."""
+        if not torch.cuda.is_available():
+            return {}
+        mine = {"peak_allocated": torch.cuda.max_memory_allocated(), "allocated_between_steps": self.allocated}
+        return {"device_memory": gather(mine)}
+
+
+class RunRecorder(TrainerCallback):
+    """Lets `Trainer` fill the run folder through a `StateRecorder`."""
+
+    def __init__(self, states: StateRecorder):
+        self.states = states
+        self.trainer: Trainer | None = None
+
+    def on_train_begin(self, args, state, control, **_):
+        self.states.restart_clock()
+        self.states.experiment = self.states.experiment.model_copy(update={"steps": state.max_steps})
+        if self.trainer.is_deepspeed_enabled:
+            self.states.watch(self.trainer.deepspeed)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
+        # Under DeepSpeed the step has been taken by now, inside `backward`.
+        if state.global_step == 1 and not self.trainer.is_deepspeed_enabled:
+            self.states.count(model, optimizer.optimizer)
+            self.states.write(model, optimizer.optimizer)
+
+    def on_substep_end(self, args, state, control, model=None, optimizer=None, **_):
+        if state.global_step == 1 and not self.trainer.is_deepspeed_enabled:
+            self.states.count(model, optimizer.optimizer)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if logs and "loss" in logs:
+            self.states.log_step(state.global_step, logs["loss"], logs.get("learning_rate"))
+
     def on_evaluate(self, args, state, control, **_):
-        self.before = time.perf_counter()
+        self.states.restart_clock()
 
     def on_save(self, args, state, control, **_):
-        self.before = time.perf_counter()
+        self.states.restart_clock()
 
 
 def prepare_process(experiment: Experiment) -> None:
@@ -212,7 +243,8 @@ def train(
             f"Trainer sees a world of {arguments.world_size}, the experiment has {run.experiment.ranks} ranks. "
             "Build TrainingArguments on the rank, with use_cpu=True where there is no GPU."
         )
-    recorder = RunRecorder(run, tokens_per_sequence)
+    states = StateRecorder(run, tokens_per_sequence=tokens_per_sequence)
+    recorder = RunRecorder(states)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -233,11 +265,7 @@ def train(
     trainer.train()
     # While this is set, from_pretrained shards every model that it loads; after training, a model is loaded whole again.
     unset_hf_deepspeed_config()
-    peaks = gather(
-        {"peak_allocated": torch.cuda.max_memory_allocated(), "allocated_between_steps": recorder.allocated}
-        if torch.cuda.is_available()
-        else None
-    )
+    device_memory = states.device_memory()
     if rank() == 0:
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         run.record(
@@ -246,7 +274,7 @@ def train(
             tokens_per_sequence=round(tokens_per_sequence, 1),
             eval_losses=losses,
             log_history=trainer.state.log_history,
-            **({"device_memory": peaks} if peaks[0] else {}),
+            **device_memory,
         )
     return trainer
 

@@ -106,8 +106,25 @@ def shared_folder() -> Path:
     return Path(_lifetime_folder().name)
 
 
-def launched(experiments: list, *, timeout: float = 120) -> dict:
-    """Run experiments on real ranks, once for each combination of experiments and exercise source in this process.
+def _code_of(task: str) -> list[str]:
+    """The exercises' source without the solutions of other tasks, where they are marked, as in solutions and mutants.
+
+    A program on the ranks uses the functions of one task alone. So the mutants of other tasks need no launch of their own.
+    """
+    sources = []
+    for path in sorted((switch.exercises_folder() / "exercises").glob("*.py")):
+        first, *parts = path.read_text().split("# BEGIN SOLUTION ")
+        sources += [first, *(part if part.split()[0] == task else part.partition("# END SOLUTION")[2] for part in parts)]
+    return sources
+
+
+def launched(experiments: list, *, task: str, timeout: float = 120) -> dict:
+    """Run experiments on real ranks, once for each combination of experiments and the task's code in this process.
+
+    Args:
+        experiments: what to run.
+        task: whose functions the programs use.
+        timeout: seconds.
 
     Returns:
         The finished runs by name.
@@ -115,10 +132,8 @@ def launched(experiments: list, *, timeout: float = 120) -> dict:
     from shardlab import progress
     from shardlab.launch import launch
 
-    uses_exercises = any(experiment.program.startswith(("exercises.", "shardlab.grading.programs")) for experiment in experiments)
-    sources = (
-        [path.read_text() for path in sorted((switch.exercises_folder() / "exercises").glob("*.py"))] if uses_exercises else []
-    )
+    with_exercises = ("exercises.", "shardlab.grading.programs:", "shardlab.grading.engine_programs:")
+    sources = _code_of(task) if any(experiment.program.startswith(with_exercises) for experiment in experiments) else []
     key = hashlib.sha256(json.dumps([[e.model_dump() for e in experiments], sources]).encode()).hexdigest()
     if key not in _RUNS:
         _RUNS[key] = launch(experiments, runs=shared_folder() / key[:12], timeout=timeout, display=progress.Quiet())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -66,9 +67,9 @@ def lab(request) -> Lab:
 
 
 @pytest.fixture
-def run_experiments():
+def run_experiments(request):
     """`run_experiments(experiments)`: finished runs by name, on real ranks; equal experiments share one launch."""
-    return launched
+    return partial(launched, task=_marker(request.node)[0])
 
 
 @pytest.hookimpl(wrapper=True)

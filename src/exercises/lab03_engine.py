@@ -1,0 +1,447 @@
+"""Lab 03, engine: train with DeepSpeed's engine by hand, without `Trainer`.
+
+You complete nine functions. With them this file is also a program, which a launcher starts once a rank:
+
+    deepspeed --num_gpus 2 src/exercises/lab03_engine.py --stage 2
+    deepspeed --num_gpus 2 src/exercises/lab03_engine.py --stage 3 --offload
+    deepspeed --num_gpus 2 src/exercises/lab03_engine.py --compare
+    deepspeed --hostfile hosts.txt src/exercises/lab03_engine.py --stage 2
+    torchrun --nproc-per-node 2 src/exercises/lab03_engine.py --stage 2
+
+`--num_gpus` counts ranks; without GPUs they are processes on the CPU. A hostfile has a line a machine: `localhost slots=2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+from datasets import Dataset
+
+from shardlab import hardware, ops, report, switch
+from shardlab.launch import run_under_launcher
+from shardlab.models import load_model, load_tokenizer
+from shardlab.runs import Experiment, Run, write_json
+from shardlab.training import StateRecorder, barrier, gather, rank, text_rows, world_size
+
+os.environ.update(ops.environment())  # DeepSpeed reads the device and the folder of its compiled ops when it is imported
+import deepspeed
+
+# --- Task 3.1 -------------------------------------------------------------------------------------------------------
+
+
+def initialize_deepspeed(model, config: dict, optimizer=None, training_data: Dataset | None = None) -> tuple:
+    """Wrap a model in a DeepSpeed engine. Every rank calls this.
+
+    Args:
+        model: a `transformers` model.
+        config: DeepSpeed's configuration, without "auto": there is no `Trainer` to fill it in.
+        optimizer: a torch optimizer over the model's parameters; None if the configuration has an `optimizer`.
+        training_data: rows of tensors of equal shapes, such as `Dataset.from_list(rows).with_format("torch")`.
+
+    Returns:
+        Engine, optimizer, data loader and learning-rate scheduler. The first, second and last are as `deepspeed.initialize`
+        returns them. The data loader is `engine.deepspeed_io(training_data, …)`, which gives each rank its own share of the
+        rows; None without data. Load in the rank itself (`num_local_io_workers=0`): by default each rank starts two more
+        processes, and they outlive a rank that is killed. Pin memory only where there is a GPU.
+
+    Raises:
+        ValueError: there is neither an `optimizer` nor one in the configuration, or both are there; or one of
+            `train_batch_size`, `train_micro_batch_size_per_gpu` and `gradient_accumulation_steps` is "auto". The sentence
+            names the key.
+
+    Source: https://deepspeed.readthedocs.io/en/latest/initialize.html
+    """
+    raise NotImplementedError("Task 3.1: complete initialize_deepspeed() in src/exercises/lab03_engine.py")
+
+
+# --- Given ----------------------------------------------------------------------------------------------------------
+
+
+def on_device(batch: dict[str, torch.Tensor], engine) -> dict[str, torch.Tensor]:
+    """The batch on the engine's device."""
+    return {name: tensor.to(engine.device) for name, tensor in batch.items()}
+
+
+def mean_over_ranks(value: torch.Tensor) -> float:
+    """The mean of a number of which each rank has one. All ranks must call it."""
+    value = value.detach().clone().float()
+    deepspeed.comm.all_reduce(value)
+    return value.item() / world_size()
+
+
+def random_state() -> dict:
+    """The states of this rank's random generators. Dropout draws from torch's."""
+    return {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+
+
+def write_manifest(folder: Path, ranks: int, universal: bool = False) -> None:
+    """Write `complete.json`, the last file of a checkpoint: its ranks, and the size of every file in bytes."""
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    write_json(Path(folder, "complete.json"), {"ranks": ranks, "universal": universal, "files": files})
+
+
+class DeepSpeedTrainer:
+    """Trains an engine, and knows how far it has come.
+
+    Attributes:
+        engine: what `initialize_deepspeed` made.
+        epoch: epochs finished.
+        samples: sequences of the current epoch that have been trained on, over all ranks.
+        after_step: called after each optimizer step with the trainer and the mean loss of the step's micro-batches.
+        random_state_to_restore: set by `load_checkpoint`; `restore_random_state` puts it in place.
+    """
+
+    def __init__(self, engine, after_step=lambda trainer, loss: None):
+        self.engine, self.after_step = engine, after_step
+        self.epoch = self.samples = 0
+        self.random_state_to_restore: dict | None = None
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether there are gradients that no optimizer step has used yet."""
+        return self.engine.micro_steps % self.engine.gradient_accumulation_steps() != 0
+
+    def restore_random_state(self) -> None:
+        """Continue the random numbers of the checkpoint, if one has been loaded; a second call does nothing."""
+        state, self.random_state_to_restore = self.random_state_to_restore, None
+        if state is not None:
+            random.setstate(state["python"])
+            numpy.random.set_state(state["numpy"])
+            torch.set_rng_state(state["torch"])
+            if state["cuda"] is not None:
+                torch.cuda.set_rng_state(state["cuda"])
+
+    # --- Task 3.2 ---------------------------------------------------------------------------------------------------
+
+    def train_step(self, batch: dict[str, torch.Tensor]) -> float:
+        """Forward, backward and step for one micro-batch.
+
+        The engine counts micro-batches. `engine.backward` divides the loss by the accumulation, and `engine.step` does
+        nothing until the last micro-batch of an optimizer step: then it clips, steps, and clears the gradients.
+
+        Args:
+            batch: `input_ids`, `attention_mask` and `labels` of this rank's micro-batch, each (micro-batch, tokens), on
+                any device.
+
+        Returns:
+            The micro-batch's loss, as the model gives it, in the mean over the ranks.
+        """
+        raise NotImplementedError("Task 3.2: complete train_step() in src/exercises/lab03_engine.py")
+
+    # --- Task 3.3 ---------------------------------------------------------------------------------------------------
+
+    def train_epoch(self, dataloader, last_step: int | None = None) -> float:
+        """Train on the batches of the current epoch that have not been trained on yet.
+
+        The sampler shuffles anew only if it is told the epoch: `dataloader.data_sampler.set_epoch(…)`. After a checkpoint
+        was loaded, `samples` says how many sequences to pass over; each batch has micro-batch × ranks of them, over all
+        ranks. Call `iter()` on DeepSpeed's loader once only: it starts anew each time. Call `restore_random_state` after
+        the passing over, which draws random numbers itself, and before the first step.
+
+        After each micro-batch `samples` grows. After the last one of an optimizer step, `after_step` is called, and
+        training ends if `engine.global_steps` has reached `last_step`. At the end of the epoch `epoch` grows, and `samples`
+        is 0 again.
+
+        Args:
+            dataloader: what `initialize_deepspeed` returned.
+            last_step: the optimizer step, counted from the beginning of the training, after which to return.
+
+        Returns:
+            The mean loss of the micro-batches that were trained on; nan if none was left.
+        """
+        raise NotImplementedError("Task 3.3: complete train_epoch() in src/exercises/lab03_engine.py")
+
+    # --- Task 3.4 ---------------------------------------------------------------------------------------------------
+
+    def evaluate(self, dataloader) -> float:
+        """The mean loss of a token on held-out data, over all ranks; nothing is trained.
+
+        The model's loss is a mean over the micro-batch's labels that are not −100, the first of each row left out, since
+        nothing predicts it. Batches with few labels must not count as much as batches with many. Dropout is off while this
+        runs, and on again afterwards.
+
+        Args:
+            dataloader: batches for this rank; every rank has equally many, or stage 3 would wait for ever.
+        """
+        raise NotImplementedError("Task 3.4: complete evaluate() in src/exercises/lab03_engine.py")
+
+    # --- Task 3.5 ---------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, path: str | Path, client_state: dict) -> Path:
+        """Save everything that training needs to go on, into the folder `path/step-<optimizer steps>`. Every rank calls this.
+
+        DeepSpeed saves parameters, optimizer states and scheduler, each rank its shard. The rest goes through DeepSpeed's own
+        `client_state`: {"epoch": …, "samples": …, "random": [each rank's random_state(), by rank], "client": client_state}.
+        DeepSpeed writes the client state of rank 0 only, in stages 0 to 2; `gather(value)` gives every rank the list.
+
+        The folder is complete when `complete.json` is in it: rank 0 writes that (`write_manifest`), after every rank has
+        written its files (`barrier()`), and no rank returns before.
+
+        Args:
+            path: the folder of all checkpoints.
+            client_state: whatever the caller wants back; anything that can be pickled.
+
+        Returns:
+            The folder of this checkpoint.
+
+        Raises:
+            ValueError: in the middle of an accumulation; gradients are not saved, so they would be lost.
+        """
+        raise NotImplementedError("Task 3.5: complete save_checkpoint() in src/exercises/lab03_engine.py")
+
+    # --- Task 3.7 ---------------------------------------------------------------------------------------------------
+
+    def load_checkpoint(self, path: str | Path, tag: str | None = None) -> dict:
+        """Continue from a checkpoint that `save_checkpoint` wrote. Every rank calls this, before the first step.
+
+        Args:
+            path: the folder of all checkpoints.
+            tag: the checkpoint's folder in it, such as "step-4"; by default the newest that is whole (`newest_whole`).
+
+        Returns:
+            The `client_state` that was saved. `epoch` and `samples` are restored. `random_state_to_restore` is this rank's, or
+            None if the checkpoint was saved by another number of ranks.
+
+        Raises:
+            ValueError: what `check_checkpoint` raises, before the engine has loaded anything.
+        """
+        raise NotImplementedError("Task 3.7: complete load_checkpoint() in src/exercises/lab03_engine.py")
+
+
+# --- Task 3.6 -------------------------------------------------------------------------------------------------------
+
+
+def check_checkpoint(folder: str | Path, ranks: int) -> dict:
+    """Refuse a checkpoint that is not whole, or that this number of ranks cannot load.
+
+    Args:
+        folder: of one checkpoint, such as checkpoints/step-4.
+        ranks: how many want to load it.
+
+    Returns:
+        What `complete.json` says: {"ranks": …, "universal": True or False, "files": {name in the folder: bytes}}.
+
+    Raises:
+        ValueError: with a sentence that names the folder or the file, and the reason:
+            the folder is missing; it has no `complete.json` (the save did not come to its end); a file is missing; a file
+            has another size; another number of ranks saved it and it is not universal (the sentence names both numbers).
+    """
+    raise NotImplementedError("Task 3.6: complete check_checkpoint() in src/exercises/lab03_engine.py")
+
+
+def newest_whole(path: str | Path, ranks: int) -> Path:
+    """The newest checkpoint in a folder that `check_checkpoint` accepts. Newer ones that it refuses are named on stderr.
+
+    Raises:
+        ValueError: there is none; the sentence says why for each.
+    """
+    refused = []
+    for folder in sorted(Path(path).glob("step-*"), key=lambda folder: int(folder.name.partition("-")[2]), reverse=True):
+        try:
+            check_checkpoint(folder, ranks)
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        if refused and rank() == 0:
+            print(f"Passed over: {'; '.join(refused)}. Continuing from {folder}.", file=sys.stderr)
+        return folder
+    raise ValueError(f"{path} holds no checkpoint to continue from" + "".join(f"; {reason}" for reason in refused))
+
+
+# --- Task 3.8 -------------------------------------------------------------------------------------------------------
+
+
+def consolidate(folder: str | Path, base_model: str, out: str | Path):
+    """Make a plain `transformers` model folder, in fp32, of a checkpoint of ZeRO stages 1 to 3. One process calls this.
+
+    `deepspeed.utils.zero_to_fp32` puts the shards of the master weights together. The model folder also needs the
+    configuration, which the checkpoint does not have, and the tokenizer.
+
+    Args:
+        folder: of one checkpoint, such as checkpoints/step-4.
+        base_model: the model that was trained; `load_model(base_model, random_weights=True)` builds one of that shape, and
+            `load_tokenizer(base_model)` reads its tokenizer.
+        out: the model folder to write.
+
+    Returns:
+        The model.
+    """
+    raise NotImplementedError("Task 3.8: complete consolidate() in src/exercises/lab03_engine.py")
+
+
+# --- Task 3.9 -------------------------------------------------------------------------------------------------------
+
+
+def convert_to_universal(folder: str | Path, path: str | Path) -> Path:
+    """Convert a checkpoint so that any number of ranks can load it. One process calls this.
+
+    `deepspeed.checkpoint.ds_to_universal.main` does it; it takes what its command line gives: an object with the attributes
+    input_folder, output_folder, num_extract_workers, num_merge_workers, keep_temp_folder, strict and inject_missing_state.
+    The last must be True: stages 1 and 2 leave something out that the conversion asks for. The engine that loads the result
+    needs {"checkpoint": {"load_universal": True}} in its configuration.
+
+    Args:
+        folder: of one checkpoint of ZeRO stages 1 to 3.
+        path: the folder of universal checkpoints; the new one goes into `path/<name of folder>`, with a `complete.json` that
+            says `universal`, and the number of ranks that saved the original.
+
+    Returns:
+        The new checkpoint's folder.
+    """
+    raise NotImplementedError("Task 3.9: complete convert_to_universal() in src/exercises/lab03_engine.py")
+
+
+# --- Given: the program ---------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """The command line. The `deepspeed` launcher puts `--local_rank=N` in front of a script's arguments; `torchrun` does not."""
+    parser = argparse.ArgumentParser(description="Train with DeepSpeed's engine; a launcher starts this once a rank.")
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage (default: 2)")
+    parser.add_argument("--offload", action="store_true", help="optimizer states on the CPU; in stage 3 the parameters too")
+    parser.add_argument("--compare", action="store_true", help="train with every stage, without and with offload; print a table")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default: 20)")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint of the same run")
+    parser.add_argument("--model", help="default: bloom-tiny without a GPU, else bigscience/bloom-560m")
+    parser.add_argument("--random-weights", action="store_true", help="the model's shape only, to measure without its weights")
+    parser.add_argument("--micro-batch", type=int, help="sequences a rank and forward pass (default: 2 without a GPU, else 8)")
+    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
+    chosen = parser.parse_args(arguments)
+    if chosen.offload and chosen.stage == 0:
+        parser.error("--offload needs --stage 1, 2 or 3: stage 0 has no sharded optimizer to move")
+    for name in ("steps", "micro_batch"):
+        if getattr(chosen, name) is not None and getattr(chosen, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(chosen, name)}: at least 1 is needed")
+    return chosen
+
+
+def engine_config(stage: int, *, offload: bool, micro_batch: int, accumulation: int, ranks: int, learning_rate: float,
+                  precision: str) -> dict:
+    """A configuration with numbers in the place of every "auto"."""
+    zero: dict = {"stage": stage}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    adam = {"lr": learning_rate} | ({} if offload else {"torch_adam": True})
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": accumulation,
+        "train_batch_size": micro_batch * accumulation * ranks, "gradient_clipping": 1.0,
+        "bf16": {"enabled": precision == "bf16"}, "zero_optimization": zero, "optimizer": {"type": "AdamW", "params": adam},
+    }
+
+
+def tensors(rows: list[dict]) -> Dataset:
+    """Rows of numbers as a data set of tensors."""
+    return Dataset.from_list(rows).with_format("torch")
+
+
+def program(experiment: Experiment, run: Run) -> dict:
+    """What every rank runs: your functions, put together. It trains on the paragraphs' text.
+
+    The experiment's `options`: `checkpoints`, a folder to save to at the end and every `save_every` optimizer steps; and
+    `resume`, to continue from the newest whole checkpoint in it.
+    """
+    options = experiment.options
+    model = load_model(experiment.model, random_weights=experiment.random_weights, seed=experiment.seed)
+    train_rows, eval_rows = text_rows(experiment)
+    engine, optimizer, loader, _ = initialize_deepspeed(model, experiment.deepspeed, None, tensors(train_rows))
+    states = StateRecorder(run, engine)
+
+    def after_step(trainer: DeepSpeedTrainer, loss: float) -> None:
+        states.log_step(engine.global_steps, loss)
+        if engine.global_steps % options.get("save_every", math.inf) == 0:
+            trainer.save_checkpoint(options["checkpoints"], {"name": experiment.name})
+
+    trainer = DeepSpeedTrainer(engine, after_step)
+    if options.get("resume"):
+        trainer.load_checkpoint(options["checkpoints"])
+    while engine.global_steps < experiment.steps:
+        trainer.train_epoch(loader, experiment.steps)
+    results = states.device_memory()
+    if experiment.evaluate:
+        share = tensors(eval_rows[: len(eval_rows) // world_size() * world_size()])
+        held_out = engine.deepspeed_io(share, route="eval", num_local_io_workers=0, pin_memory=torch.cuda.is_available())
+        results["eval_loss"] = trainer.evaluate(held_out)
+    if "checkpoints" in options and not trainer.accumulating:
+        trainer.save_checkpoint(options["checkpoints"], {"name": experiment.name})
+    return results
+
+
+def summary(run: Run) -> str:
+    """What came of a run, for the terminal."""
+    experiment, zero = run.experiment, run.experiment.deepspeed["zero_optimization"]
+    moved = [part.removeprefix("offload_") for part in ("offload_optimizer", "offload_param") if part in zero]
+    held, speed = report.measured_states(run), run.samples_per_second()
+    memory = ", ".join(f"{device} {row['peak']:.0f} MiB" for device, row in run.memory().items())
+    return "\n".join([
+        f"stage          {zero['stage']}, {experiment.ranks} ranks",
+        f"offload        {', '.join(moved) or 'none'}",
+        f"loss           {run.losses()[0]:.4f} at first, {run.losses()[-1]:.4f} at last",
+        f"model states   {report.bytes_text(held.device)} on each device, {report.bytes_text(held.host)} offloaded to each host",
+        f"peak memory    {memory}",
+        f"samples/s      {speed:.1f}" if speed else "samples/s      not measured: two optimizer steps are needed",
+        f"run folder     {run.folder}",
+    ])
+
+
+ADVICE = {
+    "stage 0": "everything fits, and one GPU is enough",
+    "stage 1": "the optimizer states do not fit whole",
+    "stage 2": "the gradients do not fit whole beside them",
+    "stage 3": "the parameters do not fit whole",
+    "stage 2 + offload": "what is left after stage 2 does not fit, and the host has room",
+    "stage 3 + offload": "nothing else fits",
+}
+
+
+def main() -> int:
+    """The program: one run and its summary, or all of them and a table."""
+    chosen = parse_arguments(sys.argv[1:])
+    if "RANK" not in os.environ:
+        print("This is one rank of several, so a launcher must start it, such as\n"
+              f"    deepspeed --num_gpus 2 {sys.argv[0]} --stage {chosen.stage}\n"
+              f"    torchrun --nproc-per-node 2 {sys.argv[0]} --stage {chosen.stage}", file=sys.stderr)
+        return 2
+    tiny, ranks = hardware.size() == "tiny", int(os.environ["WORLD_SIZE"])
+    model = chosen.model or ("bloom-tiny" if tiny else "bigscience/bloom-560m")
+    common = {"model": model, "data": "mini" if model == "bloom-tiny" or chosen.random_weights else "squad",
+              "random_weights": chosen.random_weights, "ranks": ranks, "steps": chosen.steps, "learning_rate": 1e-4,
+              "micro_batch": chosen.micro_batch or (2 if tiny else 8), "accumulation": 2, "max_tokens": 64 if tiny else 512,
+              "precision": hardware.best_precision(), "program": "exercises.lab03_engine:program", "train_examples": 256,
+              "eval_examples": 64}
+    plans = [(chosen.stage, chosen.offload)]
+    if chosen.compare:
+        plans = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]
+    finished = []
+    for stage, offload in plans:
+        name = f"lab03-stage{stage}{'-offload' if offload else ''}"
+        config = engine_config(stage, offload=offload, ranks=ranks,
+                               **{key: common[key] for key in ("micro_batch", "accumulation", "learning_rate", "precision")})
+        options = {} if chosen.compare else {"checkpoints": str(Path("runs", f"{name}-checkpoints")), "resume": chosen.resume}
+        experiment = Experiment(name=name, method=f"stage {stage}{' + offload' if offload else ''}", deepspeed=config,
+                                options=options, **common)
+        finished.append(run_under_launcher(experiment, "runs"))
+    if rank() == 0 and not chosen.compare:
+        print(summary(finished[0]))
+    if rank() == 0 and chosen.compare:
+        fastest = max(run.samples_per_second() for run in finished)
+        report.print_rows("Measured here; choose a row when those above it do not do", [
+            {"method": run.experiment.method, "bytes a rank": report.bytes_text(report.measured_states(run).device),
+             "on the host": report.bytes_text(report.measured_states(run).host),
+             "samples/s": f"{run.samples_per_second():.1f}", "relative speed": f"{run.samples_per_second() / fastest:.2f}",
+             "last loss": f"{run.losses()[-1]:.4f}", "when": ADVICE[run.experiment.method]} for run in finished])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(switch.import_exercise("lab03_engine").main())

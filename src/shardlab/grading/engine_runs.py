@@ -1,0 +1,163 @@
+"""Runs of DeepSpeed's engine without any exercise in them. The milestones of labs 03 and 04 compare with these."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch.utils.data import DistributedSampler
+
+from shardlab.models import load_model
+from shardlab.runs import Experiment, Run, write_json
+from shardlab.training import barrier, gather, rank, text_rows, world_size
+
+
+def set_dropout(model, probability: float) -> None:
+    """Set BLOOM's dropout; as it is shipped it has none."""
+    for block in model.transformer.h:
+        block.self_attention.hidden_dropout = block.mlp.hidden_dropout = probability
+        block.self_attention.attention_dropout.p = probability
+
+
+def build(experiment: Experiment):
+    """The experiment's model in an engine; `options["dropout"]` is its dropout."""
+    import deepspeed
+
+    model = load_model(experiment.model, seed=experiment.seed)
+    set_dropout(model, experiment.options.get("dropout", 0.0))
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=experiment.deepspeed)[0]
+
+
+def as_batch(rows: list[dict]) -> dict[str, torch.Tensor]:
+    return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+
+def epoch_batches(rows: list[dict], epoch: int, micro_batch: int, ranks: int, rank_: int) -> list[dict[str, torch.Tensor]]:
+    """One rank's micro-batches of an epoch, in the order of torch's `DistributedSampler`."""
+    sampler = DistributedSampler(rows, ranks, rank_)
+    sampler.set_epoch(epoch)
+    mine = [rows[index] for index in sampler]
+    return [as_batch(mine[at : at + micro_batch]) for at in range(0, len(mine), micro_batch)]
+
+
+def micro_step(engine, batch: dict[str, torch.Tensor]) -> float:
+    """Forward, backward and step; the loss in the mean over the ranks."""
+    engine.train()
+    loss = engine(**{name: tensor.to(engine.device) for name, tensor in batch.items()}).loss
+    engine.backward(loss)
+    engine.step()
+    losses = gather(loss.item())
+    return sum(losses) / len(losses)
+
+
+def random_states() -> list[dict]:
+    """Every rank's random generators, in the form that lab 03 gives them."""
+    import random
+
+    import numpy
+
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return gather(
+        {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+    )
+
+
+def save(engine, path: Path, state: dict) -> None:
+    """A checkpoint in the form that lab 03 describes."""
+    tag = f"step-{engine.global_steps}"
+    engine.save_checkpoint(str(path), tag=tag, client_state=state | {"random": random_states()})
+    barrier()
+    if rank() == 0:
+        folder = Path(path, tag)
+        files = {str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()}
+        write_json(folder / "complete.json", {"ranks": world_size(), "universal": False, "files": files})
+    barrier()
+
+
+def full_weights(engine) -> dict[str, torch.Tensor]:
+    """The engine's fp32 weights, whole, on every rank."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in engine.module.named_parameters()}
+
+
+def go_on(engine, experiment: Experiment, run: Run, *, epoch: int = 0, samples: int = 0, before_first=lambda: None) -> None:
+    """Train to the experiment's last step from a position in the data, and write a line a step.
+
+    The experiment's `options`: `checkpoints`, a folder to save to after the steps in `save_at`; `weights`, a file for the
+    weights after the step `weights_at`; `kill_at`, the step in which rank 1 ends itself with SIGKILL.
+    """
+    options, rows = experiment.options, text_rows(experiment)[0]
+    per_batch = experiment.micro_batch * world_size()
+    while engine.global_steps < experiment.steps:
+        losses = []
+        for number, batch in enumerate(epoch_batches(rows, epoch, experiment.micro_batch, world_size(), rank())):
+            if number * per_batch < samples:
+                continue
+            before_first()
+            if engine.global_steps + 1 == options.get("kill_at") and rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            losses.append(micro_step(engine, batch))
+            samples += per_batch
+            if len(losses) < experiment.accumulation:
+                continue
+            if rank() == 0:
+                run.log_step(step=engine.global_steps, loss=sum(losses) / len(losses), steps=experiment.steps)
+            losses = []
+            if engine.global_steps in options.get("save_at", []):
+                state = {"epoch": epoch, "samples": samples, "client": {"name": experiment.name}}
+                save(engine, Path(options["checkpoints"]), state)
+            if engine.global_steps == options.get("weights_at"):
+                weights = full_weights(engine)
+                if rank() == 0:
+                    torch.save(weights, options["weights"])
+            if engine.global_steps == experiment.steps:
+                return
+        epoch, samples = epoch + 1, 0
+
+
+def train(experiment: Experiment, run: Run) -> dict:
+    """Train without a stop, or to the step in which a rank is killed.
+
+    With `options["load"]`, the folder of a checkpoint, training continues from there.
+    """
+    engine = build(experiment)
+    state = {"epoch": 0, "samples": 0}
+    if "load" in experiment.options:
+        folder = Path(experiment.options["load"])
+        _, state = engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    go_on(engine, experiment, run, epoch=state["epoch"], samples=state["samples"])
+    return {}
+
+
+def plain_losses(experiment: Experiment) -> list[float]:
+    """The loss of each optimizer step in plain PyTorch, in this process, on the batches that all ranks would see.
+
+    AdamW and clipping come from the experiment's DeepSpeed configuration. Dropout is off.
+    """
+    config = experiment.deepspeed
+    model = load_model(experiment.model, seed=experiment.seed).train()
+    settings = {key: value for key, value in config["optimizer"]["params"].items() if key != "torch_adam"}
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    rows, found, pending, epoch = text_rows(experiment)[0], [], [], 0
+    while len(found) < experiment.steps:
+        shares = [epoch_batches(rows, epoch, experiment.micro_batch, experiment.ranks, r) for r in range(experiment.ranks)]
+        for together in zip(*shares):
+            losses = [model(**batch).loss for batch in together]
+            loss = sum(losses) / len(losses)
+            (loss / experiment.accumulation).backward()
+            pending.append(loss.item())
+            if len(pending) < experiment.accumulation:
+                continue
+            if config["gradient_clipping"]:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config["gradient_clipping"])
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(sum(pending) / len(pending))
+            pending = []
+            if len(found) == experiment.steps:
+                break
+        epoch += 1
+    return found
