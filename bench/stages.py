@@ -70,6 +70,24 @@ def figures(run: Run) -> dict:
     return found
 
 
+def write_results(out: Path, what: str, command: str, results: list[dict], last: Run) -> None:
+    """A result file: the figures, and where they come from."""
+    record, experiment = last.record_json, last.experiment
+    provenance = {
+        "what": what.splitlines()[0],
+        "command": command,
+        "date": record["created"],
+        "hardware": record["hardware"],
+        "versions": record["versions"],
+        "commit": record["commit"],
+        "model": experiment.model,
+        "sequence": experiment.max_tokens,
+        "global_batch": experiment.global_batch,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(provenance | {"results": results}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, required=True)
@@ -126,29 +144,13 @@ def main() -> None:
             ),
             flush=True,
         )
-    record = last.record_json
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps(
-            {
-                "what": __doc__.splitlines()[0],
-                "command": f"python bench/stages.py --ranks {options.ranks} --model {options.model} "
-                f"--micro-batch {options.micro_batch} "
-                f"--accumulation {options.accumulation} --steps {options.steps} --precision {options.precision}",
-                "date": record["created"],
-                "hardware": record["hardware"],
-                "versions": record["versions"],
-                "commit": record["commit"],
-                "model": options.model,
-                "sequence": options.max_tokens,
-                "global_batch": planned[0].global_batch,
-                "results": results,
-            },
-            indent=1,
-        )
-        + "\n"
+    command = (
+        f"python bench/stages.py --ranks {options.ranks} --model {options.model} --micro-batch {options.micro_batch} "
+        f"--accumulation {options.accumulation} --steps {options.steps} --precision {options.precision}"
     )
-    print(f"wrote {options.out}")
+    if options.methods != list(METHODS):
+        command += " --methods " + " ".join(f"'{method}'" for method in options.methods)
+    write_results(options.out, __doc__, command, results, last)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ def config(stage: int, *, ranks: int = 2, accumulation: int = 2, clipping: float
     }
 
 
-def experiment(name: str, program: str, stage: int, *, ranks: int = 2, accumulation: int = 2, options=None, **changes) -> Experiment:
+def experiment(
+    name: str, program: str, stage: int, *, ranks: int = 2, accumulation: int = 2, options=None, **changes
+) -> Experiment:
     settings = {
         "program": f"shardlab.grading.{program}",
         "method": f"stage {stage}",
@@ -164,7 +166,7 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
             case["stage"],
             accumulation=case["accumulation"],
             deepspeed=config(case["stage"], accumulation=case["accumulation"], clipping=case["clipping"]),
-            steps=4,
+            steps=3,
         )
         for name, case in cases.items()
     }
@@ -198,8 +200,8 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
             read=read,
         )
         require(
-            got["micro_steps"] == 4 * accumulation and got["global_steps"] == 4,
-            expected=f"{4 * accumulation} micro-batches and 4 optimizer steps, accumulation {accumulation}",
+            got["micro_steps"] == 3 * accumulation and got["global_steps"] == 3,
+            expected=f"{3 * accumulation} micro-batches and 3 optimizer steps, accumulation {accumulation}",
             got=f"{got['micro_steps']} and {got['global_steps']}",
             likely="engine.step() not called for every micro-batch; the engine finds the boundary itself",
             read=read,
@@ -456,7 +458,9 @@ def test_checkpoint_is_complete(lab, run_experiments):
             require(
                 fingerprints == got["random"],
                 expected="the random states of both ranks, by rank, under 'random'",
-                got="none" if random is None else f"{len(random) if isinstance(random, list) else 'not a list'}; not those of ranks 0 and 1",
+                got="none"
+                if random is None
+                else f"{len(random) if isinstance(random, list) else 'not a list'}; not those of ranks 0 and 1",
                 likely="only this rank's state; DeepSpeed keeps rank 0's client_state in stages 0 to 2, so gather first",
                 read=read,
             )
@@ -572,7 +576,12 @@ def test_resumed_training_goes_on_as_if_never_stopped(lab, run_experiments):
         (killed / "step-5" / "complete.json").unlink()
     plans, wanted = [], {}
     for stage, source, tag, at in ((1, "stage1", "step-2", 2), (2, "killed", None, 4), (3, "stage3", "step-4", 4)):
-        options = {"dropout": DROPOUT[stage], "checkpoints": str(checkpoints(source)), "tag": tag, "broken": "step-5" if tag is None else "step-9"}
+        options = {
+            "dropout": DROPOUT[stage],
+            "checkpoints": str(checkpoints(source)),
+            "tag": tag,
+            "broken": "step-5" if tag is None else "step-9",
+        }
         plans.append(experiment(f"resumed-{source}", "engine_programs:load", stage, options=options))
         wanted[f"resumed-{source}"] = (at, runs[f"stage{stage}"].losses()[at:], source)
     for name, run in run_experiments(plans).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 BLOOM_TINY = Path(__file__).parent / "data" / "bloom_tiny"
@@ -51,6 +52,7 @@ def load_model(name: str = "bloom-tiny", *, precision: str = "fp32", random_weig
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
 
     _no_bars()
     dtype = getattr(torch, DTYPES[precision])
@@ -60,7 +62,10 @@ def load_model(name: str = "bloom-tiny", *, precision: str = "fp32", random_weig
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(_not_found(name, "weights", error)) from error
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(model_config(name), dtype=dtype)
+    # A GPU draws 3 billion numbers in a moment, and the CPU in a minute. ZeRO-3 places its own parameters.
+    on_gpu = torch.cuda.is_available() and not is_deepspeed_zero3_enabled()
+    with torch.device("cuda") if on_gpu else nullcontext():
+        return AutoModelForCausalLM.from_config(model_config(name), dtype=dtype)
 
 
 def model_config(name: str):

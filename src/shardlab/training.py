@@ -319,7 +319,13 @@ def trainer_arguments(experiment: Experiment, run: Run) -> TrainingArguments:
 
 
 def train_text(experiment: Experiment, run: Run) -> dict:
-    """A program without exercises: continue pre-training on the paragraphs, with the experiment's settings."""
+    """A program without exercises: continue pre-training on the paragraphs, with the experiment's settings.
+
+    With `options["device_gib"]`, torch gets only so much of each GPU, as if the card were smaller.
+    """
+    if "device_gib" in experiment.options and torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(experiment.options["device_gib"] * memory.GIB / whole)
     arguments = trainer_arguments(experiment, run)
     model = load_model(experiment.model, random_weights=experiment.random_weights, seed=experiment.seed)
     train_set, eval_set = text_rows(experiment)

@@ -59,9 +59,7 @@ def random_states() -> list[dict]:
     import numpy
 
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return gather(
-        {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
-    )
+    return gather({"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda})
 
 
 def save(engine, path: Path, state: dict) -> None:
