@@ -530,8 +530,10 @@ def main() -> int:
         name = f"lab03-stage{stage}{'-offload' if offload else ''}"
         config = engine_config(stage, offload=offload, ranks=ranks,
                                **{key: common[key] for key in ("micro_batch", "accumulation", "learning_rate", "precision")})
-        options = {"checkpoints": str(Path("runs", f"{name}-checkpoints")), "save_every": chosen.save_every, "resume": chosen.resume}
-        options = {} if chosen.compare else options
+        options = {}
+        if not chosen.compare:
+            saved = str(Path("runs", f"{name}-checkpoints"))
+            options = {"checkpoints": saved, "save_every": chosen.save_every, "resume": chosen.resume}
         experiment = Experiment(name=name, method=f"stage {stage}{' + offload' if offload else ''}", deepspeed=config,
                                 options=options, **common)
         finished.append(run_under_launcher(experiment, "runs"))

@@ -311,6 +311,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--compare", action="store_true", help="train with every stage, without and with offload; print a table")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default: 20)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint of the same run")
+    parser.add_argument("--save-every", type=int, default=10, help="optimizer steps from one checkpoint to the next (default: 10)")
     parser.add_argument("--model", help="default: bloom-tiny without a GPU, else bigscience/bloom-560m")
     parser.add_argument("--random-weights", action="store_true", help="the model's shape only, to measure without its weights")
     parser.add_argument("--micro-batch", type=int, help="sequences a rank and forward pass (default: 2 without a GPU, else 8)")
@@ -318,7 +319,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     chosen = parser.parse_args(arguments)
     if chosen.offload and chosen.stage == 0:
         parser.error("--offload needs --stage 1, 2 or 3: stage 0 has no sharded optimizer to move")
-    for name in ("steps", "micro_batch"):
+    for name in ("steps", "save_every", "micro_batch"):
         if getattr(chosen, name) is not None and getattr(chosen, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(chosen, name)}: at least 1 is needed")
     return chosen
@@ -427,7 +428,10 @@ def main() -> int:
         name = f"lab03-stage{stage}{'-offload' if offload else ''}"
         config = engine_config(stage, offload=offload, ranks=ranks,
                                **{key: common[key] for key in ("micro_batch", "accumulation", "learning_rate", "precision")})
-        options = {} if chosen.compare else {"checkpoints": str(Path("runs", f"{name}-checkpoints")), "resume": chosen.resume}
+        options = {}
+        if not chosen.compare:
+            saved = str(Path("runs", f"{name}-checkpoints"))
+            options = {"checkpoints": saved, "save_every": chosen.save_every, "resume": chosen.resume}
         experiment = Experiment(name=name, method=f"stage {stage}{' + offload' if offload else ''}", deepspeed=config,
                                 options=options, **common)
         finished.append(run_under_launcher(experiment, "runs"))

@@ -35,12 +35,13 @@ def cpu_cores() -> int:
 
 @lru_cache
 def gpu_count() -> int:
-    """Visible CUDA devices. Asked of NVML first, since asking torch costs two seconds of import."""
+    """Visible CUDA devices. The driver's device files are looked at first, since asking torch costs two seconds of import."""
+    # The deepspeed launcher sets CUDA_VISIBLE_DEVICES on a machine without GPUs too.
+    if not any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg", "kfd")):
+        return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
-    if not Path("/dev/nvidiactl").exists() and "torch" not in sys.modules:
-        return 0
     import torch
 
     return torch.cuda.device_count()

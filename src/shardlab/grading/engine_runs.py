@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -27,6 +29,7 @@ def build(experiment: Experiment):
 
     model = load_model(experiment.model, seed=experiment.seed)
     set_dropout(model, experiment.options.get("dropout", 0.0))
+    torch.manual_seed(experiment.seed + rank())  # dropout then differs from rank to rank
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=experiment.deepspeed)[0]
 
 
@@ -130,11 +133,34 @@ def train(experiment: Experiment, run: Run) -> dict:
     return {}
 
 
+def mean_losses(rows: list[dict]) -> tuple[float, float]:
+    """The mean loss of a token, and the mean of the rows' losses, in plain PyTorch without dropout."""
+    return _mean_losses(json.dumps(rows))
+
+
+@cache
+def _mean_losses(rows: str) -> tuple[float, float]:
+    model, total, count, losses = load_model().eval(), 0.0, 0, []
+    for row in json.loads(rows):
+        with torch.no_grad():
+            loss = model(**as_batch([row])).loss.item()
+        tokens = sum(label != -100 for label in row["labels"][1:])
+        total, count = total + loss * tokens, count + tokens
+        losses.append(loss)
+    return total / count, sum(losses) / len(losses)
+
+
 def plain_losses(experiment: Experiment) -> list[float]:
     """The loss of each optimizer step in plain PyTorch, in this process, on the batches that all ranks would see.
 
     AdamW and clipping come from the experiment's DeepSpeed configuration. Dropout is off.
     """
+    return _plain_losses(experiment.model_dump_json())
+
+
+@cache
+def _plain_losses(experiment_json: str) -> list[float]:
+    experiment = Experiment.model_validate_json(experiment_json)
     config = experiment.deepspeed
     model = load_model(experiment.model, seed=experiment.seed).train()
     settings = {key: value for key, value in config["optimizer"]["params"].items() if key != "torch_adam"}
