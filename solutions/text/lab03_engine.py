@@ -274,7 +274,7 @@ print([round(loss, 4) for loss in together[-2:] + alone.losses()])
 for name in ("engine-1xh200", "engine-2xh200"):
     measured = reference(name)
     table([{"GPUs": row["ranks"], "method": row["method"], "samples/s": row["samples_per_second"], "held on the device": row["largest_rank"],
-            "peak GiB": row["peak_gib"], "last loss": row["losses"][-1]} for row in measured["results"]])
+            "last loss": row["losses"][-1]} for row in measured["results"]])
 print(measured["hardware"]["gpus"][0], measured["versions"], measured["date"])
 
 # %% [markdown]

@@ -375,6 +375,7 @@ def program(experiment: Experiment, run: Run) -> dict:
         results["eval_loss"] = trainer.evaluate(held_out)
     if "checkpoints" in options and not trainer.accumulating:
         trainer.save_checkpoint(options["checkpoints"], {"name": experiment.name})
+    engine.destroy()  # the next run of the same process needs the memory
     return results
 
 

@@ -106,6 +106,22 @@ def print_table(runs: list[Run], title: str = "") -> None:
     console.print(table)
 
 
+def print_rows(title: str, rows: list[dict]) -> None:
+    """Print dictionaries as a table, a row each; texts to the left, everything that begins with a digit to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    table = Table(title=title, title_justify="left")
+    for heading in rows[0]:
+        table.add_column(heading, justify="right" if str(rows[0][heading])[:1].isdigit() else "left")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    console.print(table)
+
+
 def html_table(runs: list[Run]) -> str:
     """The same table in HTML."""
     rows = [summary(run) for run in runs]
