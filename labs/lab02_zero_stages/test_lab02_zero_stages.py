@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from shardlab import memory
-from shardlab.grading.milestones import require, require_error, shared_folder
+from shardlab.grading.engine_runs import odd_model
+from shardlab.grading.milestones import require, require_error
 from shardlab.hardware import gpu_count
 from shardlab.runs import Experiment, Run
 
@@ -41,21 +42,6 @@ def text_experiment(name: str, **changes) -> Experiment:
         "clipping": 1.0,
     }
     return Experiment(name=name, **(settings | changes))
-
-
-def odd_model() -> str:
-    """The folder of a BLOOM whose sizes divide by nothing, so that every shard is padded."""
-    from transformers import BloomConfig, BloomForCausalLM, set_seed
-
-    from shardlab.models import load_tokenizer
-
-    folder = shared_folder() / "odd-model"
-    if not folder.exists():
-        set_seed(0)
-        config = BloomConfig(vocab_size=1031, hidden_size=33, n_layer=1, n_head=3, bos_token_id=1, eos_token_id=2, pad_token_id=3)
-        load_tokenizer().save_pretrained(folder)
-        BloomForCausalLM(config).save_pretrained(folder)
-    return str(folder)
 
 
 def stage_runs(run_experiments) -> dict[str, Run]:

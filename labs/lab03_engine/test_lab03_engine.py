@@ -35,6 +35,7 @@ def experiment(
         "method": f"stage {stage}",
         "ranks": ranks,
         "deepspeed": config(stage, ranks=ranks, accumulation=accumulation),
+        "model": engine_runs.odd_model(),
         "micro_batch": 2,
         "accumulation": accumulation,
         "steps": STEPS,
@@ -646,7 +647,7 @@ def test_consolidated_model_is_the_engines(lab, run_experiments, tmp_path):
     never_stopped(run_experiments)
     for stage in (2, 3):
         out = tmp_path / f"model{stage}"
-        returned = lab.consolidate(checkpoints(f"stage{stage}") / "step-2", "bloom-tiny", out)
+        returned = lab.consolidate(checkpoints(f"stage{stage}") / "step-2", engine_runs.odd_model(), out)
         weights = torch.load(shared_folder() / "engine" / f"stage{stage}.pt", weights_only=True)
         try:
             model = AutoModelForCausalLM.from_pretrained(out)
