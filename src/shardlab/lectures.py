@@ -10,6 +10,15 @@ from shardlab.runs import Experiment, Run
 from shardlab.training import gather, rank, text_rows, world_size
 
 
+def gradient_bytes(engine) -> int:
+    """Bytes of gradients that this rank keeps for the next optimizer step of stages 0 to 2.
+
+    Between micro-batches stages 1 and 2 keep a list of gradients, and make the flat shard of it just before the step.
+    """
+    waiting = [tensor for group in getattr(engine.optimizer, "all_grad_tensors", {}).values() for tensor in group or []]
+    return memory.held_bytes(engine.module, engine.optimizer).gradients + sum(tensor.nbytes for tensor in waiting)
+
+
 def watch_steps(experiment: Experiment, run: Run) -> dict:
     """Train with DeepSpeed's engine, note what each micro-batch changed, and save a checkpoint at the end."""
     import deepspeed
@@ -23,9 +32,9 @@ def watch_steps(experiment: Experiment, run: Run) -> dict:
         weights = model.lm_head.weight.detach().clone()
         loss = engine(**batch).loss
         engine.backward(loss)
-        held = memory.held_bytes(engine.module, engine.optimizer).gradients
+        held = gradient_bytes(engine)
         engine.step()
-        after = memory.held_bytes(engine.module, engine.optimizer).gradients
+        after = gradient_bytes(engine)
         losses = gather(loss.item())
         watched.append(
             {
