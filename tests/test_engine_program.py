@@ -60,7 +60,8 @@ def test_torchrun_resumes_what_the_deepspeed_launcher_began(stage2, tmp_path):
 
 def test_hostfile_of_this_machine(tmp_path):
     (tmp_path / "hosts.txt").write_text("localhost slots=2\n")
-    done = run([str(BIN / "deepspeed"), "--hostfile", "hosts.txt"], "--stage", "3", "--offload", "--steps", "2", cwd=tmp_path)
+    launcher = [str(BIN / "deepspeed"), "--hostfile", "hosts.txt", "--no_ssh", "--node_rank", "0", "--master_addr", "localhost"]
+    done = run(launcher, "--stage", "3", "--offload", "--steps", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "offload        optimizer, param" in done.stdout and "stage          3, 2 ranks" in done.stdout
 

@@ -5,10 +5,12 @@ You complete nine functions. With them this file is also a program, which a laun
     deepspeed --num_gpus 2 src/exercises/lab03_engine.py --stage 2
     deepspeed --num_gpus 2 src/exercises/lab03_engine.py --stage 3 --offload
     deepspeed --num_gpus 2 src/exercises/lab03_engine.py --compare
-    deepspeed --hostfile hosts.txt src/exercises/lab03_engine.py --stage 2
+    deepspeed --hostfile hosts.txt --no_ssh --node_rank 0 --master_addr localhost src/exercises/lab03_engine.py --stage 2
     torchrun --nproc-per-node 2 src/exercises/lab03_engine.py --stage 2
 
-`--num_gpus` counts ranks; without GPUs they are processes on the CPU. A hostfile has a line a machine: `localhost slots=2`.
+`--num_gpus` counts ranks; without GPUs they are processes on the CPU. A hostfile has a line a machine, such as
+`localhost slots=2`. With a hostfile the launcher asks each machine through ssh, without a password; with `--no_ssh` you start
+the command on each machine yourself, with its `--node_rank` and the address of the first.
 """
 
 from __future__ import annotations

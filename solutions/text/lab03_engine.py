@@ -304,4 +304,4 @@ print(measured["hardware"]["gpus"][0], measured["versions"], measured["date"])
 #
 # - Kill a rank of a running `deepspeed` job with `kill -9`, and start it again with `--resume`.
 # - Add a scheduler to the configuration (`"scheduler": {"type": "WarmupLR", …}`). Is it in the checkpoint? Does the check of 3.7 see it?
-# - Put a hostfile with `localhost slots=2` into `--hostfile`. Lab 06 does the same over several machines.
+# - Write a hostfile with the line `localhost slots=2`, and start the program with it; the command is at the top of your file. Lab 06 goes on from there.
