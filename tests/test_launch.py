@@ -33,6 +33,7 @@ PROGRAMS = '''
 import os
 import signal
 import sys
+import subprocess
 import time
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def one_rank_is_killed(experiment, run):
         os.kill(os.getpid(), signal.SIGKILL)
     if experiment.data == "barrier":
         dist.barrier()
+    time.sleep(600)
+
+
+def one_rank_raises_and_both_have_workers(experiment, run):
+    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(experiment.data, str(worker.pid)).touch()
+    dist.barrier()
+    if dist.get_rank() == 1:
+        raise ValueError("with a worker")
     time.sleep(600)
 
 
@@ -335,6 +345,17 @@ def test_rank_that_is_killed_is_named_with_its_signal(tmp_path, the_other):
     error = failed_launch("one_rank_is_killed", tmp_path, data=the_other)
     assert error.rank == 1
     assert "killed by SIGKILL" in error.error and "out of memory" in error.error
+
+
+@pytest.mark.usefixtures("programs", "no_rank_is_left")
+def test_what_ranks_have_started_ends_with_them(tmp_path):
+    """Such as the workers of a data loader: those of the rank that raised, and those of the rank that was ended."""
+    workers = tmp_path / "workers"
+    workers.mkdir()
+    failed_launch("one_rank_raises_and_both_have_workers", tmp_path, data=str(workers))
+    pids = [int(path.name) for path in workers.iterdir()]
+    assert len(pids) == 2
+    assert gone([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]), "a worker outlived its rank"
 
 
 @pytest.mark.usefixtures("programs", "no_rank_is_left")

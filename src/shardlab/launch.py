@@ -208,17 +208,11 @@ def _launch_group(runs: list[Run], ranks: int, deadline: float | None, timeout: 
 
 def _end(context) -> None:
     """Kill the ranks and what they have started: a data loader's workers would outlive them."""
-    children = []
+    context.close(signal.SIGKILL, timeout=5)
     for process in context._pc.processes:
         try:
-            children += psutil.Process(process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            continue
-    context.close(signal.SIGKILL, timeout=5)
-    for child in children:
-        try:
-            child.kill()
-        except psutil.NoSuchProcess:
+            os.killpg(process.pid, signal.SIGKILL)  # each rank leads a process group of its own
+        except ProcessLookupError:
             continue
 
 
@@ -266,8 +260,9 @@ def _first_error(result, logs: Path, runs: list[Run], codes: list[int | None]) -
 
 
 def _rank_main(folders: list[str], logs: str, launcher: int) -> None:
+    os.setpgid(0, 0)
     _die_with_the_launcher(launcher)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches the launcher too, and it ends the ranks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher gets Ctrl-C, and ends the ranks
     rank, name = int(os.environ["RANK"]), ""
     try:
         import torch

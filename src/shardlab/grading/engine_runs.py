@@ -18,13 +18,17 @@ from shardlab.training import barrier, gather, rank, text_rows, world_size
 
 
 def odd_model() -> str:
-    """The folder of a small BLOOM whose sizes divide by nothing, so that every shard is padded."""
+    """The folder of a small BLOOM whose sizes divide by nothing, so that every shard is padded.
+
+    Its weights are drawn wide, so that one token's loss differs from another's.
+    """
     from transformers import BloomConfig, BloomForCausalLM, set_seed
 
     folder = shared_folder() / "odd-model"
     if not folder.exists():
         set_seed(0)
-        config = BloomConfig(vocab_size=1031, hidden_size=33, n_layer=1, n_head=3, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+        sizes = {"vocab_size": 1031, "hidden_size": 33, "n_layer": 1, "n_head": 3}
+        config = BloomConfig(**sizes, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=3)
         load_tokenizer().save_pretrained(folder)
         BloomForCausalLM(config).save_pretrained(folder)
     return str(folder)
