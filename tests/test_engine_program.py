@@ -58,6 +58,13 @@ def test_torchrun_resumes_what_the_deepspeed_launcher_began(stage2, tmp_path):
     assert [row["step"] for row in finished.metrics()] == [4, 5]
 
 
+def test_nothing_left_to_train_is_said(stage2, tmp_path):
+    shutil.copytree(stage2[0] / "runs", tmp_path / "runs")
+    done = run(TORCHRUN, "--stage", "2", "--steps", "3", "--resume", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Nothing was left to train" in done.stdout
+
+
 def test_hostfile_of_this_machine(tmp_path):
     (tmp_path / "hosts.txt").write_text("localhost slots=2\n")
     launcher = [str(BIN / "deepspeed"), "--hostfile", "hosts.txt", "--no_ssh", "--node_rank", "0", "--master_addr", "localhost"]

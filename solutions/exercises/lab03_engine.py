@@ -20,6 +20,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def initialize_deepspeed(model, config: dict, optimizer=None, training_data: Dat
     Raises:
         ValueError: there is neither an `optimizer` nor one in the configuration, or both are there; or one of
             `train_batch_size`, `train_micro_batch_size_per_gpu` and `gradient_accumulation_steps` is "auto". The sentence
-            names the key.
+            names the key, or says "optimizer".
 
     Source: https://deepspeed.readthedocs.io/en/latest/initialize.html
     """
@@ -140,6 +141,8 @@ class DeepSpeedTrainer:
     def train_step(self, batch: dict[str, torch.Tensor]) -> float:
         """Forward, backward and step for one micro-batch.
 
+        An evaluation may have left dropout off: `engine.train()` comes first, and costs nothing.
+
         The engine counts micro-batches. `engine.backward` divides the loss by the accumulation, and `engine.step` does
         nothing until the last micro-batch of an optimizer step: then it clips, steps, and clears the gradients.
 
@@ -165,12 +168,14 @@ class DeepSpeedTrainer:
 
         The sampler shuffles anew only if it is told the epoch: `dataloader.data_sampler.set_epoch(…)`. After a checkpoint
         was loaded, `samples` says how many sequences to pass over; each batch has micro-batch × ranks of them, over all
-        ranks. Call `iter()` on DeepSpeed's loader once only: it starts anew each time. Call `restore_random_state` after
-        the passing over, which draws random numbers itself, and before the first step.
+        ranks. DeepSpeed's loader starts anew at each `iter()`, and a `for` calls it too: so go through it with one `for`, and
+        pass over inside. Call `restore_random_state` after the passing over, which draws random numbers itself, and before
+        the first step.
 
         After each micro-batch `samples` grows. After the last one of an optimizer step, `after_step` is called, and
-        training ends if `engine.global_steps` has reached `last_step`. At the end of the epoch `epoch` grows, and `samples`
-        is 0 again.
+        training ends if `engine.global_steps` has reached `last_step`, even if that was the epoch's last batch. Otherwise, at the
+        end of the epoch, `epoch` grows, and `samples` is 0 again. (An accumulation that began in the epoch before counts its
+        micro-batches of this epoch only.)
 
         Args:
             dataloader: what `initialize_deepspeed` returned.
@@ -379,8 +384,9 @@ def convert_to_universal(folder: str | Path, path: str | Path) -> Path:
 
     `deepspeed.checkpoint.ds_to_universal.main` does it; it takes what its command line gives: an object with the attributes
     input_folder, output_folder, num_extract_workers, num_merge_workers, keep_temp_folder, strict and inject_missing_state.
-    The last must be True: stages 1 and 2 leave something out that the conversion asks for. The engine that loads the result
-    needs {"checkpoint": {"load_universal": True}} in its configuration.
+    One worker each is enough here, `strict` is True and `keep_temp_folder` False. The last must be True: the conversion asks
+    for an entry `universal_checkpoint_info`, which only Megatron-DeepSpeed writes. The engine that loads the result needs
+    {"checkpoint": {"load_universal": True}} in its configuration.
 
     Args:
         folder: of one checkpoint of ZeRO stages 1 to 3.
@@ -414,7 +420,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--offload", action="store_true", help="optimizer states on the CPU; in stage 3 the parameters too")
     parser.add_argument("--compare", action="store_true", help="train with every stage, without and with offload; print a table")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default: 20)")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint of the same run")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint of the same run; "
+                        "without it the run and its checkpoints are replaced")
     parser.add_argument("--save-every", type=int, default=10, help="optimizer steps from one checkpoint to the next (default: 10)")
     parser.add_argument("--model", help="default: bloom-tiny without a GPU, else bigscience/bloom-560m")
     parser.add_argument("--random-weights", action="store_true", help="the model's shape only, to measure without its weights")
@@ -423,6 +430,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     chosen = parser.parse_args(arguments)
     if chosen.offload and chosen.stage == 0:
         parser.error("--offload needs --stage 1, 2 or 3: stage 0 has no sharded optimizer to move")
+    if chosen.compare and chosen.steps < 2:
+        parser.error("--compare needs --steps 2 or more: the first step warms up and is not measured")
     for name in ("steps", "save_every", "micro_batch"):
         if getattr(chosen, name) is not None and getattr(chosen, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(chosen, name)}: at least 1 is needed")
@@ -454,7 +463,7 @@ def program(experiment: Experiment, run: Run) -> dict:
     """What every rank runs: your functions, put together. It trains on the paragraphs' text.
 
     The experiment's `options`: `checkpoints`, a folder to save to at the end and every `save_every` optimizer steps; and
-    `resume`, to continue from the newest whole checkpoint in it.
+    `resume`, to continue from the newest whole checkpoint in it; without it what is in the folder is removed.
     """
     options = experiment.options
     model = load_model(experiment.model, random_weights=experiment.random_weights, seed=experiment.seed)
@@ -470,6 +479,8 @@ def program(experiment: Experiment, run: Run) -> dict:
     trainer = DeepSpeedTrainer(engine, after_step)
     if options.get("resume"):
         trainer.load_checkpoint(options["checkpoints"])
+    elif "checkpoints" in options and rank() == 0:
+        shutil.rmtree(options["checkpoints"], ignore_errors=True)  # those of the run that this one replaces
     while engine.global_steps < experiment.steps:
         trainer.train_epoch(loader, experiment.steps)
     results = states.device_memory()
@@ -477,7 +488,8 @@ def program(experiment: Experiment, run: Run) -> dict:
         share = tensors(eval_rows[: len(eval_rows) // world_size() * world_size()])
         held_out = engine.deepspeed_io(share, route="eval", num_local_io_workers=0, pin_memory=torch.cuda.is_available())
         results["eval_loss"] = trainer.evaluate(held_out)
-    if "checkpoints" in options and not trainer.accumulating:
+    saved = "checkpoints" in options and Path(options["checkpoints"], f"step-{engine.global_steps}", "complete.json").exists()
+    if "checkpoints" in options and not saved:
         trainer.save_checkpoint(options["checkpoints"], {"name": experiment.name})
     engine.destroy()  # the next run of the same process needs the memory
     return results
@@ -487,16 +499,23 @@ def summary(run: Run) -> str:
     """What came of a run, for the terminal."""
     experiment, zero = run.experiment, run.experiment.deepspeed["zero_optimization"]
     moved = [part.removeprefix("offload_") for part in ("offload_optimizer", "offload_param") if part in zero]
+    if not run.losses():
+        return f"Nothing was left to train: the checkpoint is at step {experiment.steps} or later. Give more --steps."
     held, speed = report.measured_states(run), run.samples_per_second()
-    memory = ", ".join(f"{device} {row['peak']:.0f} MiB" for device, row in run.memory().items())
+    states = "not measured: two optimizer steps are needed"
+    if held:
+        states = f"{report.bytes_text(held.device)} on each device, {report.bytes_text(held.host)} offloaded to each host"
+    memory = ", ".join(f"{device} {row['peak']:.0f} MiB" for device, row in sorted(run.memory().items()))
     return "\n".join([
         f"stage          {zero['stage']}, {experiment.ranks} ranks",
         f"offload        {', '.join(moved) or 'none'}",
-        f"loss           {run.losses()[0]:.4f} at first, {run.losses()[-1]:.4f} at last",
-        f"model states   {report.bytes_text(held.device)} on each device, {report.bytes_text(held.host)} offloaded to each host",
+        f"loss           {run.losses()[0]:.4f} at first, {run.losses()[-1]:.4f} at last (each step sees other text)",
+        f"eval loss      {run.results['eval_loss']:.4f} after training",
+        f"model states   {states}",
         f"peak memory    {memory}",
         f"samples/s      {speed:.1f}" if speed else "samples/s      not measured: two optimizer steps are needed",
         f"run folder     {run.folder}",
+        f"checkpoints    {experiment.options.get('checkpoints', 'none')}",
     ])
 
 

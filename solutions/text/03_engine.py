@@ -55,6 +55,24 @@ table(run.results["watched"])
 print([(row["micro-batch"], row["optimizer steps"], row["weights changed"]) for row in run.results["watched"]])
 
 # %% [markdown]
+# ## An epoch
+#
+# A `DistributedSampler` deals the rows out to the ranks: rank r of N gets the rows r, r + N, r + 2N … of a shuffled list. The shuffle depends on the sampler's
+# seed and on the epoch, and the epoch stays 0 until somebody calls `set_epoch`. `Trainer` does; in a loop of your own you must, or every epoch has the same
+# order:
+
+# %%
+from torch.utils.data import DistributedSampler
+
+sampler = DistributedSampler(range(8), num_replicas=2, rank=0)
+print(list(sampler), list(sampler))
+sampler.set_epoch(1)
+print(list(sampler))
+
+# %% [markdown]
+# Going on in the middle of an epoch means passing over what has been seen. Count it in sequences over all ranks: after 16 sequences the same 16 are done,
+# whatever the number of ranks. And mind that DeepSpeed's loader starts anew at each `iter()`, the one of a `for` included.
+#
 # ## Evaluation
 #
 # `engine.eval()` turns dropout off, and `torch.no_grad()` keeps the activations from being stored. In stage 3 every rank must make equally many forward passes,
@@ -101,13 +119,13 @@ print([(row["micro-batch"], row["optimizer steps"], row["weights changed"]) for 
 # | master weights | fp32, always there from stage 1 on [4] | as the engine | the precision that the parameters have; load in fp32, compute in bf16 through `MixedPrecisionPolicy` [3, 4] |
 # | offload | optimizer and parameters, to CPU or NVMe [5] | as the engine | parameters, gradients and optimizer to the CPU, all or nothing: `CPUOffloadPolicy` [3] |
 # | checkpoint for other ranks | convert to universal [6] | as the engine | `torch.distributed.checkpoint` reshards as it loads [7] |
-# | samples/s, 4 H200, BLOOM-560m, micro-batch 8 | ZeRO-3: see below | ZeRO-3: 94 | 190 |
 #
 # [1] deepspeed.readthedocs.io, *Training Setup* and *ZeRO*. [2] huggingface.co/docs/transformers, *DeepSpeed*. [3] docs.pytorch.org,
 # *torch.distributed.fsdp.fully_shard*. [4] huggingface.co/blog/deepspeed-to-fsdp-and-back, and lab 02's measurement in fp32. [5] www.deepspeed.ai,
-# *Configuration JSON*. [6] www.deepspeed.ai, *Universal Checkpointing*. [7] docs.pytorch.org, *torch.distributed.checkpoint*. The last row was measured with
-# torch 2.11 and transformers 5.17, bf16, sequences of 512, no accumulation; ZeRO-3 with default settings. DDP reached 283 on the same machine: for a model that
-# fits, sharding parameters costs speed either way.
+# *Configuration JSON*. [6] www.deepspeed.ai, *Universal Checkpointing*. [7] docs.pytorch.org, *torch.distributed.checkpoint*.
+#
+# Speed is no row of this table, since we have not measured FSDP2 with this code; lab 05 is for that. What lab 02's reference says: on 4 H200s DDP reached 265
+# samples/s and ZeRO-3 75. For a model that fits, sharding the parameters costs speed.
 #
 # ## What the errors mean
 #

@@ -64,7 +64,8 @@ check("3.1")
 # ```
 #
 # The engine knows $k$ and the clipping from its configuration, and counts. So three calls are left, and you make all three for **every** micro-batch.
-# What you would add by habit is done twice then: dividing by $k$, stepping the optimizer.
+# What you would add by habit is done twice then: dividing by $k$, stepping the optimizer. And before the three, `engine.train()`: an evaluation in
+# between may have left dropout off.
 #
 # With Adam such a mistake hides. Its step does not depend on the scale of the gradient: $m / \sqrt{v}$ is the same for $g$ and $g / k$. So a loss curve
 # that looks right proves nothing. The check uses a large `eps`, $m / (\sqrt{v} + 0.1)$, with which it does.
@@ -118,7 +119,7 @@ check("3.5")
 # ## 3.6 Is it whole?
 #
 # Loading half a checkpoint ends in an error of `torch.load`, if you are lucky. Loading one of another number of ranks ends in an error in stages 1 to 3
-# (`ZeRORuntimeException`), and in stage 0 in silence. Your `check_checkpoint(folder, ranks)` says before all that, in a sentence, what is wrong.
+# (`ZeRORuntimeException`); in stage 0, where every rank has everything, it goes through in silence. Here one rule holds for all. Your `check_checkpoint(folder, ranks)` says before all that, in a sentence, what is wrong.
 #
 # It needs no ranks, so try it on a folder made by hand:
 
@@ -214,8 +215,8 @@ show([whole, first, second], plots=False)
 # ## 3.8 One model again
 #
 # What you want to share is a folder that plain `transformers` reads. `deepspeed.utils.zero_to_fp32` puts the shards of the fp32 master weights together.
-# BLOOM has a catch: its output layer **is** its embedding, and tools that rebuild a state dict have lost one of the two before (DeepSpeed issues 1896 and
-# 3824).
+# BLOOM ties its output layer to its embedding, and older versions of that script lost one of the two (DeepSpeed issues 1896 and 3824). A strict
+# `load_state_dict`, the default, would say so.
 #
 # Complete `consolidate(folder, base_model, out)`.
 
