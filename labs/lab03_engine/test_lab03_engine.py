@@ -470,8 +470,87 @@ def test_checkpoint_is_complete(lab, run_experiments):
 
 
 @pytest.mark.milestone(task="3.6", points=10)
-def test_broken_checkpoints_are_refused(lab, tmp_path):
+def test_resumed_training_goes_on_as_if_never_stopped(lab, run_experiments):
+    """Stages 1, 2 and 3, in new processes; and from the checkpoints of a run that lost a rank to SIGKILL."""
+    import shutil
+
+    from shardlab.launch import RankError
+
     read = f"lab 03, task 3.6; {LECTURE}, 'A checkpoint'"
+    lab.DeepSpeedTrainer  # noqa: B018
+    runs = never_stopped(run_experiments)
+    killed = checkpoints("killed")
+    if not killed.exists():
+        plan = {"dropout": DROPOUT[2], "save_at": [2, 4], "checkpoints": str(killed), "kill_at": 6}
+        with pytest.raises(RankError) as caught:
+            run_experiments([experiment("killed", "engine_runs:train", 2, options=plan)])
+        assert caught.value.rank == 1, "the run must say which rank was killed"
+        # A save that did not come to its end, newer than the whole ones.
+        shutil.copytree(killed / "step-4", killed / "step-5")
+        (killed / "step-5" / "complete.json").unlink()
+    plans, wanted = [], {}
+    for stage, source, tag, at in ((1, "stage1", "step-2", 2), (2, "killed", None, 4), (3, "stage3", "step-4", 4)):
+        options = {
+            "dropout": DROPOUT[stage],
+            "checkpoints": str(checkpoints(source)),
+            "tag": tag,
+            "broken": "step-5" if tag is None else "step-9",
+        }
+        plans.append(experiment(f"resumed-{source}", "engine_programs:load", stage, options=options))
+        wanted[f"resumed-{source}"] = (at, runs[f"stage{stage}"].losses()[at:], source)
+    for name, run in run_experiments(plans).items():
+        at, losses, source = wanted[name]
+        got = run.results
+        require(
+            got["refused"] and got["untouched"],
+            expected="the error of check_checkpoint for a broken checkpoint, before the engine loads anything",
+            got=got["refused"] or "no error",
+            likely="check_checkpoint not called, or called too late",
+            read=read,
+        )
+        require(
+            got["position"]["global_steps"] == at,
+            expected=f"the engine at optimizer step {at}",
+            got=got["position"],
+            likely="the tag is ignored, or the newest folder taken although it is not whole",
+            read=read,
+        )
+        position = {2: {"epoch": 0, "samples": 16}, 4: {"epoch": 1, "samples": 8}}[at] | {"global_steps": at}
+        require(
+            got["position"] == position,
+            expected=f"{position}",
+            got=got["position"],
+            likely="epoch or samples not taken out of the checkpoint",
+            read=read,
+        )
+        client = repr({"name": source})
+        require(
+            got["client"] == client,
+            expected=f"the caller's client_state back: {client}",
+            got=got["client"][:200],
+            likely="the whole state returned, or nothing",
+            read=read,
+        )
+        require(
+            got["restored"],
+            expected="a random_state_to_restore",
+            got="None",
+            likely="random_state_to_restore is not set; state['random'] has one for each rank",
+            read=read,
+        )
+        worst = max(abs(a - b) for a, b in zip(run.losses(), losses, strict=True))
+        require(
+            worst <= 1e-5,
+            expected=f"the losses of the run that never stopped, {[round(x, 5) for x in losses]} ({name})",
+            got=[round(x, 5) for x in run.losses()],
+            likely="the random state of another rank, so that dropout differs; or optimizer states not loaded",
+            read=read,
+        )
+
+
+@pytest.mark.milestone(task="3.7", points=10)
+def test_broken_checkpoints_are_refused(lab, tmp_path):
+    read = f"lab 03, task 3.7; {LECTURE}, 'A checkpoint'"
     whole = tmp_path / "step-4"
     (whole / "zero").mkdir(parents=True)
     contents = {"mp_rank_00_model_states.pt": b"m" * 100, "zero/fp32.pt": b"z" * 50}
@@ -554,85 +633,6 @@ def test_broken_checkpoints_are_refused(lab, tmp_path):
             expected="a universal checkpoint accepted for any number of ranks",
             got=f"ValueError: {error}",
             likely="universal is not looked at",
-            read=read,
-        )
-
-
-@pytest.mark.milestone(task="3.7", points=10)
-def test_resumed_training_goes_on_as_if_never_stopped(lab, run_experiments):
-    """Stages 1, 2 and 3, in new processes; and from the checkpoints of a run that lost a rank to SIGKILL."""
-    import shutil
-
-    from shardlab.launch import RankError
-
-    read = f"lab 03, task 3.7; {LECTURE}, 'A checkpoint'"
-    lab.DeepSpeedTrainer  # noqa: B018
-    runs = never_stopped(run_experiments)
-    killed = checkpoints("killed")
-    if not killed.exists():
-        plan = {"dropout": DROPOUT[2], "save_at": [2, 4], "checkpoints": str(killed), "kill_at": 6}
-        with pytest.raises(RankError) as caught:
-            run_experiments([experiment("killed", "engine_runs:train", 2, options=plan)])
-        assert caught.value.rank == 1, "the run must say which rank was killed"
-        # A save that did not come to its end, newer than the whole ones.
-        shutil.copytree(killed / "step-4", killed / "step-5")
-        (killed / "step-5" / "complete.json").unlink()
-    plans, wanted = [], {}
-    for stage, source, tag, at in ((1, "stage1", "step-2", 2), (2, "killed", None, 4), (3, "stage3", "step-4", 4)):
-        options = {
-            "dropout": DROPOUT[stage],
-            "checkpoints": str(checkpoints(source)),
-            "tag": tag,
-            "broken": "step-5" if tag is None else "step-9",
-        }
-        plans.append(experiment(f"resumed-{source}", "engine_programs:load", stage, options=options))
-        wanted[f"resumed-{source}"] = (at, runs[f"stage{stage}"].losses()[at:], source)
-    for name, run in run_experiments(plans).items():
-        at, losses, source = wanted[name]
-        got = run.results
-        require(
-            got["refused"] and got["untouched"],
-            expected="the error of check_checkpoint for a broken checkpoint, before the engine loads anything",
-            got=got["refused"] or "no error",
-            likely="check_checkpoint not called, or called too late",
-            read=read,
-        )
-        require(
-            got["position"]["global_steps"] == at,
-            expected=f"the engine at optimizer step {at}",
-            got=got["position"],
-            likely="the tag is ignored, or the newest folder taken although it is not whole",
-            read=read,
-        )
-        position = {2: {"epoch": 0, "samples": 16}, 4: {"epoch": 1, "samples": 8}}[at] | {"global_steps": at}
-        require(
-            got["position"] == position,
-            expected=f"{position}",
-            got=got["position"],
-            likely="epoch or samples not taken out of the checkpoint",
-            read=read,
-        )
-        client = repr({"name": source})
-        require(
-            got["client"] == client,
-            expected=f"the caller's client_state back: {client}",
-            got=got["client"][:200],
-            likely="the whole state returned, or nothing",
-            read=read,
-        )
-        require(
-            got["restored"],
-            expected="a random_state_to_restore",
-            got="None",
-            likely="random_state_to_restore is not set; state['random'] has one for each rank",
-            read=read,
-        )
-        worst = max(abs(a - b) for a, b in zip(run.losses(), losses, strict=True))
-        require(
-            worst <= 1e-5,
-            expected=f"the losses of the run that never stopped, {[round(x, 5) for x in losses]} ({name})",
-            got=[round(x, 5) for x in run.losses()],
-            likely="the random state of another rank, so that dropout differs; or optimizer states not loaded",
             read=read,
         )
 

@@ -264,7 +264,7 @@ class DeepSpeedTrainer:
         return Path(path, tag)
         # END SOLUTION
 
-    # --- Task 3.7 ---------------------------------------------------------------------------------------------------
+    # --- Task 3.6 ---------------------------------------------------------------------------------------------------
 
     def load_checkpoint(self, path: str | Path, tag: str | None = None) -> dict:
         """Continue from a checkpoint that `save_checkpoint` wrote. Every rank calls this, before the first step.
@@ -280,7 +280,7 @@ class DeepSpeedTrainer:
         Raises:
             ValueError: what `check_checkpoint` raises, before the engine has loaded anything.
         """
-        # BEGIN SOLUTION 3.7
+        # BEGIN SOLUTION 3.6
         folder = Path(path, tag) if tag else newest_whole(path, world_size())
         check_checkpoint(folder, world_size())
         _, state = self.engine.load_checkpoint(str(path), tag=folder.name)
@@ -290,7 +290,7 @@ class DeepSpeedTrainer:
         # END SOLUTION
 
 
-# --- Task 3.6 -------------------------------------------------------------------------------------------------------
+# --- Task 3.7 -------------------------------------------------------------------------------------------------------
 
 
 def check_checkpoint(folder: str | Path, ranks: int) -> dict:
@@ -308,7 +308,7 @@ def check_checkpoint(folder: str | Path, ranks: int) -> dict:
             the folder is missing; it has no `complete.json` (the save did not come to its end); a file is missing; a file
             has another size; another number of ranks saved it and it is not universal (the sentence names both numbers).
     """
-    # BEGIN SOLUTION 3.6
+    # BEGIN SOLUTION 3.7
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: there is no such checkpoint")

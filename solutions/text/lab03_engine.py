@@ -14,13 +14,13 @@
 # | 3.3 | `train_epoch`, which can begin in the middle | 4 |
 # | 3.4 | `evaluate` | 3 |
 # | 3.5 | `save_checkpoint` | 3 |
-# | 3.6 | `check_checkpoint` | 2 |
-# | 3.7 | `load_checkpoint` | 2 |
+# | 3.6 | `load_checkpoint` | 2 |
+# | 3.7 | `check_checkpoint` | 2 |
 # | 3.8 | `consolidate` | 2 |
 # | 3.9 | `convert_to_universal` | 1 |
 #
 # You write in `src/exercises/lab03_engine.py`. The checks start real ranks. The first one waits about ten seconds until torch and DeepSpeed are loaded;
-# after that most take 3 to 5 seconds, 3.2 and 3.9 about 10, and 3.7 about 20.
+# after that most take 3 to 5 seconds, 3.2 and 3.9 about 6, and 3.6 about 10.
 
 # %%
 from shardlab.notebook import RUNS, check, compare, reference, show, start, table
@@ -116,7 +116,20 @@ check("3.4")
 check("3.5")
 
 # %% [markdown]
-# ## 3.6 Is it whole?
+# ## 3.6 Going on
+#
+# Complete `load_checkpoint(path, tag=None)`. Without a tag it takes the newest checkpoint that is whole: `newest_whole` is given. Both call
+# `check_checkpoint`, which you write next; the check of this task brings its own.
+#
+# The check below first trains in stages 1, 2 and 3 without a stop; then it loads checkpoints of those runs in **new processes** and goes on. The losses
+# must be those of the run that never stopped, to 1e-5, with dropout on in stage 2. One of the checkpoints comes from a run in which rank 1 was ended with
+# `kill -9`, and a newer, half-written one lies beside it.
+
+# %%
+check("3.6")
+
+# %% [markdown]
+# ## 3.7 Is it whole?
 #
 # Loading half a checkpoint ends in an error of `torch.load`, if you are lucky. Loading one of another number of ranks ends in an error in stages 1 to 3
 # (`ZeRORuntimeException`); in stage 0, where every rank has everything, it goes through in silence. Here one rule holds for all. Your `check_checkpoint(folder, ranks)` says before all that, in a sentence, what is wrong.
@@ -138,18 +151,6 @@ try:
     lab.check_checkpoint(folder, 2)
 except ValueError as error:
     print(str(error).replace(str(folder), "…/step-4"))
-
-# %%
-check("3.6")
-
-# %% [markdown]
-# ## 3.7 Going on
-#
-# Complete `load_checkpoint(path, tag=None)`. Without a tag it takes the newest checkpoint that is whole: `newest_whole` is given, and uses your check.
-#
-# The check below first trains in stages 1, 2 and 3 without a stop; then it loads checkpoints of those runs in **new processes** and goes on. The losses
-# must be those of the run that never stopped, to 1e-5, with dropout on in stage 2. One of the checkpoints comes from a run in which rank 1 was ended with
-# `kill -9`, and a newer, half-written one lies beside it.
 
 # %%
 check("3.7")
@@ -304,5 +305,5 @@ print(measured["hardware"]["gpus"][0], measured["versions"], measured["date"])
 # ## Going further
 #
 # - Kill a rank of a running `deepspeed` job with `kill -9`, and start it again with `--resume`.
-# - Add a scheduler to the configuration (`"scheduler": {"type": "WarmupLR", …}`). Is it in the checkpoint? Does the check of 3.7 see it?
+# - Add a scheduler to the configuration (`"scheduler": {"type": "WarmupLR", …}`). Is it in the checkpoint? Does the check of 3.6 see it?
 # - Write a hostfile with the line `localhost slots=2`, and start the program with it; the command is at the top of your file. Lab 06 goes on from there.

@@ -205,7 +205,7 @@ class DeepSpeedTrainer:
         """
         raise NotImplementedError("Task 3.5: complete save_checkpoint() in src/exercises/lab03_engine.py")
 
-    # --- Task 3.7 ---------------------------------------------------------------------------------------------------
+    # --- Task 3.6 ---------------------------------------------------------------------------------------------------
 
     def load_checkpoint(self, path: str | Path, tag: str | None = None) -> dict:
         """Continue from a checkpoint that `save_checkpoint` wrote. Every rank calls this, before the first step.
@@ -221,10 +221,10 @@ class DeepSpeedTrainer:
         Raises:
             ValueError: what `check_checkpoint` raises, before the engine has loaded anything.
         """
-        raise NotImplementedError("Task 3.7: complete load_checkpoint() in src/exercises/lab03_engine.py")
+        raise NotImplementedError("Task 3.6: complete load_checkpoint() in src/exercises/lab03_engine.py")
 
 
-# --- Task 3.6 -------------------------------------------------------------------------------------------------------
+# --- Task 3.7 -------------------------------------------------------------------------------------------------------
 
 
 def check_checkpoint(folder: str | Path, ranks: int) -> dict:
@@ -242,7 +242,7 @@ def check_checkpoint(folder: str | Path, ranks: int) -> dict:
             the folder is missing; it has no `complete.json` (the save did not come to its end); a file is missing; a file
             has another size; another number of ranks saved it and it is not universal (the sentence names both numbers).
     """
-    raise NotImplementedError("Task 3.6: complete check_checkpoint() in src/exercises/lab03_engine.py")
+    raise NotImplementedError("Task 3.7: complete check_checkpoint() in src/exercises/lab03_engine.py")
 
 
 def newest_whole(path: str | Path, ranks: int) -> Path:
