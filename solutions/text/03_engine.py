@@ -29,7 +29,7 @@
 # | `engine.backward(loss)` | the loss is divided by the accumulation, then backward; from stage 2 on gradients go to their owners meanwhile, bucket by bucket |
 # | `engine.step()` | nothing, until the last micro-batch of the optimizer step; then: norm over all ranks, clipping, Adam on the own shard, all-gather, gradients cleared |
 #
-# The engine counts micro-batches. So one calls `step` every time, and never the optimizer. Here is one optimizer step of two micro-batches on two real
+# The engine counts micro-batches. So one calls `step` every time, and never the optimizer. Here are two optimizer steps of two micro-batches each, on two real
 # ranks, watched from outside:
 
 # %%
@@ -124,7 +124,7 @@ print(list(sampler))
 # *torch.distributed.fsdp.fully_shard*. [4] huggingface.co/blog/deepspeed-to-fsdp-and-back, and lab 02's measurement in fp32. [5] www.deepspeed.ai,
 # *Configuration JSON*. [6] www.deepspeed.ai, *Universal Checkpointing*. [7] docs.pytorch.org, *torch.distributed.checkpoint*.
 #
-# Speed is no row of this table, since we have not measured FSDP2 with this code; lab 05 is for that. What lab 02's reference says: on 4 H200s DDP reached 265
+# Speed is no row of this table, since we have not measured FSDP2 with this code. What lab 02's reference says: on 4 H200s DDP reached 265
 # samples/s and ZeRO-3 75. For a model that fits, sharding the parameters costs speed.
 #
 # ## What the errors mean
@@ -137,7 +137,7 @@ print(list(sampler))
 # | the program waits for ever at `Loading extension module …` | a killed build left a file `lock` in the extension's folder | `shardlab doctor --build-ops` removes it |
 # | `Check batch related parameters. train_batch_size is not equal to micro_batch_per_gpu * gradient_acc_step * world_size 8 != 2 * 1 * 1` | the numbers do not multiply; with a last factor of 1 that should be more, the ranks have not found each other (issues 3228, 6914) | read the last factor first; then the launcher |
 # | `The checkpoint being loaded used a DP world size of 2 but the current world size is 1` | saved by another number of ranks | convert it: task 3.9 |
-# | `Unrecognized model in …/step-2. Should have a `model_type` key in its config.json`, or `IsADirectoryError` | a DeepSpeed checkpoint is a folder of shards, no model | task 3.8, or `trainer.save_model` |
+# | `Unrecognized model in …/step-2. Should have a … key in its config.json`, or `IsADirectoryError` | a DeepSpeed checkpoint is a folder of shards, no model | task 3.8, or `trainer.save_model` |
 # | `mpi4py` cannot be imported | RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT is missing, so DeepSpeed asks MPI (issue 748) | start the program with a launcher |
 #
 # Two of them, made on purpose:
