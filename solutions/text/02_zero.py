@@ -187,7 +187,7 @@ table(rows)
 # - Stage 3 runs at about a third of stage 2's speed, on 1 GPU too (24 against 63 samples/s), where nothing is sent at all. So the link is not the
 #   reason. The reason is the work around each layer, which the host does in Python: gather, wait, release, in the forward and in the backward
 #   pass. A model of this size with a micro-batch of 8 is too quick for it to hide.
-# - Offload frees device memory and costs throughput: the states cross the PCIe bus, and the CPU does Adam's work. Lab 04 measures that.
+# - Offload frees device memory and costs throughput: the states cross the PCIe bus, and the CPU does Adam's work.
 #
 # Then bytes between steps, when no gradients are needed:
 #
