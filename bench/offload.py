@@ -7,6 +7,8 @@ out of memory, stays in the result with its reason. The file is written anew aft
 """
 
 import argparse
+import copy
+import shutil
 import time
 from pathlib import Path
 
@@ -17,11 +19,15 @@ from shardlab.launch import LaunchError, launch
 from shardlab.runs import Experiment, Run
 
 
-def config(stage: int, optimizer: bool = False, parameters: bool = False, pin: bool = True) -> dict:
-    cpu = {"device": "cpu", "pin_memory": pin}
+def config(stage: int, optimizer: str | None = None, parameters: str | None = None, pin: bool = True) -> dict:
+    """Optimizer states and parameters stay on the GPU, or go to "cpu" or "nvme"; the path is filled in later."""
     zero: dict = {"stage": stage}
-    zero |= {"offload_optimizer": cpu} if optimizer else {}
-    zero |= {"offload_param": cpu} if parameters else {}
+    if optimizer:
+        zero["offload_optimizer"] = {"device": optimizer, "pin_memory": pin}
+    if parameters:
+        zero["offload_param"] = {"device": parameters, "pin_memory": pin}
+    if parameters == "nvme":  # a buffer holds the largest parameter: BLOOM-560m's embedding has 256,901,120 elements
+        zero["offload_param"] |= {"buffer_size": 300_000_000, "buffer_count": 5, "max_in_cpu": 0}
     params = {"lr": "auto", "weight_decay": "auto"} | ({} if optimizer else {"torch_adam": True})
     return {
         "train_micro_batch_size_per_gpu": "auto",
@@ -38,25 +44,29 @@ SMALL, LARGE = "bigscience/bloom-560m", "bigscience/bloom-3b"
 CASES = [
     # method, configuration, model, micro-batch, accumulation, GiB of the device
     ("ZeRO-2", config(2), SMALL, 8, 1, None),
-    ("ZeRO-2 + optimizer on CPU", config(2, True), SMALL, 8, 1, None),
+    ("ZeRO-2 + optimizer on CPU", config(2, "cpu"), SMALL, 8, 1, None),
     ("ZeRO-2", config(2), SMALL, 8, 4, None),
-    ("ZeRO-2 + optimizer on CPU", config(2, True), SMALL, 8, 4, None),
+    ("ZeRO-2 + optimizer on CPU", config(2, "cpu"), SMALL, 8, 4, None),
     ("ZeRO-2", config(2), SMALL, 8, 16, None),
-    ("ZeRO-2 + optimizer on CPU", config(2, True), SMALL, 8, 16, None),
+    ("ZeRO-2 + optimizer on CPU", config(2, "cpu"), SMALL, 8, 16, None),
     ("ZeRO-2", config(2), SMALL, 32, 4, None),
-    ("ZeRO-2 + optimizer on CPU", config(2, True), SMALL, 32, 4, None),
+    ("ZeRO-2 + optimizer on CPU", config(2, "cpu"), SMALL, 32, 4, None),
     ("ZeRO-2", config(2), SMALL, 32, 16, None),
-    ("ZeRO-2 + optimizer on CPU", config(2, True), SMALL, 32, 16, None),
-    ("ZeRO-2 + optimizer on CPU, pageable", config(2, True, pin=False), SMALL, 8, 4, None),
+    ("ZeRO-2 + optimizer on CPU", config(2, "cpu"), SMALL, 32, 16, None),
+    ("ZeRO-2 + optimizer on CPU, pageable", config(2, "cpu", pin=False), SMALL, 8, 4, None),
     ("ZeRO-3", config(3), SMALL, 8, 4, None),
-    ("ZeRO-3 + optimizer on CPU", config(3, True), SMALL, 8, 4, None),
-    ("ZeRO-3 + both on CPU", config(3, True, True), SMALL, 8, 4, None),
+    ("ZeRO-3 + optimizer on CPU", config(3, "cpu"), SMALL, 8, 4, None),
+    ("ZeRO-3 + both on CPU", config(3, "cpu", "cpu"), SMALL, 8, 4, None),
     ("ZeRO-2", config(2), LARGE, 4, 16, 40),
-    ("ZeRO-2 + optimizer on CPU", config(2, True), LARGE, 4, 16, 40),
-    ("ZeRO-3 + both on CPU", config(3, True, True), LARGE, 4, 16, 40),
+    ("ZeRO-2 + optimizer on CPU", config(2, "cpu"), LARGE, 4, 16, 40),
+    ("ZeRO-3 + both on CPU", config(3, "cpu", "cpu"), LARGE, 4, 16, 40),
     ("baseline", None, SMALL, 4, 1, None),
     ("baseline", None, SMALL, 8, 1, None),
     ("baseline", None, SMALL, 32, 1, None),
+    ("ZeRO-3 + optimizer on NVMe", config(3, "nvme"), SMALL, 8, 4, None),
+    ("ZeRO-3 + optimizer on NVMe, parameters on CPU", config(3, "nvme", "cpu"), SMALL, 8, 4, None),
+    ("ZeRO-3 + both on NVMe", config(3, "nvme", "nvme"), SMALL, 8, 4, None),
+    ("ZeRO-3 + optimizer on NVMe, parameters on CPU", config(3, "nvme", "cpu"), LARGE, 4, 16, 40),
 ]
 
 
@@ -67,11 +77,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--cases", type=int, nargs="+", help="only these, counted from 0")
     parser.add_argument("--tiny", action="store_true", help="bloom-tiny and short sequences, to try this program without a GPU")
+    parser.add_argument("--nvme", type=Path, default=Path("runs/bench-nvme"), help="a folder on the disk for NVMe offload")
     parser.add_argument("--runs", type=Path, default=Path("runs/bench-offload"))
     options = parser.parse_args()
     results, command = [], f"python bench/offload.py --ranks {options.ranks} --steps {options.steps}"
     for number in options.cases or range(len(CASES)):
-        method, deepspeed, model, micro_batch, accumulation, device_gib = CASES[number]
+        method, deepspeed, model, micro_batch, accumulation, device_gib = copy.deepcopy(CASES[number])
+        for part in ("offload_optimizer", "offload_param"):
+            settings = deepspeed["zero_optimization"].get(part, {}) if deepspeed else {}
+            if settings.get("device") == "nvme":
+                settings["nvme_path"] = str(options.nvme.resolve())
+            if options.tiny and "buffer_size" in settings:
+                settings["buffer_size"] = 300_000
         experiment = Experiment(
             name=f"case{number}",
             method=method,
@@ -95,6 +112,7 @@ def main() -> None:
             launch(experiment, runs=options.runs, timeout=120, display=progress.Quiet())
         except LaunchError as error:
             print(str(error)[:300])
+        shutil.rmtree(options.nvme, ignore_errors=True)
         run = Run.read(options.runs / experiment.name)
         results.append(figures(run) | {"model": model, "global_batch": experiment.global_batch, "device_gib": device_gib})
         keys = ("method", "micro_batch", "accumulation", "outcome", "samples_per_second", "peak_gib")
