@@ -49,10 +49,10 @@ CASES = [
     ("ZeRO-2 + optimizer on CPU", config(2, "cpu"), SMALL, 8, 4, None),
     ("ZeRO-2", config(2), SMALL, 8, 16, None),
     ("ZeRO-2 + optimizer on CPU", config(2, "cpu"), SMALL, 8, 16, None),
+    ("ZeRO-2", config(2), SMALL, 32, 1, None),
+    ("ZeRO-2 + optimizer on CPU", config(2, "cpu"), SMALL, 32, 1, None),
     ("ZeRO-2", config(2), SMALL, 32, 4, None),
     ("ZeRO-2 + optimizer on CPU", config(2, "cpu"), SMALL, 32, 4, None),
-    ("ZeRO-2", config(2), SMALL, 32, 16, None),
-    ("ZeRO-2 + optimizer on CPU", config(2, "cpu"), SMALL, 32, 16, None),
     ("ZeRO-2 + optimizer on CPU, pageable", config(2, "cpu", pin=False), SMALL, 8, 4, None),
     ("ZeRO-3", config(3), SMALL, 8, 4, None),
     ("ZeRO-3 + optimizer on CPU", config(3, "cpu"), SMALL, 8, 4, None),
@@ -112,9 +112,11 @@ def main() -> None:
             launch(experiment, runs=options.runs, timeout=120, display=progress.Quiet())
         except LaunchError as error:
             print(str(error)[:300])
+        on_disk = sum(path.stat().st_size for path in options.nvme.rglob("*") if path.is_file())
         shutil.rmtree(options.nvme, ignore_errors=True)
         run = Run.read(options.runs / experiment.name)
         results.append(figures(run) | {"model": model, "global_batch": experiment.global_batch, "device_gib": device_gib})
+        results[-1] |= {"disk_bytes": on_disk} if on_disk else {}
         keys = ("method", "micro_batch", "accumulation", "outcome", "samples_per_second", "peak_gib")
         print(number, {key: results[-1].get(key) for key in keys}, f"{time.monotonic() - started:.0f} s", flush=True)
         write_results(options.out, __doc__, command, results, run)

@@ -118,15 +118,22 @@ class StateRecorder:
                 {"parameters": parameter_count(model), "groups": memory.parameter_groups(optimizer), "ranks": ranks}
             )
 
-    def log_step(self, step: int, loss: float, learning_rate: float | None = None) -> None:
-        """One optimizer step is done; rank 0 writes its line. `loss` is the mean over the step's micro-batches."""
+    def log_step(self, step: int, loss: float, learning_rate: float | None = None, samples: int | None = None) -> None:
+        """One optimizer step is done; rank 0 writes its line.
+
+        Args:
+            step: how many there have been, with this one.
+            loss: the mean over the step's micro-batches.
+            learning_rate: of this step.
+            samples: sequences of this step, over all ranks; the global batch by default.
+        """
         if step == 2 and torch.cuda.is_available():
             self.allocated = torch.cuda.memory_allocated()
         now = time.perf_counter()
         seconds, self.before = now - self.before, now
         if rank() != 0:
             return
-        samples = self.experiment.global_batch
+        samples = samples or self.experiment.global_batch
         self.run.log_step(
             step=step,
             loss=loss,
@@ -151,6 +158,7 @@ class RunRecorder(TrainerCallback):
     def __init__(self, states: StateRecorder):
         self.states = states
         self.trainer: Trainer | None = None
+        self.epochs_logged = 0.0
 
     def on_train_begin(self, args, state, control, **_):
         self.states.restart_clock()
@@ -168,9 +176,13 @@ class RunRecorder(TrainerCallback):
         if state.global_step == 1 and not self.trainer.is_deepspeed_enabled:
             self.states.count(model, optimizer.optimizer)
 
-    def on_log(self, args, state, control, logs=None, **_):
+    def on_log(self, args, state, control, logs=None, train_dataloader=None, **_):
         if logs and "loss" in logs:
-            self.states.log_step(state.global_step, logs["loss"], logs.get("learning_rate"))
+            # The last step of an epoch accumulates over what is left of it, which can be less than a global batch.
+            epochs, self.epochs_logged = state.epoch - self.epochs_logged, state.epoch
+            micro_batches = round(epochs * len(train_dataloader))
+            samples = micro_batches * self.states.experiment.micro_batch * world_size()
+            self.states.log_step(state.global_step, logs["loss"], logs.get("learning_rate"), samples)
 
     def on_evaluate(self, args, state, control, **_):
         self.states.restart_clock()
