@@ -109,7 +109,7 @@ def main() -> None:
         )
         started = time.monotonic()
         try:
-            launch(experiment, runs=options.runs, timeout=120, display=progress.Quiet())
+            launch(experiment, runs=options.runs, timeout=180, display=progress.Quiet())
         except LaunchError as error:
             print(str(error)[:300])
         on_disk = sum(path.stat().st_size for path in options.nvme.rglob("*") if path.is_file())
