@@ -318,7 +318,7 @@ def no_libaio(monkeypatch, tmp_path) -> Finding:
 
 
 def test_without_libaio_the_op_that_needs_it_is_not_here(no_libaio, ops_folder):
-    finding = doctor._libaio(no_libaio)
+    finding = doctor.libaio(no_libaio)
     assert no_libaio.state == "works" and finding.state == "not here" and "libaio.h: No such file" in finding.detail
     assert "apt install libaio-dev" in finding.remedy and "conda install -c conda-forge libaio" in finding.remedy
     op = doctor.op_finding("async_io", build=True, needs=[no_libaio, finding], say=pytest.fail)
@@ -329,7 +329,7 @@ def test_libaio_that_conda_has_but_the_compiler_does_not_find(no_libaio, monkeyp
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "libaio.h").touch()
     monkeypatch.setenv("CONDA_PREFIX", str(tmp_path))
-    finding = doctor._libaio(no_libaio)
+    finding = doctor.libaio(no_libaio)
     assert finding.state == "not here"
     for variable in (f"CFLAGS=-I{tmp_path}/include", f"LDFLAGS=-L{tmp_path}/lib", f" LIBRARY_PATH={tmp_path}/lib"):
         assert variable in finding.remedy

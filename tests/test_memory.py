@@ -190,7 +190,8 @@ def test_offload_moves_states_to_the_host():
     for stage, groups, ranks, precision in product((1, 2, 3), GROUPS, RANKS, ("fp32", "bf16")):
         before = engine_bytes(stage, groups, ranks, precision=precision)
         after = engine_bytes(stage, groups, ranks, precision=precision, offload_optimizer=True)
-        assert (after.optimizer, after.gradients) == (0, 0)
+        # Stage 1 reduces gradients after the last micro-batch only; until then the device holds them whole.
+        assert (after.optimizer, after.gradients) == (0, before.gradients if stage == 1 else 0)
         assert after.host_optimizer == before.optimizer
         assert after.host_gradients >= 4 * sharded_elements(groups, ranks, stage)  # the step reads them in fp32
         assert (after.parameters, after.host_parameters) == (before.parameters, 0)
@@ -202,6 +203,19 @@ def test_offload_moves_states_to_the_host():
     alone, without = engine_bytes(3, [[1000]], 2, offload_param=True), engine_bytes(3, [[1000]], 2)
     assert (alone.parameters, alone.host_parameters) == (0, without.parameters)
     assert (alone.gradients, alone.optimizer, alone.host_optimizer) == (without.gradients, without.optimizer, 0)
+
+
+def test_nvme_takes_what_deepspeed_swaps_out():
+    """Sub-groups of at least 1 MiB a rank go to disk, in blocks of 1,024 bytes; the rest stays on the host."""
+    groups = [[2 * 2**18, 2 * 300], [2 * 1000]]
+    nvme = engine_bytes(3, groups, 2, offload_optimizer=True, nvme=True)
+    host = engine_bytes(3, groups, 2, offload_optimizer=True)
+    assert nvme.disk_optimizer == 3 * (2**20 + 2 * 1024)  # 300 elements more take two blocks
+    assert nvme.disk_gradients == 2**20  # of the large parameter; the small one's stays in memory
+    assert nvme.host_optimizer == 12 * 1000
+    assert host.host_gradients - nvme.host_gradients == 4 * (2**18 + 300)
+    assert nvme.device == host.device
+    assert engine_bytes(3, [[1000]], 2, offload_optimizer=True, nvme=True) == engine_bytes(3, [[1000]], 2, offload_optimizer=True)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +233,8 @@ def test_offload_moves_states_to_the_host():
         (lambda: engine_bytes(1, [[], []], 2), "parameters 0"),
         (lambda: engine_bytes(0, [[1000]], 2, offload_optimizer=True), "needs stage 1, 2 or 3"),
         (lambda: engine_bytes(2, [[1000]], 2, offload_param=True), "needs stage 3"),
+        (lambda: engine_bytes(2, [[1000]], 2, offload_optimizer=True, nvme=True), "stage 3"),
+        (lambda: engine_bytes(3, [[1000]], 2, nvme=True), "optimizer offload"),
         (lambda: engine_bytes(1, [[1000]], 2, precision="fp8"), "fp8"),
         (lambda: ddp_bytes(0), "parameters 0"),
     ],

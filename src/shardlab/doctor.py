@@ -128,8 +128,8 @@ def examine(build_ops: bool = False, say: Callable[[str], None] = print) -> Iter
             yield tools[-1]
     deepspeed_finding, deepspeed = _deepspeed()
     yield deepspeed_finding
-    libaio = _libaio(tools[0])
-    yield libaio
+    aio = libaio(tools[0])
+    yield aio
     yield _numactl()
     yield Finding("process group", "not here", "needs torch") if torch is None else process_group()
     yield _hub()
@@ -141,7 +141,7 @@ def examine(build_ops: bool = False, say: Callable[[str], None] = print) -> Iter
         if torch is None or deepspeed is None:
             yield Finding(f"op {op}", "not here", "needs torch and DeepSpeed")
         else:
-            yield op_finding(op, build_ops, [*tools, libaio] if op == "async_io" else tools, say)
+            yield op_finding(op, build_ops, [*tools, aio] if op == "async_io" else tools, say)
 
 
 def exit_status(findings: Iterable[Finding]) -> int:
@@ -333,8 +333,9 @@ def _cuda_compiler(cuda: str) -> Finding:
     return Finding(name, "works", f"CUDA {release[1]} ({nvcc}); torch was built with {cuda}")
 
 
-def _libaio(compiler: Finding) -> Finding:
+def libaio(compiler: Finding | None = None) -> Finding:
     """Compile, link and run, as the build of `async_io` will. DeepSpeed's own probe has said no where the build goes well."""
+    compiler = compiler or _compiler()
     if compiler.state != "works":
         return Finding("libaio", "not here", "not tried: that needs the C++ compiler", compiler.remedy)
     code, output = _compile_and_run(LIBAIO_PROGRAM, "-laio")

@@ -30,6 +30,7 @@ from shardlab.runs import Experiment, Run
 
 PRELOAD = [
     *hardware.HEAVY_MODULES,
+    "shardlab.cpu_facts",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.stage_1_and_2",
     "deepspeed.runtime.zero.muon.muon_optimizer",

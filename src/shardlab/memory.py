@@ -24,7 +24,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of model states on one rank, on the device and on the host."""
+    """Bytes of model states on one rank: on the device, on the host, and on disk."""
 
     parameters: int = 0
     gradients: int = 0
@@ -32,6 +32,8 @@ class States:
     host_parameters: int = 0
     host_gradients: int = 0
     host_optimizer: int = 0
+    disk_gradients: int = 0
+    disk_optimizer: int = 0
 
     @property
     def device(self) -> int:
@@ -40,6 +42,10 @@ class States:
     @property
     def host(self) -> int:
         return self.host_parameters + self.host_gradients + self.host_optimizer
+
+    @property
+    def disk(self) -> int:
+        return self.disk_gradients + self.disk_optimizer
 
 
 def _check(stage: int, ranks: int, parameters: int) -> None:
@@ -108,6 +114,7 @@ def engine_bytes(
     precision: str = "bf16",
     offload_optimizer: bool = False,
     offload_param: bool = False,
+    nvme: bool = False,
 ) -> States:
     """What one rank of DeepSpeed's engine holds while it accumulates gradients, by its settings.
 
@@ -122,6 +129,8 @@ def engine_bytes(
         precision: `fp32`, `bf16` or `fp16`.
         offload_optimizer: optimizer states, and the gradients that the step needs, are on the host.
         offload_param: the parameters are on the host; stage 3 only.
+        nvme: the offloaded optimizer states are on disk where DeepSpeed swaps them out (`swapped_elements`); stage 3 only,
+            and `groups` are then its sub-groups.
 
     Raises:
         ValueError: an unknown stage, or an offload that the stage does not have.
@@ -132,6 +141,8 @@ def engine_bytes(
         raise ValueError("Optimizer offload needs stage 1, 2 or 3: stage 0 has no sharded optimizer to move.")
     if offload_param and stage != 3:
         raise ValueError(f"Parameter offload needs stage 3, not stage {stage}: only stage 3 shards parameters.")
+    if nvme and not (offload_optimizer and stage == 3):
+        raise ValueError("NVMe offload of the optimizer needs optimizer offload and stage 3: below it DeepSpeed stays on the host.")
     if precision not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"precision {precision!r}: the engine computes in fp32, bf16 or fp16.")
     width = 4 if precision == "fp32" else 2
@@ -141,16 +152,41 @@ def engine_bytes(
     optimizer = (8 if stage == 0 and precision == "fp32" else 12) * shard
     gradients, host_gradients = width * (shard if stage >= 2 else total), 0
     if offload_optimizer:
-        # The step reads fp32 gradients on the host; stage 3 collects them there in the parameters' precision first.
-        gradients, host_gradients = 0, (4 + (width if stage == 3 else 0)) * shard
+        # The step reads fp32 gradients on the host; stage 3 collects them there in the parameters' precision first. Stage 1
+        # reduces nothing before the last micro-batch, so until then its gradients are whole, on the device.
+        gradients, host_gradients = (gradients if stage == 1 else 0), (4 + (width if stage == 3 else 0)) * shard
+    on_disk, disk_gradients, disk_optimizer = 0, 0, 0
+    if nvme:
+        for group in groups:
+            if swapped := swapped_elements(sum(math.ceil(size / ranks) for size in group)):
+                on_disk += sum(math.ceil(size / ranks) for size in group)
+                disk_optimizer += 3 * 4 * swapped
+                pieces = [math.ceil(size / ranks) for size in group]
+                disk_gradients += sum(4 * (piece // SWAP_ALIGNMENT * SWAP_ALIGNMENT) for piece in pieces if swapped_elements(piece))
+        host_gradients -= 4 * on_disk
     return States(
         parameters=0 if offload_param else parameters,
         gradients=gradients,
         optimizer=0 if offload_optimizer else optimizer,
         host_parameters=parameters if offload_param else 0,
         host_gradients=host_gradients,
-        host_optimizer=optimizer if offload_optimizer else 0,
+        host_optimizer=optimizer - 12 * on_disk if offload_optimizer else 0,
+        disk_gradients=disk_gradients,
+        disk_optimizer=disk_optimizer,
     )
+
+
+SWAP_ALIGNMENT = 256
+"""DeepSpeed writes whole blocks of 1,024 bytes to disk, times its `aio.intra_op_parallelism`, which is 1: 256 fp32 numbers."""
+
+
+def swapped_elements(elements: int) -> int:
+    """Elements that an fp32 tensor has on disk under NVMe offload; 0 where DeepSpeed leaves it in memory.
+
+    Below 1 MiB, or one `aio.block_size` if that is larger, a tensor stays in memory. Source: deepspeed 0.19.8,
+    `runtime/swap_tensor/optimizer_utils.py`, `OptimizerSwapper`.
+    """
+    return math.ceil(elements / SWAP_ALIGNMENT) * SWAP_ALIGNMENT if 4 * elements >= MIB else 0
 
 
 def ddp_bytes(parameters: int) -> States:
@@ -237,13 +273,24 @@ def held_bytes(model, optimizer, *, host_is_device: bool | None = None) -> State
     moments = [t for t in _tensors(dict(inner.state)) if t.dim() > 0]
     optimizer_states = count([*masters, *moments], offloads_optimizer)
 
-    gradients = [p.grad for p in trained]
-    gradients += [getattr(p, "grad_accum", None) for p in trained]
-    gradients += [t.grad for t in masters]
-    gradients += _tensors(getattr(optimizer, "averaged_gradients", {}))
-    gradients += [getattr(optimizer, "grad_partitions_flat_buffer", None)]
-    gradient_bytes = count([g for g in gradients if g is not None], offloads_optimizer, parts=True)
-    return States(parameters[0], gradient_bytes[0], optimizer_states[0], parameters[1], gradient_bytes[1], optimizer_states[1])
+    own = [g for p in trained for g in (p.grad, getattr(p, "grad_accum", None)) if g is not None]
+    for_the_step = [t.grad for t in masters]
+    for_the_step += _tensors(getattr(optimizer, "averaged_gradients", {}))
+    for_the_step = [g for g in [*for_the_step, getattr(optimizer, "grad_partitions_flat_buffer", None)] if g is not None]
+    # A parameter's own gradient lies where the parameter does; those that the step reads, where the optimizer's states do.
+    counts = count(own, offloads_parameters, parts=True), count(for_the_step, offloads_optimizer, parts=True)
+    gradient_bytes = [sum(pair) for pair in zip(*counts, strict=True)]
+    on_device, on_host = zip(parameters, gradient_bytes, optimizer_states, strict=True)
+    return States(*on_device, *on_host, *_swapped_out(optimizer))
+
+
+def _swapped_out(optimizer) -> tuple[int, int]:
+    """Bytes of gradients and of optimizer states in this rank's files of NVMe offload."""
+    swapper = getattr(optimizer, "optimizer_swapper", None)
+    sizes = {True: 0, False: 0}
+    for path in Path(swapper.swap_folder).iterdir() if swapper else []:
+        sizes["_gradient_" in path.name] += path.stat().st_size
+    return sizes[True], sizes[False]
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------

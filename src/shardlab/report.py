@@ -42,13 +42,14 @@ def predicted_states(run: Run) -> States | None:
         return memory.ddp_bytes(states["parameters"])
     zero = config.get("zero_optimization", {})
     offloads = {part: zero.get(part, {}).get("device", "none") != "none" for part in ("offload_optimizer", "offload_param")}
+    offloads["nvme"] = zero.get("offload_optimizer", {}).get("device") == "nvme" and zero.get("stage") == 3
     return memory.engine_bytes(zero.get("stage", 0), states["groups"], experiment.ranks, precision=experiment.precision, **offloads)
 
 
 def measured_states(run: Run) -> States | None:
     """The rank that holds most."""
     states = run.states()
-    return max((States(**held) for held in states["ranks"]), key=lambda s: s.device + s.host) if states else None
+    return max((States(**held) for held in states["ranks"]), key=lambda s: s.device + s.host + s.disk) if states else None
 
 
 def summary(run: Run) -> dict:
@@ -62,8 +63,8 @@ def summary(run: Run) -> dict:
         "exact_match_before": run.results.get("exact_match_before"),
         "exact_match": run.results.get("exact_match"),
         "samples_per_second": run.samples_per_second(),
-        "measured": measured and measured.device + measured.host,
-        "predicted": predicted and predicted.device + predicted.host,
+        "measured": measured and measured.device + measured.host + measured.disk,
+        "predicted": predicted and predicted.device + predicted.host + predicted.disk,
         "host": measured and measured.host,
         "outcome": run.outcome,
     }

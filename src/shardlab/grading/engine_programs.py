@@ -1,4 +1,4 @@
-"""What ranks run for the milestones of lab 03: one exercise function at a time, with the engine itself around it."""
+"""What ranks run for the milestones of labs 03 and 04: one exercise function at a time, with the engine itself around it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from shardlab.runs import Experiment, Run
 from shardlab.training import barrier, gather, rank, text_rows, world_size
 
 
-def _lab():
-    return switch.import_exercise("lab03_engine")
+def _lab(stem: str = "lab03_engine"):
+    return switch.import_exercise(stem)
 
 
 def _fingerprint(state: torch.Tensor) -> int:
@@ -201,3 +201,40 @@ def continue_universal(experiment: Experiment, run: Run) -> dict:
     """Task 3.9: go on from a converted checkpoint, and save into the run folder."""
     options = experiment.options | {"checkpoints": str(run.folder / "checkpoints")}
     return engine_runs.train(experiment.model_copy(update={"options": options}), run)
+
+
+# --- lab 04 -----------------------------------------------------------------------------------------------------------
+
+
+def save_offloaded(experiment: Experiment, run: Run) -> dict:
+    """Task 4.7: save twice into one place, the second time a step later, and go on; what should be in the files, by rank."""
+    lab, options, engine = _lab("lab04_offload"), experiment.options, engine_runs.build(experiment)
+    for step in (1, 2):
+        engine_runs.train_on(engine, experiment, run, step - 1, step)
+        returned = lab.save_offloaded(engine, options["checkpoints"], "last", {"note": "kept", "step": step})
+        complete = gather(sorted(path.name for path in Path(options["checkpoints"], "last", "offloaded").glob("*")))
+    torch.save(engine_runs.swapped_states(engine), run.folder / f"wanted{rank()}.pt")
+    engine_runs.train_on(engine, experiment, run, 2, experiment.steps)
+    return {"returned": str(returned), "files_on_return": complete}
+
+
+def load_offloaded(experiment: Experiment, run: Run) -> dict:
+    """Task 4.8: refuse what is no checkpoint, load one, and go on without the exercise."""
+    lab, options, engine = _lab("lab04_offload"), experiment.options, engine_runs.build(experiment)
+
+    def refusal(tag: str) -> str:
+        try:
+            lab.load_offloaded(engine, options["checkpoints"], tag)
+        except ValueError as error:
+            return str(error)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    if "refused" in options:
+        return {"refused": gather(refusal(options["refused"])), "global_steps": engine.global_steps}
+    client = lab.load_offloaded(engine, options["checkpoints"], options["tag"])
+    torch.save(engine_runs.swapped_states(engine), run.folder / f"loaded{rank()}.pt")
+    at = engine.global_steps
+    engine_runs.train_on(engine, experiment, run, at, experiment.steps)
+    return {"client": (client or {}).get("note"), "at": at}

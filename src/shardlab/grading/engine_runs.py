@@ -13,6 +13,7 @@ from torch.utils.data import DistributedSampler
 
 from shardlab.grading.milestones import shared_folder
 from shardlab.models import load_model, load_tokenizer
+from shardlab.nvme import swapped_groups, without_its_nvme_part
 from shardlab.runs import Experiment, Run, write_json
 from shardlab.training import barrier, gather, rank, text_rows, world_size
 
@@ -203,3 +204,43 @@ def _plain_losses(experiment_json: str) -> list[float]:
                 break
         epoch += 1
     return found
+
+
+# --- lab 04: the optimizer on NVMe ------------------------------------------------------------------------------------
+
+
+def swapped_states(engine) -> dict[int, dict]:
+    """This rank's swapped states, copied into memory, by sub-group, as lab 04 saves them."""
+    return {
+        number: {"master": master.detach().clone(), "step": state["step"]}
+        | {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq")}
+        for number, master, state in swapped_groups(engine)
+    }
+
+
+def train_nvme(experiment: Experiment, run: Run) -> dict:
+    """Train on the first batches of the first epoch.
+
+    The experiment's `options`: `save_at`, the step after which to save into `checkpoints`, in the form of lab 04.
+    """
+    engine = build(experiment)
+    train_on(engine, experiment, run, 0, experiment.options.get("save_at", experiment.steps))
+    if "save_at" in experiment.options:
+        folder = Path(experiment.options["checkpoints"], f"step-{engine.global_steps}", "offloaded")
+        with without_its_nvme_part(engine):
+            engine.save_checkpoint(str(folder.parents[1]), tag=folder.parent.name, client_state={"note": "kept"})
+        folder.mkdir(exist_ok=True)
+        for number, state in swapped_states(engine).items():
+            torch.save(state, folder / f"rank{rank()}-group{number}.pt")
+        barrier()
+        train_on(engine, experiment, run, engine.global_steps, experiment.steps)
+    return {}
+
+
+def train_on(engine, experiment: Experiment, run: Run, first: int, last: int) -> None:
+    """Train from one optimizer step to another, one micro-batch each, and write a line a step."""
+    batches = epoch_batches(text_rows(experiment)[0], 0, experiment.micro_batch, world_size(), rank())
+    for step in range(first, last):
+        loss = micro_step(engine, batches[step])
+        if rank() == 0:
+            run.log_step(step=step + 1, loss=loss, steps=experiment.steps)

@@ -1,0 +1,642 @@
+"""Milestones of lab 04. The judges are DeepSpeed's configuration, the bytes that ranks hold, files on the disk, and real checkpoints."""
+
+import copy
+import shutil
+import time
+from itertools import product
+from math import ceil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from shardlab import memory, ops
+from shardlab.grading import engine_runs
+from shardlab.grading.milestones import require, require_error, shared_folder
+from shardlab.hardware import gpu_count
+from shardlab.runs import Experiment
+
+LECTURE = "notebooks/04_offload.ipynb"
+SUB_GROUP = 300_000  # elements; cuts bloom-tiny into sub-groups of which some are too small for the disk
+
+
+def needs_libaio() -> None:
+    """Report the milestone as not run where DeepSpeed cannot read and write through libaio."""
+    if not ops.is_built("async_io"):
+        from shardlab import doctor
+
+        finding = doctor.libaio()
+        if finding.state != "works":
+            pytest.skip(f"{finding.detail} → {finding.remedy}")
+
+
+def folder_for(name: str) -> Path:
+    """A fresh folder that lasts as long as this process."""
+    folder = shared_folder() / "offload" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def config(zero: dict, *, precision: str = "fp32", auto: bool = True, **changes) -> dict:
+    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    return {
+        **(dict.fromkeys(sizes, "auto") if auto else dict(zip(sizes, (2, 1, 4)))),
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": precision == "bf16"},
+        "zero_optimization": zero,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3} | ({} if "offload_optimizer" in zero else {"torch_adam": True})},
+        **changes,
+    }
+
+
+def text_experiment(name: str, **changes) -> Experiment:
+    settings = {
+        "program": "shardlab.training:train_text",
+        "ranks": 2,
+        "micro_batch": 2,
+        "accumulation": 2,
+        "steps": 2,
+        "learning_rate": 1e-3,
+        "max_tokens": 32,
+        "train_examples": 16,
+        "evaluate": False,
+        "save": False,
+    }
+    return Experiment(name=name, **(settings | changes))
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """DeepSpeed's own check of a configuration, for two ranks."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda" if gpu_count() else "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    # It asks for a process group first, and takes the world for one rank if there is none.
+    monkeypatch.setattr("deepspeed.runtime.config.dist.get_rank", lambda: 0)
+    ranks = SimpleNamespace(get_data_parallel_world_size=lambda: 2)
+    return lambda part: DeepSpeedConfig(copy.deepcopy(config(auto=False, zero={}) | part), mpu=ranks)
+
+
+@pytest.mark.milestone(task="4.1", points=15)
+def test_offload_configuration(lab, judge, tmp_path, monkeypatch):
+    read = f"lab 04, task 4.1; {LECTURE}, 'Where states can lie'"
+    create = lab.create_offload_config
+    cpu, nvme = {"device": "cpu", "pin_memory": True}, {"device": "nvme", "pin_memory": True, "nvme_path": str(tmp_path)}
+    aio = {"block_size": 2**20, "queue_depth": 8, "intra_op_parallelism": 1, "single_submit": False, "overlap_events": True}
+    at_once = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
+    on_disk = {"offload_device": "nvme", "nvme_path": tmp_path}
+    cases = [
+        ("no offload, stage 1", {"stage": 1}, {"stage": 1}),
+        ("no offload, though a path is given", {"stage": 1} | on_disk, {"stage": 1}),
+        ("optimizer to the CPU, stage 2", {"stage": 2, "optimizer_offload": True}, {"stage": 2, "offload_optimizer": cpu}),
+        (
+            "both to the CPU, pageable",
+            {"stage": 3, "optimizer_offload": True, "param_offload": True, "pin_memory": False},
+            {"stage": 3, "offload_optimizer": cpu | {"pin_memory": False}, "offload_param": cpu | {"pin_memory": False}},
+        ),
+        ("parameters alone", {"stage": 3, "param_offload": True}, {"stage": 3, "offload_param": cpu}),
+        ("optimizer to NVMe", {"stage": 3, "optimizer_offload": True} | on_disk, {"stage": 3, "offload_optimizer": nvme}),
+        (
+            "both to NVMe",
+            {"stage": 3, "optimizer_offload": True, "param_offload": True, "largest_parameter": 1000} | on_disk,
+            {"stage": 3, "offload_optimizer": nvme, "offload_param": nvme | {"buffer_size": 1000}} | at_once,
+        ),
+    ]
+    for what, arguments, zero in cases:
+        got = create(**arguments)
+        swapped = any(isinstance(value, dict) and value["device"] == "nvme" for value in zero.values())
+        wanted = {"zero_optimization": zero} | ({"aio": aio} if swapped else {})
+        require(
+            got == wanted,
+            expected=f"{wanted} ({what})",
+            got=got,
+            likely="an offload flag or pin_memory ignored, a key that the docstring names left out, or one too many",
+            read=read,
+        )
+        seen = judge(got).zero_config
+        moved = [str(getattr(getattr(seen, part), "device", None)) for part in ("offload_optimizer", "offload_param")]
+        require(
+            [("nvme" in text or "cpu" in text) for text in moved]
+            == [part in zero for part in ("offload_optimizer", "offload_param")],
+            expected=f"DeepSpeed to see the same ({what})",
+            got=moved,
+            likely="the offload outside zero_optimization",
+            read=read,
+        )
+    got = create(3, optimizer_offload=True, aio={"queue_depth": 32}, **on_disk)["aio"]
+    require(
+        got == aio | {"queue_depth": 32} and lab.AIO == aio,
+        expected="the given aio settings over the defaults, and AIO itself unchanged",
+        got=got,
+        likely="AIO.update(aio) changes AIO for good; or the settings replace all defaults",
+        read=read,
+    )
+
+    def refused(what: str, mentions: tuple, likely: str, **arguments) -> None:
+        require_error(
+            lambda: create(**arguments), ValueError, mentions=mentions, expected=f"ValueError for {what}", likely=likely, read=read
+        )
+
+    both = {"stage": 3, "optimizer_offload": True}
+    not_looked_at = "the argument is not looked at"
+    refused("stage 4", ("4",), not_looked_at, stage=4)
+    refused("the device 'disk'", ("disk",), not_looked_at, stage=1, offload_device="disk")
+    refused("parameters below stage 3", ("param", "3"), "DeepSpeed ignores it in silence", stage=2, param_offload=True)
+    refused("the optimizer at stage 0", ("optimizer", "0"), not_looked_at, stage=0, optimizer_offload=True)
+    refused(
+        "NVMe below stage 3",
+        ("nvme", "3"),
+        "DeepSpeed keeps the states on the host in silence",
+        **(both | on_disk | {"stage": 2}),
+    )
+    refused("NVMe without a path", ("nvme_path",), not_looked_at, offload_device="nvme", **both)
+    refused(
+        "a path that is not there",
+        ("missing",),
+        "existence is not checked",
+        **(both | on_disk | {"nvme_path": tmp_path / "missing"}),
+    )
+    file = tmp_path / "a-file"
+    file.write_text("")
+    refused("a path that is a file", ("a-file",), "exists() instead of is_dir()", **(both | on_disk | {"nvme_path": file}))
+    refused(
+        "a folder that nobody can write (/proc)",
+        ("/proc",),
+        "permissions are asked (os.access says yes to root) instead of trying",
+        **(both | on_disk | {"nvme_path": "/proc"}),
+    )
+    free = shutil.disk_usage(tmp_path).free
+    refused("less room than is needed", (str(tmp_path),), "the room is not compared", bytes_on_disk=10 * free, **(both | on_disk))
+    # Only the folder's own disk counts.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000 if str(path) == str(tmp_path) else 0))
+    require(
+        create(3, optimizer_offload=True, bytes_on_disk=1000, **on_disk) is not None,
+        expected="no error where just as many bytes are free as are needed",
+        got="None",
+        likely="another folder's disk was asked",
+        read=read,
+    )
+    refused("an aio setting that does not exist", ("depth",), not_looked_at, aio={"depth": 1}, **(both | on_disk))
+    refused(
+        "parameters on NVMe without largest_parameter",
+        ("largest_parameter",),
+        not_looked_at,
+        **(both | on_disk | {"param_offload": True}),
+    )
+
+
+WAYS = {"none": (False, False), "optimizer": (True, False), "parameters": (False, True), "both": (True, True)}
+MEASURED = [
+    (1, "optimizer", "bf16"),
+    (2, "optimizer", "fp32"),
+    (2, "optimizer", "bf16"),
+    (3, "optimizer", "fp32"),
+    (3, "parameters", "fp32"),
+    (3, "both", "bf16"),
+]
+"""What is run on two ranks: stage, what is offloaded, precision."""
+
+
+def offload_runs(run_experiments) -> dict:
+    """A run a row of `MEASURED`, of a model whose shards are all padded."""
+    experiments = []
+    for stage, what, precision in MEASURED:
+        zero: dict = {"stage": stage}
+        for part, wanted in zip(("offload_optimizer", "offload_param"), WAYS[what]):
+            zero |= {part: {"device": "cpu", "pin_memory": True}} if wanted else {}
+        experiments.append(
+            text_experiment(
+                f"stage{stage}-{what}-{precision}",
+                deepspeed=config(zero, precision=precision),
+                precision=precision,
+                model=engine_runs.odd_model(),
+            )
+        )
+    return run_experiments(experiments)
+
+
+@pytest.mark.milestone(task="4.2", points=20)
+def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
+    read = f"lab 04, task 4.2; {LECTURE}, 'What moves'"
+
+    def predicted(stage: int, groups: list, ranks: int, what: str, precision: str) -> dict:
+        optimizer, parameters = WAYS[what]
+        return lab.offload_bytes(stage, groups, ranks, precision, optimizer_offload=optimizer, param_offload=parameters)
+
+    require(
+        predicted(2, [[98]], 2, "optimizer", "bf16") == {"device": 200, "host": 800},
+        expected="device 2·100 = 200 and host (12 + 4)·50 = 800 bytes for 98 parameters, ZeRO-2, 2 ranks, bf16, optimizer on the "
+        "host: 98 is rounded up to 100, and the shard is 50",
+        got=predicted(2, [[98]], 2, "optimizer", "bf16"),
+        likely="fp32 gradients left out on the host (4 bytes), or gradients still counted on the device",
+        read=read,
+    )
+    for (stage, what, precision), run in zip(MEASURED, offload_runs(run_experiments).values(), strict=True):
+        states = run.states()
+        held = memory.States(**states["ranks"][0])
+        got = predicted(stage, states["groups"], 2, what, precision)
+        require(
+            got == {"device": held.device, "host": held.host},
+            expected=f"what rank 0 held: device {held.device:,}, host {held.host:,} bytes (ZeRO-{stage}, {precision}, offloaded: {what})",
+            got=got,
+            likely="a kind left on the wrong side (gradients differ in stage 1, 2 and 3); or unpadded sizes",
+            read=read,
+        )
+    for stage, ranks, precision in product((1, 2, 3), (1, 3), ("fp32", "bf16")):
+        for what in ("none", "optimizer") + (("parameters", "both") if stage == 3 else ()):
+            optimizer, parameters = WAYS[what]
+            groups = [[1001, 77], [5]]
+            model = memory.engine_bytes(
+                stage, groups, ranks, precision=precision, offload_optimizer=optimizer, offload_param=parameters
+            )
+            got = predicted(stage, groups, ranks, what, precision)
+            require(
+                got == {"device": model.device, "host": model.host},
+                expected=f"device {model.device}, host {model.host} (ZeRO-{stage}, {ranks} ranks, {precision}, offloaded: {what}, "
+                f"groups {groups})",
+                got=got,
+                likely="a number of ranks or a precision that is taken for granted",
+                read=read,
+            )
+
+
+@pytest.mark.milestone(task="4.3", points=15)
+def test_bytes_on_disk(lab, run_experiments, tmp_path):
+    needs_libaio()
+    read = f"lab 04, task 4.3; {LECTURE}, 'On disk'"
+    cases = [
+        ([[2**18]], 1, 3 * 2**20, "a tensor of just 1 MiB is written"),
+        ([[2**18 - 1]], 1, 0, "a tensor of less than 1 MiB stays in memory"),
+        ([[2**18 + 1]], 1, 3 * (2**20 + 1024), "one element more takes a whole block of 1,024 bytes"),
+        ([[2**18, 2**18 + 1], [100]], 2, 3 * (2**20 + 1024), "stage 3 rounds each parameter up: 131,072 + 131,073 elements"),
+    ]
+    for groups, ranks, wanted, why in cases:
+        require(
+            lab.swapped_bytes(groups, ranks) == wanted,
+            expected=f"{wanted:,} bytes for the sub-groups {groups} on {ranks} ranks: {why}",
+            got=lab.swapped_bytes(groups, ranks),
+            likely="the limit of 1 MiB, or the rounding, for each parameter instead of each sub-group; or one tensor instead of three",
+            read=read,
+        )
+    experiments, paths = [], {}
+    for name, limit in (("one", 10**9), ("several", SUB_GROUP)):
+        paths[name] = shared_folder() / "offload" / f"disk-{name}"
+        paths[name].mkdir(parents=True, exist_ok=True)
+        zero = {"stage": 3, "sub_group_size": limit, "offload_optimizer": {"device": "nvme", "nvme_path": str(paths[name])}}
+        experiments.append(text_experiment(name, deepspeed=config(zero)))
+    runs = run_experiments(experiments)
+    for name, run in runs.items():
+        groups = run.states()["groups"]
+        real = sum(path.stat().st_size for path in (paths[name] / "zero_stage_3" / "optimizer" / "rank1").iterdir())
+        got = lab.bytes_found(paths[name], 1)
+        require(
+            got == real,
+            expected=f"{real:,} bytes in the files of rank 1",
+            got=f"{got:,}",
+            likely="another rank's folder, or all ranks together",
+            read=read,
+        )
+        require(
+            lab.swapped_bytes(groups, 2) == real,
+            expected=f"{real:,} bytes, as rank 1 has on disk (sub-groups of {[sum(ceil(s / 2) for s in g) for g in groups]} elements)",
+            got=f"{lab.swapped_bytes(groups, 2):,}",
+            likely="sub-groups below 1 MiB counted, or a tensor that is not there",
+            read=read,
+        )
+    folder = tmp_path / "zero_stage_3" / "optimizer" / "rank0"
+    folder.mkdir(parents=True)
+    for file, size in (("0_5.tensor.swp", 1024), ("exp_avg-0_5.tensor.swp", 2048), ("0_5_gradient_0_256.tensor.swp", 4096)):
+        (folder / file).write_bytes(b"x" * size)
+    require(
+        lab.bytes_found(tmp_path, 0) == 3072,
+        expected="1024 + 2048 bytes; the file with _gradient_ in its name is left over from the last step",
+        got=lab.bytes_found(tmp_path, 0),
+        likely="gradient files counted",
+        read=read,
+    )
+
+
+@pytest.mark.milestone(task="4.4", points=10)
+def test_two_optimizers_take_the_same_steps(lab):
+    import torch
+
+    read = f"lab 04, task 4.4; {LECTURE}, 'Adam on the host'"
+    seen: list = []
+
+    class Sum(torch.optim.Optimizer):
+        """Subtracts its gradients times a factor, and notes what it was given."""
+
+        def __init__(self, parameters, factor: float):
+            super().__init__(parameters, {})
+            self.factor, self.calls = factor, 0
+            self.note = {"start": self.param_groups[0]["params"][0].detach().clone(), "gradients": []}
+            self.note["pointer"] = self.param_groups[0]["params"][0].data_ptr()
+            self.note["alive"] = self.param_groups[0]["params"][0]
+            seen.append(self.note)
+
+        def step(self, closure=None):
+            parameter = self.param_groups[0]["params"][0]
+            self.note["gradients"].append(parameter.grad.clone())
+            parameter.data.sub_(self.factor * parameter.grad)
+            self.calls += 1
+            if self.calls == 1:
+                time.sleep(0.3)  # as if it allocated its moments
+
+    got = lab.compare_optimizers(lambda p: Sum(p, 1.0), lambda p: Sum(p, 3.0), 50, 4, seed=7)
+    first, second = seen[0], seen[1]
+    require(
+        first["pointer"] != second["pointer"] and torch.equal(first["start"], second["start"]),
+        expected="two parameters with the same numbers, each in a tensor of its own",
+        got="one tensor for both" if first["pointer"] == second["pointer"] else "different numbers",
+        likely="the same tensor handed to both, so that the second goes on where the first ended; or drawn twice without the seed",
+        read=read,
+    )
+    equal = len(first["gradients"]) == len(second["gradients"]) == 4 and all(
+        map(torch.equal, first["gradients"], second["gradients"])
+    )
+    require(
+        equal,
+        expected="4 steps each, with the same gradients",
+        got=f"{len(first['gradients'])} and {len(second['gradients'])} steps" + ("" if equal else ", with different gradients"),
+        likely="the second optimizer's gradients drawn on from where the first's ended",
+        read=read,
+    )
+    require(
+        not torch.equal(first["gradients"][0], first["gradients"][1]),
+        expected="new gradients for each step",
+        got="the same gradients in steps 1 and 2",
+        likely="drawn once, before the loop",
+        read=read,
+    )
+    wanted = (2 * sum(first["gradients"])).abs().max().item()
+    require(
+        abs(got["largest_difference"] - wanted) < 1e-4,
+        expected=f"the largest absolute difference of the parameters: {wanted:.4f}",
+        got=got["largest_difference"],
+        likely="a mean or a signed maximum instead of the largest absolute difference",
+        read=read,
+    )
+    require(
+        0 < got["first_seconds"] < 0.05 and 0 < got["second_seconds"] < 0.05,
+        expected="seconds without the first step, which took 0.3 s here",
+        got={key: got[key] for key in ("first_seconds", "second_seconds")},
+        likely="the mean of all steps instead of the median of all but the first",
+        read=read,
+    )
+    ops.build("cpu_adam")
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-8}
+    real = lab.compare_optimizers(lambda p: DeepSpeedCPUAdam(p, **settings), lambda p: torch.optim.AdamW(p, **settings), 10_000, 20)
+    require(
+        real["largest_difference"] < 1e-5,
+        expected="DeepSpeedCPUAdam and torch's AdamW within 1e-5 after 20 steps",
+        got=real["largest_difference"],
+        likely="the two did not get the same gradients",
+        read=read,
+    )
+
+
+@pytest.mark.milestone(task="4.5", points=15)
+def test_accumulation_pays_for_offload(lab):
+    read = f"lab 04, task 4.5; {LECTURE}, 'What a step pays'"
+    a, b = lab.fit_step_time([1, 2, 4, 8], [0.5, 0.7, 1.1, 1.9])
+    require(
+        abs(a - 0.2) < 1e-9 and abs(b - 0.3) < 1e-9,
+        expected="a = 0.2 s and b = 0.3 s through (1, 0.5), (2, 0.7), (4, 1.1), (8, 1.9)",
+        got=(a, b),
+        likely="the two swapped: polyfit returns the slope first; or only two of the points used",
+        read=read,
+    )
+    a, b = lab.fit_step_time([1, 2, 3], [1.0, 1.0, 4.0])
+    require(
+        abs(a - 1.5) < 1e-9 and abs(b + 1.0) < 1e-9,
+        expected="a = 1.5, b = −1 through (1, 1), (2, 1), (3, 4), by least squares",
+        got=(a, b),
+        likely="a line through the first and the last point",
+        read=read,
+    )
+    plain, offloaded = (0.1, 0.05), (0.125, 0.4)
+    for accumulation, wanted in ((1, 0.15 / 0.525), (4, 0.45 / 0.9), (1000, 100.05 / 125.4)):
+        got = lab.share_kept(accumulation, plain, offloaded)
+        require(
+            abs(got - wanted) < 1e-9,
+            expected=f"{wanted:.4f} of the samples/s at accumulation {accumulation}, with (a, b) = {plain} and {offloaded}",
+            got=got,
+            likely="the ratio upside down, or b counted once for each micro-batch",
+            read=read,
+        )
+    for share in (0.2, 0.28, 0.29, 0.51, 0.6, 0.76, 0.79):
+        wanted = next(k for k in range(1, 10_000) if (plain[0] * k + plain[1]) / (offloaded[0] * k + offloaded[1]) >= share)
+        got = lab.accumulation_for(share, plain, offloaded)
+        require(
+            got == wanted and isinstance(got, int),
+            expected=f"{wanted}, the smallest accumulation that keeps {share:.0%}",
+            got=got,
+            likely="rounded down instead of up; or less than 1",
+            read=read,
+        )
+    for share in (0.8, 0.9):
+        got = lab.accumulation_for(share, plain, offloaded)
+        require(
+            got is None,
+            expected=f"None for {share:.0%}: the limit is {plain[0]} / {offloaded[0]} = 80 %, and it is never reached",
+            got=got,
+            likely="the limit is not looked at, and a division by zero or a negative number comes out",
+            read=read,
+        )
+
+
+@pytest.mark.milestone(task="4.6", points=5)
+def test_largest_model_that_fits(lab):
+    read = f"lab 04, task 4.6; {LECTURE}, 'What fits'"
+    limits = {"ranks": 4, "device_bytes": 10_000, "host_bytes": 64_000}
+    cases = [
+        ("16 bytes a parameter on the device", lambda n: {"device": 16 * n, "host": 0}, 625),
+        ("the host is the limit: 4 ranks share it", lambda n: {"device": 2 * n, "host": 8 * n}, 2000),
+        (
+            "padding: 1 to 64 parameters take 100 bytes, 65 to 128 take 200",
+            lambda n: {"device": 100 * ceil(n / 64), "host": 0},
+            6400,
+        ),
+        ("nothing fits", lambda n: {"device": 20_000 + n, "host": 0}, 0),
+    ]
+    for what, bytes_of, wanted in cases:
+        got = lab.largest_model(bytes_of, **limits)
+        require(
+            got == wanted,
+            expected=f"{wanted:,} parameters ({what}; 10,000 bytes a device, 64,000 on the host)",
+            got=got,
+            likely="the host counted for one rank, or the last size that does not fit returned",
+            read=read,
+        )
+
+
+def nvme_experiment(name: str, program: str, *, options=None, **changes) -> Experiment:
+    zero = {"stage": 3, "sub_group_size": SUB_GROUP, "offload_optimizer": {"device": "nvme", "nvme_path": str(folder_for(name))}}
+    settings = {"program": f"shardlab.grading.{program}", "accumulation": 1, "steps": 4, "options": options or {}}
+    return text_experiment(name, **(settings | {"deepspeed": config(zero, auto=False)} | changes))
+
+
+def whole_run(run_experiments):
+    """Four steps with the optimizer on NVMe, without your code; a checkpoint after the second."""
+    checkpoints = shared_folder() / "offload" / "reference"
+    options = {"save_at": 2, "checkpoints": str(checkpoints)}
+    return run_experiments([nvme_experiment("nvme-whole", "engine_runs:train_nvme", options=options)])["nvme-whole"]
+
+
+@pytest.mark.milestone(task="4.7", points=10)
+def test_saving_what_lies_on_nvme(lab, run_experiments):
+    import torch
+
+    needs_libaio()
+    read = f"lab 04, task 4.7; {LECTURE}, 'A checkpoint of states on disk'"
+    lab.save_offloaded  # noqa: B018
+    losses = whole_run(run_experiments).losses()
+    folder = shared_folder() / "offload" / "saved"
+    shutil.rmtree(folder / "last", ignore_errors=True)
+    saved = nvme_experiment("nvme-saved", "engine_programs:save_offloaded", options={"checkpoints": str(folder)})
+    run = run_experiments([saved])["nvme-saved"]
+    require(
+        run.results["returned"] == str(folder / "last"),
+        expected="the folder path/tag returned",
+        got=run.results["returned"],
+        likely="nothing returned, or the folder of the swapped states",
+        read=read,
+    )
+    wanted = [torch.load(run.folder / f"wanted{rank}.pt", weights_only=True) for rank in (0, 1)]
+    names = sorted(f"rank{rank}-group{number}.pt" for rank in (0, 1) for number in wanted[rank])
+    require(
+        run.results["files_on_return"] == [names, names],
+        expected=f"on every rank, all these files when save_offloaded returns: {', '.join(names)}",
+        got=run.results["files_on_return"],
+        likely="only one rank writes; one file name for all sub-groups or ranks; or no barrier, so a rank returns too early",
+        read=read,
+    )
+    for rank in (0, 1):
+        for number, state in wanted[rank].items():
+            file = folder / "last" / "offloaded" / f"rank{rank}-group{number}.pt"
+            found = torch.load(file, weights_only=True)
+            require(
+                set(found) == set(state) and found["step"] == 2,
+                expected=f"master, step, exp_avg and exp_avg_sq in {file.name}, step 2",
+                got=f"{sorted(found)}, step {found.get('step')}",
+                likely="the moments or the step count left out; or the first save not replaced by the second",
+                read=read,
+            )
+            wrong = [key for key in ("master", "exp_avg", "exp_avg_sq") if not torch.equal(found[key], state[key])]
+            require(
+                not wrong,
+                expected=f"the sub-group's own numbers in {file.name}",
+                got=f"others in {', '.join(wrong)}",
+                likely="tensors collected first and saved at the end: they are views of buffers that the next sub-group used again",
+                read=read,
+            )
+            size = 12 * state["master"].numel()
+            require(
+                file.stat().st_size < 1.02 * size + 10_000,
+                expected=f"about {size:,} bytes in {file.name}: 12 an element",
+                got=f"{file.stat().st_size:,}",
+                likely="views saved without clone(): torch.save writes the whole buffer behind them",
+                read=read,
+            )
+    model_states = folder / "last" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    client = torch.load(model_states, weights_only=False).get("note") if model_states.exists() else "no such file"
+    require(
+        client == "kept",
+        expected=f"the engine's own part beside it: {model_states.name}, with the client state",
+        got=client,
+        likely="engine.save_checkpoint left out, or called without client_state",
+        read=read,
+    )
+    require(
+        not (folder / "last" / "offloaded_tensors").exists(),
+        expected="no folder offloaded_tensors: that is DeepSpeed's own copy of the swap files",
+        got="it is there",
+        likely="engine.save_checkpoint called outside without_its_nvme_part",
+        read=read,
+    )
+    require(
+        max(abs(a - b) for a, b in zip(run.losses(), losses, strict=True)) <= 1e-5,
+        expected=f"training to go on after saving as if nothing had been saved: {[round(x, 5) for x in losses]}",
+        got=[round(x, 5) for x in run.losses()],
+        likely="the states were changed while they were saved",
+        read=read,
+    )
+
+
+@pytest.mark.milestone(task="4.8", points=10)
+def test_going_on_from_states_on_nvme(lab, run_experiments):
+    import torch
+
+    needs_libaio()
+    read = f"lab 04, task 4.8; {LECTURE}, 'A checkpoint of states on disk'"
+    lab.load_offloaded  # noqa: B018
+    whole = whole_run(run_experiments)
+    reference = shared_folder() / "offload" / "reference"
+    # Another seed: what is not loaded differs.
+    loaded = nvme_experiment(
+        "nvme-loaded", "engine_programs:load_offloaded", options={"checkpoints": str(reference), "tag": "step-2"}, seed=11
+    )
+    no_folder = shared_folder() / "offload" / "broken"
+    if not no_folder.exists():
+        shutil.copytree(reference / "step-2", no_folder / "plain", ignore=shutil.ignore_patterns("offloaded"))
+        shutil.copytree(reference / "step-2", no_folder / "lacking")
+        for rank in (0, 1):
+            (no_folder / "lacking" / "offloaded" / f"rank{rank}-group1.pt").unlink()
+    refusals = [
+        nvme_experiment(
+            f"nvme-{tag}", "engine_programs:load_offloaded", options={"checkpoints": str(no_folder), "refused": tag}, seed=11
+        )
+        for tag in ("plain", "lacking")
+    ]
+    runs = run_experiments([loaded, *refusals])
+    for tag, mentions, likely in (
+        ("plain", "offloaded", "the folder is not looked for, so that DeepSpeed's part alone is loaded"),
+        ("lacking", "group1.pt", "FileNotFoundError from torch.load, or a sub-group passed over in silence"),
+    ):
+        results = runs[f"nvme-{tag}"].results
+        require(
+            all(mentions in said and not said.startswith("FileNotFoundError") for said in results["refused"]),
+            expected=f"ValueError that names what is missing ({mentions})",
+            got=results["refused"][0],
+            likely=likely,
+            read=read,
+        )
+    require(
+        runs["nvme-plain"].results["global_steps"] == 0,
+        expected="nothing loaded where the folder is missing: optimizer step 0",
+        got=f"optimizer step {runs['nvme-plain'].results['global_steps']}",
+        likely="the folder is looked for after engine.load_checkpoint",
+        read=read,
+    )
+    run = runs["nvme-loaded"]
+    require(
+        (run.results["at"], run.results["client"]) == (2, "kept"),
+        expected="optimizer step 2, and the client state with its note 'kept'",
+        got=f"step {run.results['at']}, note {run.results['client']!r}",
+        likely="engine.load_checkpoint left out, or its first result returned instead of the second",
+        read=read,
+    )
+    for rank in (0, 1):
+        states = torch.load(run.folder / f"loaded{rank}.pt", weights_only=True)
+        for number, state in states.items():
+            saved = torch.load(reference / "step-2" / "offloaded" / f"rank{rank}-group{number}.pt", weights_only=True)
+            wrong = [key for key in ("master", "exp_avg", "exp_avg_sq") if not torch.equal(state[key], saved[key])]
+            wrong += ["step"] if state["step"] != saved["step"] else []
+            require(
+                not wrong,
+                expected=f"on rank {rank}, the saved master weights, moments and step of sub-group {number}",
+                got=f"others in {', '.join(wrong)}",
+                likely="Adam's state not put into the dictionary; or another rank's file",
+                read=read,
+            )
+    wanted = whole.losses()[2:]
+    require(
+        max(abs(a - b) for a, b in zip(run.losses(), wanted, strict=True)) <= 1e-5,
+        expected=f"the losses of the run that never stopped: {[round(x, 5) for x in wanted]}",
+        got=[round(x, 5) for x in run.losses()],
+        likely="not within parameters_renewed: stage 3 keeps small parameters gathered, and those are still the old ones",
+        read=read,
+    )

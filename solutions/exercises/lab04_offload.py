@@ -1,0 +1,378 @@
+"""Lab 04, offload: keep states on the host or on disk, count what moves, and pay for it as little as possible.
+
+You complete ten functions in eight tasks. The milestones run them on two real ranks, with DeepSpeed's compiled ops and libaio.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import torch
+
+from shardlab import memory
+from shardlab.nvme import parameters_renewed, swapped_groups, without_its_nvme_part
+from shardlab.training import barrier, rank
+
+# --- Task 4.1 -------------------------------------------------------------------------------------------------------
+
+AIO = {"block_size": 1048576, "queue_depth": 8, "intra_op_parallelism": 1, "single_submit": False, "overlap_events": True}
+"""DeepSpeed's settings for reading and writing through libaio, with their defaults. Sizes in bytes."""
+
+
+def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_offload: bool = False,
+                          offload_device: str = "cpu", nvme_path: str | Path | None = None, pin_memory: bool = True,
+                          aio: dict | None = None, largest_parameter: int | None = None, bytes_on_disk: int = 0) -> dict:
+    """The part of a DeepSpeed configuration that says where the states are.
+
+    Args:
+        stage: 0, 1, 2 or 3.
+        optimizer_offload: the optimizer states go to the device, and Adam's step runs on the host; stages 1 to 3.
+        param_offload: the parameters go there; stage 3 only.
+        offload_device: "cpu" or "nvme". Below stage 3 DeepSpeed takes "nvme" for "cpu" and does not say so.
+        nvme_path: a folder on the disk; with "nvme" only.
+        pin_memory: lock the host's copies into memory, so that the GPU's copy engine can reach them.
+        aio: settings other than those in `AIO`; with "nvme" only.
+        largest_parameter: elements of the model's largest parameter; needed for parameters on NVMe, which pass through
+            buffers of one size.
+        bytes_on_disk: bytes that this machine's ranks will write.
+
+    Returns:
+        {"zero_optimization": {"stage": stage, …}}. With an offload, there is `offload_optimizer` or `offload_param` or both
+        in it, each {"device": …, "pin_memory": …}, and with "nvme" also "nvme_path" as a string. With "nvme" the result
+        has a second key, "aio": `AIO` with your settings over it. Parameters on NVMe also need `buffer_size` in
+        `offload_param`, in elements, and beside it in `zero_optimization` `stage3_max_live_parameters` and
+        `stage3_max_reuse_distance`, both 0. Otherwise stage 3 keeps parameters gathered, each holds its buffer, and
+        training ends in "Not enough buffers".
+
+    Raises:
+        ValueError: a sentence that names what is wrong: an unknown stage; an unknown device; `param_offload` without stage 3;
+            `optimizer_offload` at stage 0; and, where something is to be offloaded to "nvme": a stage below 3; no `nvme_path`;
+            a path that is no folder, or that cannot be written (try it: root may write where the permissions say no, and
+            nobody can on a read-only disk); less room than `bytes_on_disk` (`shutil.disk_usage`), with both numbers; a key
+            that is not in `AIO`; parameters without `largest_parameter`.
+
+    Source: https://www.deepspeed.ai/docs/config-json/, and deepspeed 0.19.8, `runtime/zero/offload_config.py`.
+    """
+    # BEGIN SOLUTION 4.1
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"stage {stage!r}: ZeRO has the stages 0, 1, 2 and 3")
+    if offload_device not in ("cpu", "nvme"):
+        raise ValueError(f"offload_device {offload_device!r}: use cpu or nvme")
+    if param_offload and stage != 3:
+        raise ValueError(f"param_offload needs stage 3, not stage {stage}: only stage 3 shards the parameters")
+    if optimizer_offload and stage == 0:
+        raise ValueError("optimizer_offload needs stage 1, 2 or 3: stage 0 has no sharded optimizer to move")
+    target = {"device": offload_device, "pin_memory": pin_memory}
+    zero: dict = {"stage": stage}
+    config = {"zero_optimization": zero}
+    if offload_device == "nvme" and (optimizer_offload or param_offload):
+        if stage != 3:
+            raise ValueError(f"offload_device nvme needs stage 3, not stage {stage}: DeepSpeed would stay in the host's memory")
+        check_nvme_path(nvme_path, bytes_on_disk)
+        if unknown := sorted(set(aio or {}) - set(AIO)):
+            raise ValueError(f"aio has no setting '{unknown[0]}'; there are {', '.join(AIO)}")
+        if param_offload and not largest_parameter:
+            raise ValueError("parameters on nvme need largest_parameter: a buffer must hold the largest one")
+        target["nvme_path"] = str(nvme_path)
+        config["aio"] = AIO | (aio or {})
+    if optimizer_offload:
+        zero["offload_optimizer"] = dict(target)
+    if param_offload:
+        zero["offload_param"] = dict(target)
+        if offload_device == "nvme":
+            zero["offload_param"]["buffer_size"] = largest_parameter
+            zero["stage3_max_live_parameters"] = zero["stage3_max_reuse_distance"] = 0
+    return config
+    # END SOLUTION
+
+
+def check_nvme_path(nvme_path: str | Path | None, bytes_on_disk: int) -> None:
+    """Refuse a folder that cannot take the swapped states; `create_offload_config` says when.
+
+    Raises:
+        ValueError: no path, no folder, not writable, or less than `bytes_on_disk` free.
+    """
+    # BEGIN SOLUTION 4.1
+    if nvme_path is None:
+        raise ValueError("offload_device nvme needs an nvme_path: a folder on the disk")
+    if not Path(nvme_path).is_dir():
+        raise ValueError(f"nvme_path {nvme_path}: there is no such folder")
+    try:
+        tempfile.TemporaryFile(dir=nvme_path).close()
+    except OSError as error:
+        raise ValueError(f"nvme_path {nvme_path}: not writable ({error.strerror})") from None
+    if (free := shutil.disk_usage(nvme_path).free) < bytes_on_disk:
+        raise ValueError(f"nvme_path {nvme_path}: {bytes_on_disk:,} bytes are needed and {free:,} are free")
+    # END SOLUTION
+
+
+# --- Task 4.2 -------------------------------------------------------------------------------------------------------
+
+
+def offload_bytes(stage: int, groups: list[list[int]], ranks: int, precision: str, *, optimizer_offload: bool = False,
+                  param_offload: bool = False) -> dict[str, int]:
+    """Bytes of model states that one rank holds while gradients are accumulated, with Adam and offload to the CPU.
+
+    Without offload this is lab 02's `state_bytes`: `memory.engine_bytes(stage, groups, ranks, precision=precision)` gives it,
+    with the attributes `parameters`, `gradients` and `optimizer`. `memory.sharded_elements(groups, ranks, stage)` gives
+    the elements of one rank's shard. Then, by kind:
+
+    Optimizer offload moves the 12 bytes an element to the host. In stages 2 and 3 no gradients stay on the device: each goes to
+    the host as soon as it is reduced. Stage 1 reduces them after the last micro-batch only, so until then its device holds
+    them whole, as without offload. On the host the step needs the shard's gradients in fp32, 4 bytes an element, in all three
+    stages. Stage 3 holds them there a second time, in the parameters' precision, to add up the micro-batches.
+    Parameter offload moves the parameters' shard.
+
+    Args:
+        stage: 1, 2 or 3.
+        groups: the sizes of the parameters, by optimizer group.
+        ranks: N.
+        precision: `fp32`, `bf16` or `fp16`.
+        optimizer_offload, param_offload: what is on the host.
+
+    Returns:
+        {"device": …, "host": …} in bytes.
+    """
+    # BEGIN SOLUTION 4.2
+    states = memory.engine_bytes(stage, groups, ranks, precision=precision)
+    shard = memory.sharded_elements(groups, ranks, stage)
+    width = 4 if precision == "fp32" else 2
+    device, host = states.parameters + states.gradients + states.optimizer, 0
+    if optimizer_offload:
+        device -= states.optimizer + (states.gradients if stage >= 2 else 0)
+        host += 12 * shard + 4 * shard + (width * shard if stage == 3 else 0)
+    if param_offload:
+        device -= states.parameters
+        host += states.parameters
+    return {"device": device, "host": host}
+    # END SOLUTION
+
+
+# --- Task 4.3 -------------------------------------------------------------------------------------------------------
+
+
+def swapped_bytes(groups: list[list[int]], ranks: int) -> int:
+    """Bytes of optimizer states that one rank has on disk, with the optimizer on NVMe.
+
+    DeepSpeed swaps a sub-group as a whole: all its shards in one flat fp32 tensor each for master weights, momentum and
+    variance. A tensor of less than 1 MiB (2²⁰ bytes) stays in memory. What is written is rounded up to whole blocks of
+    1,024 bytes, since direct reads and writes need them.
+
+    Args:
+        groups: the sizes of the parameters, by sub-group, as `states.json` gives them under stage 3. Stage 3 cuts each
+            parameter on its own, rounded up to a multiple of the ranks.
+        ranks: N.
+    """
+    # BEGIN SOLUTION 4.3
+    written = 0
+    for group in groups:
+        bytes_ = 4 * sum(math.ceil(size / ranks) for size in group)
+        if bytes_ >= 2**20:
+            written += 3 * 1024 * math.ceil(bytes_ / 1024)
+    return written
+    # END SOLUTION
+
+
+def bytes_found(nvme_path: str | Path, rank: int) -> int:
+    """Bytes of optimizer states that one rank really has on disk.
+
+    DeepSpeed writes into `zero_stage_3/optimizer/rank<rank>` below the path, a file a tensor. Files with `_gradient_` in their
+    names are gradients, left over from the last step; they do not count.
+    """
+    # BEGIN SOLUTION 4.3
+    folder = Path(nvme_path, "zero_stage_3", "optimizer", f"rank{rank}")
+    return sum(path.stat().st_size for path in folder.iterdir() if "_gradient_" not in path.name)
+    # END SOLUTION
+
+
+# --- Task 4.4 -------------------------------------------------------------------------------------------------------
+
+
+def compare_optimizers(make_first: Callable, make_second: Callable, elements: int, steps: int, seed: int = 0) -> dict[str, float]:
+    """Take the same steps with two optimizers, and time them.
+
+    Both begin with the same parameter, of random numbers, in a tensor of its own, and both get the same gradients, new
+    ones for each step. `torch.Generator().manual_seed(seed)` makes numbers that can be drawn again.
+
+    Args:
+        make_first, make_second: make an optimizer of a list of parameters, such as `DeepSpeedCPUAdam`.
+        elements: of the parameter, fp32, on the CPU.
+        steps: at least 2.
+        seed: of parameter and gradients.
+
+    Returns:
+        `largest_difference`: the largest absolute difference between the two parameters after the last step.
+        `first_seconds`, `second_seconds`: of one `step()`, the median of all steps but the first, which allocates the
+        moments. Drawing the gradients is not timed.
+    """
+    # BEGIN SOLUTION 4.4
+    parameters, medians = [], []
+    for make in (make_first, make_second):
+        generator = torch.Generator().manual_seed(seed)
+        parameter = torch.randn(elements, generator=generator).requires_grad_()
+        optimizer, seconds = make([parameter]), []
+        for _ in range(steps):
+            parameter.grad = torch.randn(elements, generator=generator)
+            started = time.perf_counter()
+            optimizer.step()
+            seconds.append(time.perf_counter() - started)
+        parameters.append(parameter.detach())
+        medians.append(float(numpy.median(seconds[1:])))
+    difference = (parameters[0] - parameters[1]).abs().max().item()
+    return {"largest_difference": difference, "first_seconds": medians[0], "second_seconds": medians[1]}
+    # END SOLUTION
+
+
+# --- Task 4.5 -------------------------------------------------------------------------------------------------------
+
+
+def fit_step_time(accumulations: list[int], seconds: list[float]) -> tuple[float, float]:
+    """The line through measured times of an optimizer step: seconds = a · accumulation + b, by least squares.
+
+    Args:
+        accumulations: micro-batches an optimizer step; at least two different values.
+        seconds: of one optimizer step, for each of them.
+
+    Returns:
+        a, the seconds of a micro-batch, and b, the seconds that each step costs besides.
+    """
+    # BEGIN SOLUTION 4.5
+    slope, intercept = numpy.polyfit(accumulations, seconds, 1)
+    return float(slope), float(intercept)
+    # END SOLUTION
+
+
+def share_kept(accumulation: int, plain: tuple[float, float], offloaded: tuple[float, float]) -> float:
+    """The samples/s with offload as a share of those without, at the same accumulation and so at the same global batch.
+
+    Args:
+        accumulation: micro-batches an optimizer step.
+        plain, offloaded: (a, b) of `fit_step_time`, without offload and with it.
+    """
+    # BEGIN SOLUTION 4.5
+    return (plain[0] * accumulation + plain[1]) / (offloaded[0] * accumulation + offloaded[1])
+    # END SOLUTION
+
+
+def accumulation_for(share: float, plain: tuple[float, float], offloaded: tuple[float, float]) -> int | None:
+    """The smallest accumulation that keeps this share of the samples/s; None if none does.
+
+    As the accumulation grows, the share comes closer and closer to a limit, the ratio of the two a. Say offload is slower in
+    b as well, so the share grows with the accumulation.
+    """
+    # BEGIN SOLUTION 4.5
+    if share_kept(1, plain, offloaded) >= share:
+        return 1
+    gained = plain[0] - share * offloaded[0]
+    return math.ceil((share * offloaded[1] - plain[1]) / gained) if gained > 0 else None
+    # END SOLUTION
+
+
+# --- Task 4.6 -------------------------------------------------------------------------------------------------------
+
+
+def largest_model(bytes_of: Callable[[int], dict[str, int]], *, ranks: int, device_bytes: int, host_bytes: int) -> int:
+    """The largest number of parameters whose states fit; activations come on top, so leave them out of `device_bytes`.
+
+    Args:
+        bytes_of: gives {"device": …, "host": …} of one rank for a number of parameters; both grow with it.
+        ranks: on this machine.
+        device_bytes: of each device, for model states.
+        host_bytes: of this machine's memory, which its ranks share.
+
+    Returns:
+        The number of parameters; 0 if not even one fits. Try doubled sizes until one does not fit, then halve the gap.
+    """
+    # BEGIN SOLUTION 4.6
+    def fits(parameters: int) -> bool:
+        needed = bytes_of(parameters)
+        return needed["device"] <= device_bytes and ranks * needed["host"] <= host_bytes
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+    # END SOLUTION
+
+
+# --- Task 4.7 -------------------------------------------------------------------------------------------------------
+
+
+def save_offloaded(engine, path: str | Path, tag: str, client_state: dict) -> Path:
+    """Save a checkpoint of an engine whose optimizer states are on NVMe (stage 3). Every rank calls this.
+
+    The engine saves all but the swapped tensors itself: `without_its_nvme_part`. Each rank saves those, a file for each of its
+    sub-groups, so that only one must fit into memory: `path/tag/offloaded/rank<rank>-group<number>.pt`, in which
+    `torch.save` has put {"master": …, "step": …, "exp_avg": …, "exp_avg_sq": …}. Saving a view saves the whole buffer
+    behind it; `clone` what you save. No rank returns before all have written (`barrier`). A second save into the same place
+    replaces the first.
+
+    Args:
+        engine: DeepSpeed's, between two optimizer steps, after at least one.
+        path: the folder of all checkpoints.
+        tag: this checkpoint's folder in it.
+        client_state: whatever the caller wants back.
+
+    Returns:
+        The folder of this checkpoint.
+    """
+    # BEGIN SOLUTION 4.7
+    with without_its_nvme_part(engine):
+        engine.save_checkpoint(str(path), tag=tag, client_state=client_state)
+    folder = Path(path, tag, "offloaded")
+    folder.mkdir(exist_ok=True)
+    for number, master, state in swapped_groups(engine):
+        saved = {"master": master.detach().clone(), "step": state["step"]}
+        saved |= {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq")}
+        torch.save(saved, folder / f"rank{rank()}-group{number}.pt")
+    barrier()
+    return Path(path, tag)
+    # END SOLUTION
+
+
+# --- Task 4.8 -------------------------------------------------------------------------------------------------------
+
+
+def load_offloaded(engine, path: str | Path, tag: str) -> dict:
+    """Continue from a checkpoint that `save_offloaded` wrote, on as many ranks. Every rank calls this, before the first step.
+
+    The engine loads its part: `without_its_nvme_part`. Then each rank reads its files and puts master weights and Adam's state
+    in place, within `parameters_renewed`.
+
+    Args:
+        engine: DeepSpeed's, new.
+        path, tag: as they were saved.
+
+    Returns:
+        The `client_state` that was saved. What `engine.load_checkpoint` returns with it has keys of DeepSpeed's own in it; they
+        may stay.
+
+    Raises:
+        ValueError: there is no folder `path/tag/offloaded`, or it has no file for one of this rank's sub-groups; the
+            sentence names the folder or file. Nothing has been loaded into the engine if the folder is not there.
+    """
+    # BEGIN SOLUTION 4.8
+    folder = Path(path, tag, "offloaded")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: there is no such folder, so save_offloaded did not write this checkpoint")
+    with without_its_nvme_part(engine):
+        _, client_state = engine.load_checkpoint(str(path), tag=tag)
+    with parameters_renewed(engine):
+        for number, master, state in swapped_groups(engine):
+            file = folder / f"rank{rank()}-group{number}.pt"
+            if not file.exists():
+                raise ValueError(f"{file} is missing: another number of ranks saved this checkpoint, or it is not whole")
+            saved = torch.load(file, weights_only=True)
+            master.data.copy_(saved.pop("master"))
+            state.update(saved)
+    return client_state
+    # END SOLUTION
