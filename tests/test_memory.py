@@ -197,12 +197,22 @@ def test_offload_moves_states_to_the_host():
         assert (after.parameters, after.host_parameters) == (before.parameters, 0)
         assert after.device < before.device
         assert total(after) >= total(before) - before.gradients
+        at_once = engine_bytes(stage, groups, ranks, precision=precision, offload_optimizer=True, accumulates=False)
+        assert at_once.gradients == 0
+        assert (at_once.host_gradients < after.host_gradients) == (stage == 2)
     both = engine_bytes(3, [[1000]], 2, offload_optimizer=True, offload_param=True)
     assert both.device == 0
     assert both.host_parameters == engine_bytes(3, [[1000]], 2).parameters
     alone, without = engine_bytes(3, [[1000]], 2, offload_param=True), engine_bytes(3, [[1000]], 2)
     assert (alone.parameters, alone.host_parameters) == (0, without.parameters)
     assert (alone.gradients, alone.optimizer, alone.host_optimizer) == (without.gradients, without.optimizer, 0)
+
+
+def test_stage_2_adds_up_whole_parameters_on_the_host():
+    """Shards of 8 of a buffer of 16: rank 0 has parts of the parameters of 5 and 7, rank 1 of those of 7 and 3."""
+    bf16 = engine_bytes(2, [[5, 7, 3]], 2, offload_optimizer=True)
+    assert bf16.host_gradients == 4 * 8 + 2 * (5 + 7)
+    assert engine_bytes(2, [[5, 7, 3]], 1, offload_optimizer=True).host_gradients == 4 * 16 + 2 * 15
 
 
 def test_nvme_takes_what_deepspeed_swaps_out():

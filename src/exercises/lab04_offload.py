@@ -76,17 +76,16 @@ def check_nvme_path(nvme_path: str | Path | None, bytes_on_disk: int) -> None:
 
 def offload_bytes(stage: int, groups: list[list[int]], ranks: int, precision: str, *, optimizer_offload: bool = False,
                   param_offload: bool = False) -> dict[str, int]:
-    """Bytes of model states that one rank holds while gradients are accumulated, with Adam and offload to the CPU.
+    """Bytes of model states that one rank holds just before an optimizer step of one micro-batch, with Adam and offload to the CPU.
 
     Without offload this is lab 02's `state_bytes`: `memory.engine_bytes(stage, groups, ranks, precision=precision)` gives it,
     with the attributes `parameters`, `gradients` and `optimizer`. `memory.sharded_elements(groups, ranks, stage)` gives
     the elements of one rank's shard. Then, by kind:
 
-    Optimizer offload moves the 12 bytes an element to the host. In stages 2 and 3 no gradients stay on the device: each goes to
-    the host as soon as it is reduced. Stage 1 reduces them after the last micro-batch only, so until then its device holds
-    them whole, as without offload. On the host the step needs the shard's gradients in fp32, 4 bytes an element, in all three
-    stages. Stage 3 holds them there a second time, in the parameters' precision, to add up the micro-batches.
-    Parameter offload moves the parameters' shard.
+    Optimizer offload moves the 12 bytes an element to the host. No gradients stay on the device: each goes to the host as
+    soon as it is reduced. There the step needs the shard's gradients in fp32, 4 bytes an element. Stage 3 holds them there a
+    second time, in the parameters' precision: it adds up the micro-batches there, and does so for a single one too.
+    Parameter offload moves the parameters' shard, and nothing else.
 
     Args:
         stage: 1, 2 or 3.

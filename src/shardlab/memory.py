@@ -115,6 +115,7 @@ def engine_bytes(
     offload_optimizer: bool = False,
     offload_param: bool = False,
     nvme: bool = False,
+    accumulates: bool = True,
 ) -> States:
     """What one rank of DeepSpeed's engine holds while it accumulates gradients, by its settings.
 
@@ -131,6 +132,9 @@ def engine_bytes(
         offload_param: the parameters are on the host; stage 3 only.
         nvme: the offloaded optimizer states are on disk where DeepSpeed swaps them out (`swapped_elements`); stage 3 only,
             and `groups` are then its sub-groups.
+        accumulates: an optimizer step has several micro-batches. With optimizer offload stages 1 and 2 then hold more: stage 1
+            whole gradients on the device, stage 2 on the host the gradients of all parameters that lie in the rank's shard,
+            whole too. There ranks differ, and the one that holds most is given.
 
     Raises:
         ValueError: an unknown stage, or an offload that the stage does not have.
@@ -154,7 +158,9 @@ def engine_bytes(
     if offload_optimizer:
         # The step reads fp32 gradients on the host; stage 3 collects them there in the parameters' precision first. Stage 1
         # reduces nothing before the last micro-batch, so until then its gradients are whole, on the device.
-        gradients, host_gradients = (gradients if stage == 1 else 0), (4 + (width if stage == 3 else 0)) * shard
+        gradients, host_gradients = (gradients if stage == 1 and accumulates else 0), (4 + (width if stage == 3 else 0)) * shard
+        if stage == 2 and accumulates:
+            host_gradients += width * max(_whole_parameters(groups, ranks))
     on_disk, disk_gradients, disk_optimizer = 0, 0, 0
     if nvme:
         for group in groups:
@@ -174,6 +180,18 @@ def engine_bytes(
         disk_gradients=disk_gradients,
         disk_optimizer=disk_optimizer,
     )
+
+
+def _whole_parameters(groups: list[list[int]], ranks: int) -> list[int]:
+    """By rank, the elements of all parameters of which a part lies in the rank's shard, in stages 1 and 2."""
+    found = [0] * ranks
+    for group in groups:
+        shard, first = sharded_elements([group], ranks, 2), 0
+        for size in group:
+            for rank in range(first // shard, (first + size - 1) // shard + 1):
+                found[rank] += size
+            first += size
+    return found
 
 
 SWAP_ALIGNMENT = 256
@@ -276,6 +294,7 @@ def held_bytes(model, optimizer, *, host_is_device: bool | None = None) -> State
     own = [g for p in trained for g in (p.grad, getattr(p, "grad_accum", None)) if g is not None]
     for_the_step = [t.grad for t in masters]
     for_the_step += _tensors(getattr(optimizer, "averaged_gradients", {}))
+    for_the_step += _tensors(getattr(optimizer, "accumulated_grads_in_cpu", {}))
     for_the_step = [g for g in [*for_the_step, getattr(optimizer, "grad_partitions_flat_buffer", None)] if g is not None]
     # A parameter's own gradient lies where the parameter does; those that the step reads, where the optimizer's states do.
     counts = count(own, offloads_parameters, parts=True), count(for_the_step, offloads_optimizer, parts=True)

@@ -43,6 +43,7 @@ def predicted_states(run: Run) -> States | None:
     zero = config.get("zero_optimization", {})
     offloads = {part: zero.get(part, {}).get("device", "none") != "none" for part in ("offload_optimizer", "offload_param")}
     offloads["nvme"] = zero.get("offload_optimizer", {}).get("device") == "nvme" and zero.get("stage") == 3
+    offloads["accumulates"] = experiment.accumulation > 1
     return memory.engine_bytes(zero.get("stage", 0), states["groups"], experiment.ranks, precision=experiment.precision, **offloads)
 
 

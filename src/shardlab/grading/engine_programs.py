@@ -208,11 +208,11 @@ def continue_universal(experiment: Experiment, run: Run) -> dict:
 
 def save_offloaded(experiment: Experiment, run: Run) -> dict:
     """Task 4.7: save twice into one place, the second time a step later, and go on; what should be in the files, by rank."""
-    lab, options, engine = _lab("lab04_offload"), experiment.options, engine_runs.build(experiment)
+    lab, folder, engine = _lab("lab04_offload"), run.folder / "checkpoints", engine_runs.build(experiment)
     for step in (1, 2):
         engine_runs.train_on(engine, experiment, run, step - 1, step)
-        returned = lab.save_offloaded(engine, options["checkpoints"], "last", {"note": "kept", "step": step})
-        complete = gather(sorted(path.name for path in Path(options["checkpoints"], "last", "offloaded").glob("*")))
+        returned = lab.save_offloaded(engine, folder, "last", {"note": "kept", "step": step})
+        complete = gather(sorted(path.name for path in (folder / "last" / "offloaded").glob("*")))
     torch.save(engine_runs.swapped_states(engine), run.folder / f"wanted{rank()}.pt")
     engine_runs.train_on(engine, experiment, run, 2, experiment.steps)
     return {"returned": str(returned), "files_on_return": complete}
