@@ -28,6 +28,7 @@ def config(stage: int, optimizer: str | None = None, parameters: str | None = No
         zero["offload_param"] = {"device": parameters, "pin_memory": pin}
     if parameters == "nvme":  # a buffer holds the largest parameter: BLOOM-560m's embedding has 256,901,120 elements
         zero["offload_param"] |= {"buffer_size": 300_000_000, "buffer_count": 5, "max_in_cpu": 0}
+        zero |= {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}  # or each parameter keeps its buffer
     params = {"lr": "auto", "weight_decay": "auto"} | ({} if optimizer else {"torch_adam": True})
     return {
         "train_micro_batch_size_per_gpu": "auto",
@@ -109,7 +110,7 @@ def main() -> None:
         )
         started = time.monotonic()
         try:
-            launch(experiment, runs=options.runs, timeout=180, display=progress.Quiet())
+            launch(experiment, runs=options.runs, timeout=330, display=progress.Quiet())
         except LaunchError as error:
             print(str(error)[:300])
         on_disk = sum(path.stat().st_size for path in options.nvme.rglob("*") if path.is_file())
