@@ -170,13 +170,16 @@ def test_offload_configuration(lab, judge, tmp_path, monkeypatch):
     refused("less room than is needed", (str(tmp_path),), "the room is not compared", bytes_on_disk=10 * free, **(both | on_disk))
     # Only the folder's own disk counts.
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000 if str(path) == str(tmp_path) else 0))
-    require(
-        create(3, optimizer_offload=True, bytes_on_disk=1000, **on_disk) is not None,
-        expected="no error where just as many bytes are free as are needed",
-        got="None",
-        likely="another folder's disk was asked",
-        read=read,
-    )
+    try:
+        create(3, optimizer_offload=True, bytes_on_disk=1000, **on_disk)
+    except ValueError as error:
+        require(
+            False,
+            expected="no error where just as many bytes are free as are needed",
+            got=f"ValueError: {error}",
+            likely="another folder's disk was asked; or more was asked for than bytes_on_disk",
+            read=read,
+        )
     refused("an aio setting that does not exist", ("depth",), not_looked_at, aio={"depth": 1}, **(both | on_disk))
     refused(
         "parameters on NVMe without largest_parameter",
@@ -230,7 +233,7 @@ def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
         expected="device 2·100 = 200 and host (12 + 4)·50 = 800 bytes for 98 parameters, ZeRO-2, 2 ranks, bf16, optimizer on the "
         "host: 98 is rounded up to 100, and the shard is 50",
         got=predicted(2, [[98]], 2, "optimizer", "bf16"),
-        likely="fp32 gradients left out on the host (4 bytes), or gradients still counted on the device",
+        likely="fp32 gradients left out on the host (4 bytes); gradients still counted on the device; or the shard not rounded up",
         read=read,
     )
     for (stage, what, precision), run in zip(MEASURED, offload_runs(run_experiments).values(), strict=True):
@@ -438,7 +441,7 @@ def test_accumulation_pays_for_offload(lab):
             likely="rounded down instead of up; or less than 1",
             read=read,
         )
-    for share in (0.8, 0.9):
+    for share in (0.9, 0.8):
         got = lab.accumulation_for(share, plain, offloaded)
         require(
             got is None,

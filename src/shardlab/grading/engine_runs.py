@@ -211,9 +211,10 @@ def _plain_losses(experiment_json: str) -> list[float]:
 
 def swapped_states(engine) -> dict[int, dict]:
     """This rank's swapped states, copied into memory, by sub-group, as lab 04 saves them."""
+    none = torch.empty(0)
     return {
-        number: {"master": master.detach().clone(), "step": state["step"]}
-        | {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq")}
+        number: {"master": master.detach().clone(), "step": state.get("step", 0)}
+        | {key: state.get(key, none).clone() for key in ("exp_avg", "exp_avg_sq")}
         for number, master, state in swapped_groups(engine)
     }
 
