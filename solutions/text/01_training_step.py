@@ -125,8 +125,8 @@ print(stages["hardware"]["gpus"], stages["versions"])
 
 # %% [markdown]
 # Seven eighths of the GPU's arithmetic lie idle at this batch. That is usual for small models and small batches, and a larger batch is the first thing to
-# try, before any sharding. With 32 sequences at a time the same shape reached 187.8 samples/s, 34 % MFU, on the same kind of card, although its optimizer
-# was on the CPU (`bench/results/offload-1xh200.json`, the last row: ZeRO-2 in pure bf16, accumulation 16).
+# try, before any sharding. In pure bf16, 8 sequences at a time, one micro-batch a step, the same shape reached 62 samples/s, 11 % MFU; 32 at a time, 95
+# samples/s, 17 % (`bench/results/offload-1xh200.json`, ZeRO-2).
 #
 # ## Saving
 #

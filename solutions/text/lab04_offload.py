@@ -251,13 +251,13 @@ for row in gpu["results"]:
         print(f"measured: {row['method']:<26} micro-batch 32, accumulation {row['accumulation']}: {row['samples_per_second']:.1f} samples/s")
 
 # %% [markdown]
-# Measured at micro-batch 32 and accumulation 4, offload keeps 75 % of the samples/s, at the same global batch, and frees 7.3 GiB of model states.
+# Measured at micro-batch 32 and accumulation 4, offload keeps 76 % of the samples/s, at the same global batch, and frees 7.3 GiB of model states.
 # At micro-batch 8 even the limit is only just above 60 %.
 #
 # Where do the seconds go? The gradients in bf16 are 2 × 559,214,592 bytes, 1.04 GiB. On a link of 51.7 GiB/s (measured, pinned) they take 0.02 s each way, 0.04 s
 # to the GPU and back: most of what $a$ grew by. A step of Adam reads and writes 28 bytes an element, 14.6 GiB; at 147 GiB/s that is 0.10 s, and the
-# parameters' way back 0.02 s: two thirds of what $b$ grew by. **Pinned memory** is what makes the link that fast. From pageable memory the same copies ran at
-# 9 GiB/s to the GPU, and the same training at 20 instead of 37 samples/s (the rows of the table above).
+# parameters' way back 0.02 s: more than half of what $b$ grew by. **Pinned memory** is what makes the link that fast. From pageable memory the same copies ran at
+# 9 GiB/s to the GPU, and the same training at 21 instead of 40 samples/s (the rows of the table above).
 #
 # ## 4.6 What fits
 #
@@ -336,7 +336,7 @@ check("4.8")
 # <details><summary>Answers</summary>
 #
 # 1. Sharding divides by the number of ranks, and that is one. Offload moves to another memory, whatever the number.
-# 2. A larger micro-batch uses the GPU better: on the H200, ZeRO-2 went from 80 samples/s at micro-batch 8 to 103 at 32, without offload in both.
+# 2. A larger micro-batch uses the GPU better: on the H200, ZeRO-2 went from 84 samples/s at micro-batch 8 to 104 at 32, without offload in both.
 # 3. Whether there are any files. Below stage 3 DeepSpeed takes "nvme" for "cpu".
 # 4. 16 both times (and 2 more while micro-batches add up): the shards of all ranks together are the whole.
 # </details>

@@ -48,3 +48,32 @@ def watch_steps(experiment: Experiment, run: Run) -> dict:
         )
     engine.save_checkpoint(str(run.folder / "checkpoint"), tag=f"step-{engine.global_steps}")
     return {"watched": watched}
+
+
+def resume_with_deepspeed_alone(experiment: Experiment, run: Run) -> dict:
+    """Train, save or load with nothing but the engine's own functions; lecture 04 shows what comes of it with NVMe.
+
+    The experiment's `options`: `save_at`, the step after which to save into `checkpoints`; or `load`, to begin from there.
+    """
+    import deepspeed
+
+    options, model = experiment.options, load_model(experiment.model, seed=experiment.seed)
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=experiment.deepspeed)[0]
+    if options.get("load"):
+        engine.load_checkpoint(options["checkpoints"], tag="saved")
+    rows, losses, refused = text_rows(experiment)[0], [], ""
+    for step in range(engine.global_steps, experiment.steps):
+        at = (step * world_size() + rank()) * experiment.micro_batch
+        batch = {key: torch.tensor([row[key] for row in rows[at : at + experiment.micro_batch]]).to(engine.device) for key in rows[0]}
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+        both = gather(loss.item())
+        losses.append(round(sum(both) / len(both), 4))
+        if step + 1 == options.get("save_at"):
+            engine.save_checkpoint(options["checkpoints"], tag="saved")
+            try:
+                engine.save_checkpoint(options["checkpoints"], tag="saved")
+            except FileExistsError as error:
+                refused = f"{type(error).__name__}: {error.strerror}"
+    return {"losses": losses, "second save": refused or "went through"}
