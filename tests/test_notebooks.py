@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from shardlab import authoring, hardware, switch
+from shardlab import authoring, doctor, hardware, switch
 
 LABS = {path.stem: path for path in authoring.notebooks() if path.stem.startswith("lab")}
 
@@ -36,7 +36,8 @@ def test_lab_runs_with_the_solutions(stem, tmp_path):
     tasks = authoring.tasks((switch.SOLUTIONS / "exercises" / f"{stem}.py").read_text())
     shown = "\n".join(outputs(cell) for cell in notebook.cells if cell.cell_type == "code")
     verdicts = dict(re.findall(r">(\d+\.\d+) (passed|failed|not implemented|not run)<", shown))
-    assert verdicts == {task: "passed" for task in tasks}
+    allowed = {"passed"} if doctor.libaio().state == "works" else {"passed", "not run"}
+    assert set(verdicts) == set(tasks) and set(verdicts.values()) <= allowed
 
 
 @pytest.mark.timeout(600)

@@ -149,7 +149,7 @@ table([{"method": row["method"], "outcome": row["outcome"], "samples/s": row["sa
 #
 # Turn the table of "What moves" around. A device of $M$ bytes for states holds $M / 16$ parameters in bf16 without offload on one rank, and $M / 2$ with ZeRO-2 and the
 # optimizer on the host. Then the host is the limit: 16 bytes a parameter **for all its ranks together**, whatever their number, and 18 while micro-batches add
-# up. 128 GiB of host memory end at 7 billion parameters, with one GPU or with eight.
+# up. 128 GiB of host memory end at 7.6 billion parameters, with one GPU or with eight.
 #
 # ## A checkpoint of states on disk
 #

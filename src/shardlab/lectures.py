@@ -61,10 +61,10 @@ def resume_with_deepspeed_alone(experiment: Experiment, run: Run) -> dict:
     engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=experiment.deepspeed)[0]
     if options.get("load"):
         engine.load_checkpoint(options["checkpoints"], tag="saved")
-    rows, losses, refused = text_rows(experiment)[0], [], ""
+    rows, losses, refused, size = text_rows(experiment)[0], [], "", experiment.micro_batch
     for step in range(engine.global_steps, experiment.steps):
-        at = (step * world_size() + rank()) * experiment.micro_batch
-        batch = {key: torch.tensor([row[key] for row in rows[at : at + experiment.micro_batch]]).to(engine.device) for key in rows[0]}
+        at = (step * world_size() + rank()) * size
+        batch = {key: torch.tensor([row[key] for row in rows[at : at + size]]).to(engine.device) for key in rows[0]}
         loss = engine(**batch).loss
         engine.backward(loss)
         engine.step()
