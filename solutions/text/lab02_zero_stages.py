@@ -196,7 +196,7 @@ compare({"which stage is slowest on two H200s": slowest, "do the losses differ h
 # ## The reference
 #
 # The same code and command on H200s (`python bench/stages.py --ranks N`), BLOOM-560m's shape in bf16, sequences of 512, micro-batch 8,
-# accumulation 2. *Held* is what your formula predicts, for the rows without offload (offload needs another one: lab 04); it counts gradients.
+# accumulation 2. *Held* is what your formula predicts, for the rows without offload (offload needs another one: lab 04); it counts gradients. (Those that ZeRO-2 + CPU offload collects on the host over micro-batches were not counted yet.)
 # *Between steps* is what the allocator still had between two steps: the lecture explains its figures one by one.
 
 # %%
