@@ -14,6 +14,7 @@ from shardlab import memory, ops
 from shardlab.grading import engine_runs
 from shardlab.grading.milestones import require, require_error, shared_folder
 from shardlab.hardware import gpu_count
+from shardlab.launch import RankError
 from shardlab.runs import Experiment
 
 LECTURE = "notebooks/04_offload.ipynb"
@@ -104,7 +105,16 @@ def test_offload_configuration(lab, judge, tmp_path, monkeypatch):
         ),
     ]
     for what, arguments, zero in cases:
-        got = create(**arguments)
+        try:
+            got = create(**arguments)
+        except ValueError as error:
+            require(
+                False,
+                expected=f"no error for {what}: create_offload_config(**{arguments})",
+                got=f"ValueError: {error}",
+                likely="a refusal that does not look at whether the argument matters here",
+                read=read,
+            )
         swapped = any(isinstance(value, dict) and value["device"] == "nvme" for value in zero.values())
         wanted = {"zero_optimization": zero} | ({"aio": aio} if swapped else {})
         require(
@@ -273,6 +283,7 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
         ([[2**18]], 1, 3 * 2**20, "a tensor of just 1 MiB is written"),
         ([[2**18 - 1]], 1, 0, "a tensor of less than 1 MiB stays in memory"),
         ([[2**18 + 1]], 1, 3 * (2**20 + 1024), "one element more takes a whole block of 1,024 bytes"),
+        ([[1001] * 600], 2, 3 * 1175 * 1024, "600 parameters of 1,001 elements are 600 × 501 on each of 2 ranks, not 300,300"),
         ([[2**18, 2**18 + 1], [100]], 2, 3 * (2**20 + 1024), "stage 3 rounds each parameter up: 131,072 + 131,073 elements"),
     ]
     for groups, ranks, wanted, why in cases:
@@ -280,7 +291,8 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
             lab.swapped_bytes(groups, ranks) == wanted,
             expected=f"{wanted:,} bytes for the sub-groups {groups} on {ranks} ranks: {why}",
             got=lab.swapped_bytes(groups, ranks),
-            likely="the limit of 1 MiB, or the rounding, for each parameter instead of each sub-group; or one tensor instead of three",
+            likely="the limit of 1 MiB, or the rounding to blocks, for each parameter instead of each sub-group; the sub-group cut among "
+            "the ranks as a whole; or one tensor instead of three",
             read=read,
         )
     experiments, paths = [], {}
@@ -498,7 +510,17 @@ def test_saving_what_lies_on_nvme(lab, run_experiments):
     read = f"lab 04, task 4.7; {LECTURE}, 'A checkpoint of states on disk'"
     lab.save_offloaded  # noqa: B018
     losses = whole_run(run_experiments).losses()
-    run = run_experiments([nvme_experiment("nvme-saved", "engine_programs:save_offloaded")])["nvme-saved"]
+    try:
+        run = run_experiments([nvme_experiment("nvme-saved", "engine_programs:save_offloaded")])["nvme-saved"]
+    except RankError as error:
+        require(
+            "FileExistsError" not in error.error,
+            expected="a second save into the same place to replace the first",
+            got=error.error,
+            likely="engine.save_checkpoint called outside without_its_nvme_part: DeepSpeed copies its swap files, once",
+            read=read,
+        )
+        raise
     folder = run.folder / "checkpoints"
     require(
         run.results["returned"] == str(folder / "last"),

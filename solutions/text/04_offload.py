@@ -58,7 +58,7 @@ print(host["hardware"]["gpus"][0], host["hardware"]["cpu"], host["hardware"]["cp
 #
 # The $4s$ are fp32 gradients, which the step reads. When micro-batches add up there is more: stage 1 keeps whole gradients on the device until the last of them,
 # and stage 2 keeps those of every parameter in its shard on the host, whole, in bf16. That is no estimate: `memory.engine_bytes` has all of it, and on the
-# H200 it was right to the byte in each row below.
+# H200 it was right to the byte in each row below. (Parameters on NVMe it does not know.) On disk are the states and the gradients.
 
 # %%
 from shardlab import memory
@@ -74,15 +74,21 @@ table(rows, bytes_columns=("device", "host", "disk"))
 print(gpu["hardware"]["gpus"][0], gpu["versions"], gpu["date"])
 
 # %% [markdown]
-# The peak falls by less than the states do: activations and logits stay. BLOOM's 250,880 words make 8 × 512 × 250,880 logits, 2 GiB in bf16 and 4 in fp32.
+# The peak is mostly something else: activations, and the logits. BLOOM's 250,880 words make 8 × 512 × 250,880 of them, 1.9 GiB in bf16 and 3.8 in fp32.
+# It falls by 5.8 to 6.8 GiB where the states fall by 7.3: it is reached in another moment, with DeepSpeed's buffers in it.
+#
+# ZeRO-3 on one GPU shards nothing and pays for its hooks and small transfers. It keeps up to 10⁹ parameters gathered (`stage3_max_live_parameters`), all of this
+# model's, so its peak is no lower with the parameters on the host. With both on the host it was a little faster than with the optimizer alone, here and on two GPUs (67.5
+# against 64.5 samples/s); we do not know why.
 #
 # ## What a step pays
 #
 # An optimizer step of $k$ micro-batches takes $a k + b$ seconds. With ZeRO-2 and the optimizer on the host:
 #
-# - $b$ grows by Adam on the host, 28 bytes an element read and written, and by the new parameters' way up, 2 bytes an element.
-# - $a$ grows, too. From the second micro-batch on, DeepSpeed brings the gradients added up so far to the GPU, adds the new ones, and sends them down again: 2 + 2
-#   bytes an element, each time.
+# - $a$ grows by the gradients' way. DeepSpeed brings those added up so far to the GPU, adds the new ones, and sends them down again: 2 + 2 bytes an
+#   element, each time. Only for the first micro-batch there are none to bring up.
+# - $b$ grows by Adam on the host, 28 bytes an element read and written, and by the new parameters' way up, 2 bytes an element; less the 2 bytes that the first
+#   micro-batch does not bring up.
 #
 # From the rates above, for Ψ = 559,214,592, one GPU:
 
@@ -92,7 +98,7 @@ rate = {row["what"]: row["gib_per_second"] for row in host["copies"] + host["ada
 down, up = 2 * psi / gib / rate["GPU to host, pinned"], 2 * psi / gib / rate["host to GPU, pinned"]
 adam = 28 * psi / gib / rate["DeepSpeedCPUAdam"]
 print(f"gradients down {down:.3f} s, up {up:.3f} s; Adam {adam:.3f} s; parameters up {up:.3f} s")
-print(f"so a should grow by {down + up:.3f} s and b by {adam + up:.3f} s")
+print(f"so a should grow by {down + up:.3f} s and b by {adam + up - up:.3f} s")
 
 # %%
 import numpy
@@ -129,8 +135,8 @@ table([{"Adam": row["what"], "ms for 100 million elements": 1000 * row["seconds"
 # ## On disk
 #
 # With "nvme", master weights and moments are files, and one sub-group at a time comes into memory: read 12 bytes an element, step, write 12 bytes. At 2.9 GiB/s the
-# 6.25 GiB of BLOOM-560m take 2.2 s each way. The row above has it: 4.1 samples/s, 32 samples a step, 7.8 s a step; the gradients go through files, too, and
-# DeepSpeed's defaults read and write one after the other (`pipeline_read` and `pipeline_write` overlap them). Reads and writes bypass the page
+# 6.25 GiB of BLOOM-560m take 2.2 s each way. The row above has it: 4.1 samples/s, 32 samples a step, 7.8 s a step. The fp32 gradients go through files, too, 2.08
+# GiB; and DeepSpeed's defaults read and write one after the other (`pipeline_read` and `pipeline_write` overlap them). Reads and writes bypass the page
 # cache (`O_DIRECT`), in whole blocks. What is below 1 MiB stays in memory.
 #
 # It is the last resort, and as such it works. BLOOM-3b's shape with 40 GiB of GPU memory:

@@ -35,9 +35,9 @@ def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_
         optimizer_offload: the optimizer states go to the device, and Adam's step runs on the host; stages 1 to 3.
         param_offload: the parameters go there; stage 3 only.
         offload_device: "cpu" or "nvme". Below stage 3 DeepSpeed takes "nvme" for "cpu" and does not say so.
-        nvme_path: a folder on the disk; with "nvme" only.
+        nvme_path: a folder on the disk; ignored with "cpu".
         pin_memory: lock the host's copies into memory, so that the GPU's copy engine can reach them.
-        aio: settings other than those in `AIO`; with "nvme" only.
+        aio: settings other than those in `AIO`; ignored with "cpu".
         largest_parameter: elements of the model's largest parameter; needed for parameters on NVMe, which pass through
             buffers of one size.
         bytes_on_disk: bytes that this machine's ranks will write.
@@ -46,8 +46,8 @@ def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_
         {"zero_optimization": {"stage": stage, …}}. With an offload, there is `offload_optimizer` or `offload_param` or both
         in it, each {"device": …, "pin_memory": …}, and with "nvme" also "nvme_path" as a string. With "nvme" the result
         has a second key, "aio": `AIO` with your settings over it. Parameters on NVMe also need `buffer_size` in
-        `offload_param`, in elements, and beside it in `zero_optimization` `stage3_max_live_parameters` and
-        `stage3_max_reuse_distance`, both 0. Otherwise stage 3 keeps parameters gathered, each holds its buffer, and
+        `offload_param`, which is `largest_parameter`; and beside it in `zero_optimization` `stage3_max_live_parameters`
+        and `stage3_max_reuse_distance`, both 0. Otherwise stage 3 keeps parameters gathered, each holds its buffer, and
         training ends in "Not enough buffers".
 
     Raises:
@@ -233,8 +233,8 @@ def save_offloaded(engine, path: str | Path, tag: str, client_state: dict) -> Pa
 def load_offloaded(engine, path: str | Path, tag: str) -> dict:
     """Continue from a checkpoint that `save_offloaded` wrote, on as many ranks. Every rank calls this, before the first step.
 
-    The engine loads its part: `without_its_nvme_part`. Then each rank reads its files and puts master weights and Adam's state
-    in place, within `parameters_renewed`.
+    The engine loads its part: `without_its_nvme_part`. Adam's step count is in it. Then each rank reads its files and puts master
+    weights and moments in place, within `parameters_renewed`.
 
     Args:
         engine: DeepSpeed's, new.
@@ -246,6 +246,7 @@ def load_offloaded(engine, path: str | Path, tag: str) -> dict:
 
     Raises:
         ValueError: there is no folder `path/tag/offloaded`, or it has no file for one of this rank's sub-groups; the
-            sentence names the folder or file. Nothing has been loaded into the engine if the folder is not there.
+            sentence names the folder or file. Nothing has been loaded into the engine if the folder is not there. (The
+            launcher ends the other ranks.)
     """
     raise NotImplementedError("Task 4.8: complete load_offloaded() in src/exercises/lab04_offload.py")

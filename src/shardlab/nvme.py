@@ -35,9 +35,10 @@ def swapped_groups(engine) -> Iterator[tuple[int, torch.Tensor, dict]]:
 
     Yields:
         The sub-group's number; its master weights, a flat fp32 tensor; and Adam's state of them, a dictionary with `step`,
-        `exp_avg` (momentum) and `exp_avg_sq` (variance), empty before the first step. The tensors are views of buffers that
-        the next sub-group uses again: copy what you keep. What you write into them (`copy_`), or put into the
-        dictionary, is on disk afterwards.
+        `exp_avg` (momentum) and `exp_avg_sq` (variance). Before the first step the dictionary is empty; after the engine has
+        loaded a checkpoint it has the step count, and moments without elements. The tensors are views of buffers that the
+        next sub-group uses again: copy what you keep. What you write into the master weights (`master.data.copy_(…)`, since
+        they require a gradient), or put into the dictionary, is on disk afterwards.
     """
     zero = engine.optimizer
     for number, master in enumerate(zero.fp32_partitioned_groups_flat):
