@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ import pytest
 from shardlab import switch
 from shardlab.hardware import gpu_count
 from shardlab.launch import LaunchTimeout, RankError, launch
-from shardlab.memory import ddp_bytes, engine_bytes, read_samples
+from shardlab.memory import ddp_bytes, engine_bytes, read_samples, whole_parameters
 from shardlab.progress import Quiet
 from shardlab.runs import Experiment, Run, RunError
 
@@ -229,9 +229,12 @@ def test_each_rank_holds_what_the_formula_says(trained, name):
     states = trained[name].states()
     assert len(states["ranks"]) == 2
     assert sum(map(sum, states["groups"])) == states["parameters"]
-    predicted = asdict(engine_bytes(stage, states["groups"], 2, precision="fp32", **offload))
+    predicted = engine_bytes(stage, states["groups"], 2, precision="fp32", **offload)
+    whole = whole_parameters(states["groups"], 2)
     for rank, held in enumerate(states["ranks"]):
-        assert held == predicted, f"rank {rank}"
+        # Stage 2 adds micro-batches up on the host for all parameters that lie in the shard; the formula gives the larger rank.
+        less = 4 * (max(whole) - whole[rank]) if (stage, bool(offload)) == (2, True) else 0
+        assert held == asdict(replace(predicted, host_gradients=predicted.host_gradients - less)), f"rank {rank}"
 
 
 @pytest.mark.parametrize("name, ranks", [("ddp", 2), ("lone", 1)])

@@ -173,15 +173,16 @@ if libaio.state == "works":
 # The losses agree to the rounding of fp32: offload moves bytes. (It also changes the Adam: offloaded, it is DeepSpeed's, else torch's. The two round
 # differently.) On a machine without a GPU, "device" and "host" are the same memory, so nothing crosses a link, and samples/s say little: run the cell twice, and
 # ZeRO-2 with and without offload may change places. (This table has the median step; the line above it ended with the last one.) On GPUs the link is what
-# counts. Measured with this course's code on one H200, BLOOM-560m's shape, bf16, sequences of 512, 4 micro-batches of 8 a step. "On disk" has the gradients
+# counts. Measured with this course's code on one H200 and on two, BLOOM-560m's shape, bf16, sequences of 512, 4 micro-batches of 8 a step. "On disk" has the gradients
 # too there, and with both on NVMe the parameters:
 
 # %%
-gpu = reference("offload-1xh200")
-table([{"method": row["method"], "device": row["held_bytes"]["parameters"] + row["held_bytes"]["gradients"] + row["held_bytes"]["optimizer"],
-        "host": sum(row["held_bytes"][f"host_{kind}"] for kind in ("parameters", "gradients", "optimizer")), "on disk": row.get("disk_bytes"),
-        "samples/s": row["samples_per_second"], "peak GiB": row["peak_gib"]}
-       for row in gpu["results"] if (row["micro_batch"], row["accumulation"]) == (8, 4)], bytes_columns=("device", "host", "on disk"))
+for name in ("offload-1xh200", "offload-2xh200"):
+    gpu = reference(name)
+    table([{"GPUs": row["ranks"], "method": row["method"], "device": row["held_bytes"]["parameters"] + row["held_bytes"]["gradients"] + row["held_bytes"]["optimizer"],
+            "host": sum(row["held_bytes"][f"host_{kind}"] for kind in ("parameters", "gradients", "optimizer")), "on disk": row.get("disk_bytes"),
+            "samples/s": row["samples_per_second"], "peak GiB": row["peak_gib"]}
+           for row in gpu["results"] if (row["micro_batch"], row["accumulation"]) == (8, 4)], bytes_columns=("device", "host", "on disk"))
 print(gpu["hardware"]["gpus"][0], gpu["versions"], gpu["date"])
 
 # %% [markdown]
@@ -237,10 +238,10 @@ print(host["hardware"]["cpu"], host["hardware"]["cpu_cores"], "cores,", host["ve
 check("4.5")
 
 # %% [markdown]
-# Now with the H200's figures. Fit both lines for micro-batches of 8 and of 32, and ask which accumulation keeps 60 %:
+# Now with the figures of one H200. Fit both lines for micro-batches of 8 and of 32, and ask which accumulation keeps 60 %:
 
 # %%
-rows = []
+gpu, rows = reference("offload-1xh200"), []
 for micro_batch in (8, 32):
     lines = []
     for method in ("ZeRO-2", "ZeRO-2 + optimizer on CPU"):

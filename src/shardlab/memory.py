@@ -160,7 +160,7 @@ def engine_bytes(
         # reduces nothing before the last micro-batch, so until then its gradients are whole, on the device.
         gradients, host_gradients = (gradients if stage == 1 and accumulates else 0), (4 + (width if stage == 3 else 0)) * shard
         if stage == 2 and accumulates:
-            host_gradients += width * max(_whole_parameters(groups, ranks))
+            host_gradients += width * max(whole_parameters(groups, ranks))
     on_disk, disk_gradients, disk_optimizer = 0, 0, 0
     if nvme:
         for group in groups:
@@ -182,7 +182,7 @@ def engine_bytes(
     )
 
 
-def _whole_parameters(groups: list[list[int]], ranks: int) -> list[int]:
+def whole_parameters(groups: list[list[int]], ranks: int) -> list[int]:
     """By rank, the elements of all parameters of which a part lies in the rank's shard, in stages 1 and 2."""
     found = [0] * ranks
     for group in groups:
