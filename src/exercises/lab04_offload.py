@@ -1,6 +1,6 @@
 """Lab 04, offload: keep states on the host or on disk, count what moves, and pay for it as little as possible.
 
-You complete ten functions in eight tasks. The milestones run them on two real ranks, with DeepSpeed's compiled ops and libaio.
+You complete twelve functions in eight tasks. The milestones run them on two real ranks, with DeepSpeed's compiled ops and libaio.
 """
 
 from __future__ import annotations
