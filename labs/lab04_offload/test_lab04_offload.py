@@ -403,8 +403,6 @@ def test_two_optimizers_take_the_same_steps(lab):
     ops.build("cpu_adam")
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    import shardlab.cpu_facts  # noqa: F401  # DeepSpeedCPUAdam asks about the processor; once is enough
-
     settings = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-8}
     real = lab.compare_optimizers(lambda p: DeepSpeedCPUAdam(p, **settings), lambda p: torch.optim.AdamW(p, **settings), 10_000, 20)
     require(
