@@ -1,6 +1,7 @@
 """Milestones of lab 04. The judges are DeepSpeed's configuration, the bytes that ranks hold, files on the disk, and real checkpoints."""
 
 import copy
+import os
 import shutil
 import time
 from itertools import product
@@ -401,7 +402,10 @@ def test_two_optimizers_take_the_same_steps(lab):
         read=read,
     )
     ops.build("cpu_adam")
+    os.environ.update(ops.environment())  # or DeepSpeed would compile it again, into torch's own folder
     from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    import shardlab.cpu_facts  # noqa: F401  # DeepSpeedCPUAdam asks about the processor each time; once is enough
 
     settings = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-8}
     real = lab.compare_optimizers(lambda p: DeepSpeedCPUAdam(p, **settings), lambda p: torch.optim.AdamW(p, **settings), 10_000, 20)
