@@ -25,10 +25,11 @@ def main() -> None:
     from shardlab.models import ModelError
     from shardlab.ops import OpBuildError
     from shardlab.runs import RunError
+    from shardlab.slurm import SlurmError
 
     try:
         app()
-    except (AuthoringError, DataError, ModelError, RunError, LaunchError, OpBuildError, ValueError) as error:
+    except (AuthoringError, DataError, ModelError, RunError, LaunchError, OpBuildError, SlurmError, ValueError) as error:
         print(f"shardlab: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -147,13 +148,24 @@ def run(
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest sequence.")] = 512,
     solutions: Annotated[bool, typer.Option("--solutions", help="Use the reference solutions instead of src/exercises.")] = False,
     limit: Annotated[float | None, typer.Option(help="Seconds after which the run is ended.")] = None,
+    evaluate: Annotated[bool, typer.Option(help="Evaluate before and after, and generate answers.")] = True,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps from one checkpoint in the run folder to the next.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run of this name, if there is one; its job must be over.")
+    ] = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Train once, with your functions from lab 01 (and lab 02, for a DeepSpeed method), and fill a run folder."""
+    """Train once, with your functions from lab 01 (and lab 02, for a DeepSpeed method), and fill a run folder.
+
+    In a shell this starts the ranks itself. Where torchrun, deepspeed or srun has started it, it is one of theirs.
+    """
+    import os
 
     from shardlab import hardware, report, switch
     from shardlab.demo import METHODS, default_settings
-    from shardlab.launch import launch
+    from shardlab.launch import launch, run_under_launcher
     from shardlab.runs import Experiment
 
     switch.use_exercises(switch.SOLUTIONS if solutions else switch.exercises_folder())
@@ -162,6 +174,11 @@ def run(
     options = METHODS[method]
     config = None if options is None else switch.import_exercise("lab02_zero_stages").create_deepspeed_config(**options)
     defaults = default_settings(data, model)
+    launched = "RANK" in os.environ
+    if launched and ranks not in (None, int(os.environ["WORLD_SIZE"])):
+        raise ValueError(f"--ranks {ranks}, but the launcher has started {os.environ['WORLD_SIZE']}; leave --ranks out")
+    if (resume or save_every) and not launched:
+        raise ValueError("--save-every and --resume are for runs under torchrun, deepspeed or srun: slurm/ shows them")
     experiment = Experiment(
         name=name,
         method=method,
@@ -169,7 +186,7 @@ def run(
         model=defaults["model"],
         data=defaults["data"],
         random_weights=random_weights,
-        ranks=ranks or hardware.default_ranks(),
+        ranks=int(os.environ["WORLD_SIZE"]) if launched else ranks or hardware.default_ranks(),
         steps=steps,
         epochs=epochs,
         precision=precision or hardware.best_precision(),
@@ -178,8 +195,15 @@ def run(
         learning_rate=learning_rate,
         max_tokens=max_tokens,
         eval_examples=200,
+        evaluate=evaluate,
         save=not random_weights,
+        save_every=save_every,
     )
+    if launched:
+        run_ = run_under_launcher(experiment, runs, resume=resume)
+        if int(os.environ["RANK"]) == 0:
+            report.print_table([run_])
+        return
     finished = launch(experiment, runs=runs, timeout=limit)
     report.print_table(finished)
 
@@ -232,6 +256,123 @@ def build(
     if execute:
         for path in authoring.execute(only=only):
             print(f"executed {path.relative_to(authoring.ROOT)}")
+
+
+slurm_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Batch jobs: scripts rendered from slurm/site.toml, submitted, followed. slurm/local_cluster.sh starts a Slurm to try.",
+)
+app.add_typer(slurm_app, name="slurm")
+
+ScriptName = Annotated[
+    str, typer.Argument(metavar="SCRIPT", help="baseline, zero-sweep, multi-gpu, multi-node, jupyter or grading.")
+]
+Nodes = Annotated[int | None, typer.Option(help="Nodes; 2 for multi-node by default.")]
+GpusPerNode = Annotated[int | None, typer.Option(help="GPUs on each node; all by default, 1 for baseline, jupyter and grading.")]
+RanksPerNode = Annotated[int | None, typer.Option(help="Ranks on each node, where nodes have no GPUs.")]
+Time = Annotated[str | None, typer.Option(help="Time limit, such as 1:30:00.")]
+Launcher = Annotated[str, typer.Option(help="For multi-node: torchrun, deepspeed or srun.")]
+SitePath = Annotated[
+    Path | None,
+    typer.Option("--site", help="Site profile. By default slurm/local.toml while the local cluster is up, else slurm/site.toml."),
+]
+Graded = Annotated[str | None, typer.Option("--exercises", help="For grading: the folder that holds 'exercises'.")]
+UseSolutions = Annotated[bool, typer.Option("--solutions", help="Train with the reference solutions instead of src/exercises.")]
+MORE = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""What stands behind `--` goes to `shardlab run` in the job."""
+
+
+def _job(context: typer.Context, **given):
+    from shardlab.batch import JobSettings
+
+    if given["launcher"] not in ("torchrun", "deepspeed", "srun"):
+        raise ValueError(f"--launcher {given['launcher']}: it is torchrun, deepspeed or srun")
+    return JobSettings(arguments=context.args, **_given(**given))
+
+
+@slurm_app.command(context_settings=MORE)
+def render(
+    context: typer.Context,
+    name: ScriptName,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    ranks_per_node: RanksPerNode = None,
+    time: Time = None,
+    launcher: Launcher = "torchrun",
+    exercises: Graded = None,
+    solutions: UseSolutions = False,
+    site: SitePath = None,
+) -> None:
+    """Print a batch script. Options behind `--` go to `shardlab run` in the job: multi-node -- --method ZeRO-3 --steps 100"""
+    from shardlab import batch
+
+    settings = _job(
+        context,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        time=time,
+        launcher=launcher,
+        exercises=exercises,
+        solutions=solutions,
+    )
+    print(batch.render(name, settings, batch.site_in_use(site)), end="")
+
+
+@slurm_app.command(context_settings=MORE)
+def submit(
+    context: typer.Context,
+    name: ScriptName,
+    nodes: Nodes = None,
+    gpus_per_node: GpusPerNode = None,
+    ranks_per_node: RanksPerNode = None,
+    time: Time = None,
+    launcher: Launcher = "torchrun",
+    exercises: Graded = None,
+    solutions: UseSolutions = False,
+    site: SitePath = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Stay, and show the job's state and progress until it is over.")] = False,
+) -> None:
+    """Render a batch script and submit it. Options behind `--` go to `shardlab run` in the job."""
+    from shardlab import batch
+
+    settings = _job(
+        context,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        ranks_per_node=ranks_per_node,
+        time=time,
+        launcher=launcher,
+        exercises=exercises,
+        solutions=solutions,
+    )
+    number, folder = batch.submit(name, settings, batch.site_in_use(site))
+    print(f"job {number} submitted" + (f"; its run folder will be {folder}" if folder else ""))
+    if follow:
+        _follow(number, folder)
+
+
+@slurm_app.command(name="follow")
+def follow_command(
+    number: Annotated[int, typer.Argument(metavar="JOB", help="The job's number.")],
+    run_folder: Annotated[Path | None, typer.Option("--run", help="The run folder that it writes, for steps and losses.")] = None,
+) -> None:
+    """Show a job's state and progress until it is over. Ctrl-C ends this, not the job."""
+    _follow(number, run_folder)
+
+
+def _follow(number: int, folder: Path | None) -> None:
+    from shardlab import slurm
+
+    try:
+        job = slurm.follow(number, folder)
+    except KeyboardInterrupt:
+        print(f"\njob {number} goes on; to end it: scancel {number}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if job.state != "COMPLETED":
+        print(f"job {job.number} {job.state} {job.reason}; the end of {job.log}:\n{slurm.log_tail(number)}", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -48,10 +48,10 @@ def gpu_count() -> int:
 
 
 def size() -> str:
-    """`tiny` without a GPU, `gpu` with one or more, `cluster` inside a Slurm job of several nodes."""
-    if int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1:
-        return "cluster"
-    return "gpu" if gpu_count() else "tiny"
+    """`tiny` without a GPU, `gpu` with one or more, `cluster` inside a Slurm job of several nodes that have GPUs."""
+    if not gpu_count():
+        return "tiny"
+    return "cluster" if int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) > 1 else "gpu"
 
 
 def best_precision() -> str:

@@ -16,10 +16,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from itertools import groupby
 from pathlib import Path
 
@@ -322,7 +324,7 @@ def _die_with_the_launcher(launcher: int) -> None:
 def run_experiment(run: Run) -> None:
     """Run one experiment's program on this rank, with the environment and the singletons of a fresh process."""
     from shardlab.memory import MemorySampler
-    from shardlab.training import barrier, prepare_process, rank
+    from shardlab.training import Stopped, barrier, prepare_process, rank
 
     experiment = run.experiment
     before = os.environ.copy()
@@ -334,12 +336,22 @@ def run_experiment(run: Run) -> None:
         prepare_process(experiment)
         module, _, function = experiment.program.partition(":")
         program = getattr(importlib.import_module(module), function)
+        local_rank, local_ranks = int(before.get("LOCAL_RANK", "0")), int(before.get("LOCAL_WORLD_SIZE", experiment.ranks))
+        # Appending from two hosts to one file of a network file system loses lines.
+        samples = run.folder / ("memory.csv" if local_ranks == experiment.ranks else f"memory.{socket.gethostname()}.csv")
+        if local_rank == 0 and not samples.exists():
+            MemorySampler.write_header(samples)
         if rank() == 0:
             run.start()
         barrier()
-        local_rank = int(before.get("LOCAL_RANK", "0")) if hardware.gpu_count() else None
-        with MemorySampler(run.folder / "memory.csv", rank(), local_rank):
-            results = program(experiment, run)
+        results = {}
+        try:
+            with MemorySampler(samples, rank(), local_rank if hardware.gpu_count() else None):
+                results = program(experiment, run)
+        except Stopped as stopped:
+            if rank() == 0:
+                run.finish("stopped", str(stopped))
+            return
         if rank() == 0:
             run.record(**(results or {}))
             run.finish()
@@ -348,21 +360,31 @@ def run_experiment(run: Run) -> None:
         os.environ.update(before)
 
 
-def run_under_launcher(experiment: Experiment, runs: Path | str) -> Run:
+def run_under_launcher(experiment: Experiment, runs: Path | str, *, resume: bool = False) -> Run:
     """Run one experiment in a process that `deepspeed`, `torchrun` or `srun` has started as one of its ranks.
 
     Every rank calls this. What goes wrong on a rank is in the run folder before the error goes on.
 
+    Args:
+        experiment: what to run; its `ranks` are those that the launcher has started.
+        runs: the folder in which the run has its own.
+        resume: continue the run of that name from its newest whole checkpoint, if there is such a run. Its first life must be
+            over, as that of a job is that Slurm starts again.
+
     Returns:
         The finished run, on every rank.
     """
+    os.environ.update(ops.environment())
+    # deepspeed 0.19.8 calls functions that torch 2.13 is about to rename, on every rank and in every step: a log of nothing else.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     from shardlab.training import barrier, prepare_process, rank
 
     for op in ops.needed_by(experiment.deepspeed):
         ops.build(op, print)
     prepare_process(experiment)
     if rank() == 0:
-        Run.create(experiment, Path(runs).resolve())
+        goes_on = resume and (Path(runs) / experiment.name / "run.json").exists()
+        (Run.reopen if goes_on else Run.create)(experiment, Path(runs).resolve())
     barrier()
     run = Run.read(Path(runs).resolve() / experiment.name)
     try:

@@ -176,3 +176,58 @@ def in_notebook() -> bool:
 
 def default_display() -> Quiet:
     return Notebook() if in_notebook() else Terminal()
+
+
+class JobDisplay:
+    """A job's state in the queue, then its steps and loss.
+
+    A table redrawn in a notebook, a line redrawn in a terminal, and in a log file a line for each change of state.
+    """
+
+    def __init__(self):
+        self.notebook, self.handle, self.told, self.status = in_notebook(), None, None, None
+        self.started = time.monotonic()
+        if not self.notebook:
+            from rich.console import Console
+
+            self.console = Console()
+
+    def update(self, job, row: Row | None) -> None:
+        """Show a `shardlab.slurm.Job`, and the row of its run once there is one."""
+        waited = f"{time.monotonic() - self.started:.0f} s"
+        last = row.metrics[-1] if row and row.metrics else None
+        training = (
+            f"step {row.step}/{row.steps}, loss {last['loss']:.3f}, {last['samples_per_second']:.1f} samples/s" if last else ""
+        )
+        again = f"started again {job.restarts} ×" if job.restarts else ""
+        cells = [f"job {job.number}", job.state, job.reason, job.nodes, again, training, waited]
+        if self.notebook:
+            self._redraw(cells, row)
+            return
+        line = ", ".join(cell for cell in cells[:-2] if cell)
+        if self.console.is_terminal:
+            self.status = self.status or self.console.status("")
+            self.status.start()
+            self.status.update(", ".join(cell for cell in cells if cell))
+        elif line != self.told:
+            self.console.print(f"{waited:>6}  {', '.join(filter(None, [line, training]))}", highlight=False, markup=False)
+        self.told = line
+
+    def _redraw(self, cells: list[str], row: Row | None) -> None:
+        from IPython.display import HTML, display
+
+        share = 100 * row.step / row.steps if row and row.steps else 0
+        head = "".join(f"<th>{name}</th>" for name in ("", "state", "reason", "nodes", "", "training", "since"))
+        body = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        table = (
+            f'<table><tr>{head}<th></th></tr><tr>{body}<td><progress max="100" value="{share:.0f}"></progress></td></tr></table>'
+        )
+        if self.handle is None:
+            self.handle = display(HTML(table), display_id=True)
+        else:
+            self.handle.update(HTML(table))
+
+    def end(self) -> None:
+        if self.status is not None:
+            self.status.stop()
+            self.console.print(self.told, highlight=False, markup=False)

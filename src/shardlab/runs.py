@@ -4,7 +4,7 @@ A run folder is all that remains of a run, and all that tables, plots, milestone
 
     run.json        the experiment, versions, hardware, commit, outcome and results
     metrics.jsonl   a line an optimizer step: step, loss, learning rate, seconds, samples/s, tokens/s
-    memory.csv      memory in use, sampled, per device
+    memory.csv      memory in use, sampled, per device; on several nodes a file each, memory.<host>.csv
     states.json     bytes of parameters, gradients and optimizer states that each rank held
 """
 
@@ -60,6 +60,7 @@ class Experiment(BaseModel):
     eval_examples: int | None = Field(None, ge=1, description="evaluate on only the first so many")
     evaluate: bool = Field(True, description="evaluation loss before and after training, and generated answers")
     save: bool = Field(True, description="save the model into the run folder")
+    save_every: int | None = Field(None, ge=1, description="optimizer steps from one checkpoint in the run folder to the next")
     options: dict[str, Any] = Field({}, description="what this program needs and no other does; the program's docstring says")
 
     @model_validator(mode="before")
@@ -117,6 +118,34 @@ class Run:
         return run
 
     @classmethod
+    def reopen(cls, experiment: Experiment, runs: Path | str = "runs") -> Run:
+        """Continue `runs/<name>/`: what it holds stays, and its record gets a line on how it ended before.
+
+        A scheduler that starts a job again knows that the job's first life is over; nobody else may call this, since two
+        processes would write one folder.
+
+        Raises:
+            RunError: the folder holds another experiment.
+        """
+        run = cls.read(Path(runs) / experiment.name)
+        if run.experiment != experiment:
+            kept, asked = run.experiment.model_dump(), experiment.model_dump()
+            differ = ", ".join(f"{key} {kept[key]!r} → {asked[key]!r}" for key in asked if kept[key] != asked[key])
+            raise RunError(f"{run.folder} holds another experiment ({differ}), so it is not continued. Use another name.")
+        before = {key: run._record.pop(key, None) for key in ("outcome", "reason", "ended")}
+        run._record.setdefault("earlier", []).append(before | {"steps": len(run.metrics()), "hardware": run._record["hardware"]})
+        run._record |= {"outcome": "waiting", "hardware": hardware.describe(), "writer": _this_process()}
+        run._write()
+        return run
+
+    def keep_steps(self, last: int) -> None:
+        """Drop the lines of steps behind `last`: training goes on from a checkpoint, and takes them again."""
+        rows = [row for row in self.metrics() if row["step"] <= last]
+        temporary = self.folder / ".metrics.jsonl"
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(temporary, self.folder / "metrics.jsonl")
+
+    @classmethod
     def _is_going_on(cls, folder: Path) -> bool:
         try:
             return cls.read(folder).outcome in ("waiting", "running")
@@ -125,9 +154,6 @@ class Run:
 
     def start(self) -> None:
         """Called by rank 0 when it begins."""
-        from shardlab.memory import MemorySampler
-
-        MemorySampler.write_header(self.folder / "memory.csv")
         (self.folder / "metrics.jsonl").touch()
         self._record |= {"outcome": "running", "started": _now()}
         self._write()
@@ -147,7 +173,7 @@ class Run:
         write_json(self.folder / "states.json", states)
 
     def finish(self, outcome: str = "finished", reason: str | None = None) -> None:
-        """Set the outcome: `finished`, `failed`, `killed`, `interrupted` or `timed out`."""
+        """Set the outcome: `finished`, `stopped` (asked to, after saving), `failed`, `killed`, `interrupted` or `timed out`."""
         self._record |= {"outcome": outcome, "ended": _now()} | ({"reason": reason} if reason else {})
         self._write()
 
@@ -237,8 +263,7 @@ class Run:
         """Peak, mean and minimum by device in MiB; empty if nothing was sampled."""
         from shardlab.memory import summarise_samples
 
-        path = self.folder / "memory.csv"
-        return summarise_samples(path) if path.exists() else {}
+        return {device: row for path in sorted(self.folder.glob("memory*.csv")) for device, row in summarise_samples(path).items()}
 
     def states(self) -> dict | None:
         """What each rank held; `None` if the run did not come so far."""

@@ -23,7 +23,7 @@ from transformers.trainer_utils import IntervalStrategy
 from shardlab import memory
 from shardlab.datasets import load_squad
 from shardlab.models import load_model, load_tokenizer, parameter_count
-from shardlab.runs import Experiment, Run
+from shardlab.runs import Experiment, Run, write_json
 
 
 def rank() -> int:
@@ -152,6 +152,45 @@ class StateRecorder:
         return {"device_memory": gather(mine)}
 
 
+class Stopped(Exception):
+    """Training ended before its last step because it was asked to; the text says after which step."""
+
+
+STOP_FILE = "stop"
+"""A file of this name in the run folder asks a run with checkpoints to save one and to end."""
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a run's folder `checkpoints` that was written to its end; None if there is none."""
+    whole = [path.parent for path in Path(folder).glob("checkpoint-*/complete.json")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class Checkpointer(TrainerCallback):
+    """Marks each checkpoint of `Trainer` that is whole, and ends training where the run folder's stop file asks for it.
+
+    A job can be killed while it saves; `Trainer` would take the half-written folder for a checkpoint. So the last file of
+    each is `complete.json`.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.stopped = run, False
+
+    def on_step_end(self, args, state, control, **_):
+        # Rank 0 alone looks, and tells the others: on a shared file system each would see the file at another step.
+        asked = [rank() == 0 and (self.run.folder / STOP_FILE).exists()]
+        if dist.is_initialized():
+            dist.broadcast_object_list(asked, src=0)
+        if asked[0] and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **_):
+        barrier()
+        if rank() == 0:
+            write_json(Path(args.output_dir, f"checkpoint-{state.global_step}", "complete.json"), {"ranks": world_size()})
+        barrier()
+
+
 class RunRecorder(TrainerCallback):
     """Lets `Trainer` fill the run folder through a `StateRecorder`."""
 
@@ -162,6 +201,7 @@ class RunRecorder(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         self.states.restart_clock()
+        self.epochs_logged = state.epoch or 0.0  # more than 0 where training continues
         self.states.experiment = self.states.experiment.model_copy(update={"steps": state.max_steps})
         if self.trainer.is_deepspeed_enabled:
             self.states.watch(self.trainer.deepspeed)
@@ -231,6 +271,9 @@ def train(
 ) -> Trainer:
     """Train with `Trainer` and fill the run folder.
 
+    Where the experiment has `save_every`, checkpoints go into the run folder, and training continues from the newest whole
+    one that is there already.
+
     Args:
         run: where everything is recorded.
         model: what to train. Under ZeRO-3, load it after `arguments` exist: it is then sharded while it is loaded.
@@ -241,11 +284,23 @@ def train(
 
     Returns:
         The trainer, trained.
+
+    Raises:
+        Stopped: the run folder's stop file asked for it; a checkpoint has been saved.
     """
+    checkpointer, checkpoint = None, None
+    if run.experiment.save_every:
+        arguments.output_dir = str(run.folder / "checkpoints")
+        arguments.save_strategy, arguments.save_steps, arguments.save_total_limit = (
+            IntervalStrategy.STEPS,
+            run.experiment.save_every,
+            2,
+        )
+        checkpointer, checkpoint = Checkpointer(run), newest_checkpoint(run.folder / "checkpoints")
     arguments.logging_strategy = IntervalStrategy.STEPS
     arguments.logging_steps = 1
     arguments.disable_tqdm = True
-    arguments.eval_on_start = bool(eval_set)
+    arguments.eval_on_start = bool(eval_set) and checkpoint is None
     arguments.remove_unused_columns = False
     arguments.dataloader_pin_memory = torch.cuda.is_available()
     if not eval_set:
@@ -263,7 +318,7 @@ def train(
         train_dataset=Rows(train_set),
         eval_dataset=Rows(eval_set) if eval_set else None,
         data_collator=collate,
-        callbacks=[recorder],
+        callbacks=[recorder] + ([checkpointer] if checkpointer else []),
     )
     if trainer.is_deepspeed_enabled != (run.experiment.deepspeed is not None):
         # accelerate drops DeepSpeed without a word where ACCELERATE_USE_CPU is set, and trains with DDP instead.
@@ -274,9 +329,13 @@ def train(
     trainer.remove_callback(PrinterCallback)
     recorder.trainer = trainer
     started = time.perf_counter()
-    trainer.train()
+    if checkpoint is not None and rank() == 0:
+        run.keep_steps(int(checkpoint.name.rpartition("-")[2]))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # While this is set, from_pretrained shards every model that it loads; after training, a model is loaded whole again.
     unset_hf_deepspeed_config()
+    if checkpointer and checkpointer.stopped:
+        raise Stopped(f"asked to stop after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint was saved")
     device_memory = states.device_memory()
     if rank() == 0:
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
