@@ -4,7 +4,7 @@
 #   slurm/local_cluster.sh up            start it; the last line printed is the one to put into your shell
 #   slurm/local_cluster.sh status        nodes and jobs
 #   slurm/local_cluster.sh kill node2    cut a node's power: its slurmd and all its processes end at once
-#   slurm/local_cluster.sh start node2   switch it on again
+#   slurm/local_cluster.sh start node2   switch it on again, once the controller has noticed that it was gone (about 10 s)
 #   slurm/local_cluster.sh down          end everything, and remove the folder with its state
 #
 # As root, where the kernel has namespaces, each node has its own network, address, host name, process numbers and /dev/shm. Otherwise
@@ -16,7 +16,7 @@ set -euo pipefail
 
 state=${SHARDLAB_CLUSTER:-/tmp/shardlab-cluster-$(id -u)}
 nodes=(node1 node2)
-bridge=shardlab$(id -u)
+bridge=sl$(printf %s "$state" | cksum | cut -d" " -f1)  # a network interface has at most 15 letters
 PATH=$PATH:/usr/sbin:/sbin
 
 say() { printf '%s\n' "$*"; }
@@ -127,7 +127,7 @@ start_node() {
     mkdir -p "$state/$node"
     if [ -f "$state/namespaces" ]; then
         ! alive "$state/$node.pid" || fail "$node is running"
-        ip link del "sl-$node" 2>/dev/null || true
+        ip link del "$bridge${node#node}" 2>/dev/null || true
         # shellcheck disable=SC2016  # what is in quotes is the node's own program
         setsid unshare --net --uts --ipc --mount --pid --fork --kill-child --mount-proc \
             bash -c '
@@ -145,8 +145,8 @@ start_node() {
         say $! >"$state/$node.pid"
         disown
         wait_for 10 "$node's network" first_process "$node"
-        ip link add "sl-$node" type veth peer name eth0 netns "$(first_process "$node")"
-        ip link set "sl-$node" master "$bridge" up
+        ip link add "$bridge${node#node}" type veth peer name eth0 netns "$(first_process "$node")"
+        ip link set "$bridge${node#node}" master "$bridge" up
     else
         ! alive "$state/$node/slurmd.pid" || fail "$node is running"
         setsid slurmd -N "$node" -f "$state/slurm.conf" </dev/null >"$state/$node.out" 2>&1 || fail "$node: $(tail -1 "$state/$node.out")"
@@ -163,7 +163,7 @@ kill_node() {
     local node=$1
     if [ -f "$state/namespaces" ]; then
         end "$state/$node.pid" KILL
-        ip link del "sl-$node" 2>/dev/null || true
+        ip link del "$bridge${node#node}" 2>/dev/null || true
     else
         # Without namespaces, the node's processes are its slurmd, the slurmstepds that it has started, and all below those.
         local pid
@@ -191,6 +191,8 @@ read_state() {
         address_of[$node]=$(sed -n "s/^NodeName=$node .*NodeAddr=\([^ ]*\) .*/\1/p" "$state/slurm.conf")
     done
 }
+
+is_missed() { sinfo --noheader --nodes="$1" --format=%T | grep -q '^down'; }
 
 all_idle() { [ "$(sinfo --noheader --Node --format=%T | grep -c '^idle$')" = ${#nodes[@]} ]; }
 
@@ -279,6 +281,8 @@ kill | start)
     [ -f "$state/slurm.conf" ] || fail "no cluster; to start one: $0 up"
     known "${2:-}"
     read_state
+    # A node that comes back before it was missed would leave its jobs waiting for tasks that are gone.
+    [ "$1" = kill ] || wait_for 40 "the controller's notice that $2 is gone" is_missed "$2"
     "$1_node" "$2"
     ;;
 -h | --help) sed -n '2,/^set -e/ s/^# \{0,1\}//p' "$0" | sed '$d' ;;

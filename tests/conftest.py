@@ -1,11 +1,14 @@
 """What all tests share."""
 
 import os
+import shutil
+import subprocess
+import tempfile
 
 import psutil
 import pytest
 
-from shardlab import switch
+from shardlab import hardware, switch
 
 
 @pytest.fixture(autouse=True)
@@ -26,3 +29,36 @@ def no_rank_outlives_the_tests():
     below = [process for process in psutil.Process().children(recursive=True) if process.ppid() != os.getpid()]
     left = [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert not left, f"ranks left behind: {left}"
+
+
+def cluster_missing() -> str | None:
+    """What keeps a local Slurm cluster from starting here; None if nothing does."""
+    absent = [
+        command
+        for command in ("slurmctld", "slurmd", "munged")
+        if not shutil.which(command, path=os.environ["PATH"] + ":/usr/sbin")
+    ]
+    return f"{', '.join(absent)} not installed: apt-get install slurm-wlm munge" if absent else None
+
+
+def cluster_command(*words: str) -> str:
+    """Run `slurm/local_cluster.sh`; what it printed."""
+    done = subprocess.run([hardware.ROOT / "slurm" / "local_cluster.sh", *words], capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster():
+    """A real Slurm of two nodes, for all tests of this session that want one; another that is up already is not touched."""
+    if why := cluster_missing():
+        pytest.skip(why)
+    folder = tempfile.mkdtemp(prefix="shardlab-test-")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHARDLAB_CLUSTER", folder)
+        patch.delenv("SLURM_CONF", raising=False)
+        cluster_command("up")
+        try:
+            yield
+        finally:
+            cluster_command("down")

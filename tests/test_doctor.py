@@ -29,8 +29,11 @@ def live_children() -> set[int]:
 
 def marked(mark: str) -> list[list[str]]:
     """The commands of all processes that were started under this mark; unlike children, orphans are among them."""
-    return [process.info["cmdline"] for process in psutil.process_iter(["environ", "cmdline", "status"])
-            if (process.info["environ"] or {}).get(MARK) == mark and process.info["status"] != psutil.STATUS_ZOMBIE]
+    return [
+        process.info["cmdline"]
+        for process in psutil.process_iter(["environ", "cmdline", "status"])
+        if (process.info["environ"] or {}).get(MARK) == mark and process.info["status"] != psutil.STATUS_ZOMBIE
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -113,8 +116,23 @@ def test_findings_come_one_at_a_time():
 
 
 def test_every_subject_is_examined_once(here):
-    subjects = {"Python", "C++ compiler", "ninja", "torch", "accelerator", "deepspeed", "libaio", "numactl", "process group", "hub",
-                "caches", "Slurm", "disk", "memory", *(f"op {op}" for op in ops.OPS)}
+    subjects = {
+        "Python",
+        "C++ compiler",
+        "ninja",
+        "torch",
+        "accelerator",
+        "deepspeed",
+        "libaio",
+        "numactl",
+        "process group",
+        "hub",
+        "caches",
+        "Slurm",
+        "disk",
+        "memory",
+        *(f"op {op}" for op in ops.OPS),
+    }
     assert set(here) - {"CUDA compiler"} == subjects
 
 
@@ -179,8 +197,11 @@ def test_ranks_take_no_fixed_port():
 @pytest.mark.parametrize("age", [0.0, 1.0])
 def test_ranks_end_with_a_preflight_that_is_killed(mark, tmp_path, age):
     """As early as can be, before a rank has asked the kernel to end with its starter, and later."""
-    process = subprocess.Popen([sys.executable, "-m", "shardlab.doctor", "--all-reduce"], stdout=subprocess.DEVNULL,
-                               env=os.environ | {"TMPDIR": str(tmp_path)})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shardlab.doctor", "--all-reduce"],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
     deadline = time.monotonic() + 60
     while not (ranks := [command for command in marked(mark) if "--rank" in command]) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -281,7 +302,8 @@ def test_without_a_path_the_compiler_fails_and_each_failure_has_a_remedy(monkeyp
     findings = by_name(doctor.examine())
     assert findings["C++ compiler"].state == "fails" and "g++" in findings["C++ compiler"].remedy
     assert {name: findings[name].state for name in ("numactl", "Slurm", "libaio", "op async_io")} == dict.fromkeys(
-        ("numactl", "Slurm", "libaio", "op async_io"), "not here")
+        ("numactl", "Slurm", "libaio", "op async_io"), "not here"
+    )
     assert all(finding.remedy for finding in findings.values() if finding.state == "fails")
     assert not [op for op in ops.OPS if findings[f"op {op}"].state == "works"], "DeepSpeed loads no op without a compiler"
     assert doctor.exit_status(findings.values()) == 1
@@ -298,8 +320,9 @@ def test_a_compiler_under_another_name_is_named(monkeypatch, empty_folder):
 def test_a_compiler_that_cannot_compile_fails(monkeypatch, tmp_path):
     """A driver without its compiler proper, or one too old for C++20, still answers --version."""
     script = tmp_path / "c++"
-    script.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "c++ 4.8" && exit\n'
-                      'echo "c++: error: unrecognized option -std=c++20"; exit 1\n')
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo "c++ 4.8" && exit\necho "c++: error: unrecognized option -std=c++20"; exit 1\n'
+    )
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     finding = doctor._compiler()
@@ -310,8 +333,10 @@ def test_a_compiler_that_cannot_compile_fails(monkeypatch, tmp_path):
 def no_libaio(monkeypatch, tmp_path) -> Finding:
     """A compiler that finds no libaio; returns the finding about it."""
     script = tmp_path / "c++"
-    script.write_text('#!/bin/sh\ncase " $* " in *" -laio "*)\n  echo "fatal error: libaio.h: No such file or directory"\n'
-                      f'  echo "collect2: error: ld returned 1 exit status"; exit 1;;\nesac\nexec {shutil.which("c++")} "$@"\n')
+    script.write_text(
+        '#!/bin/sh\ncase " $* " in *" -laio "*)\n  echo "fatal error: libaio.h: No such file or directory"\n'
+        f'  echo "collect2: error: ld returned 1 exit status"; exit 1;;\nesac\nexec {shutil.which("c++")} "$@"\n'
+    )
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     return doctor._compiler()
@@ -345,8 +370,9 @@ def test_torch_that_cannot_be_imported_fails_and_what_needs_it_is_not_tried(monk
         assert findings[name].state == "not here" and "needs torch" in findings[name].detail
 
 
-@pytest.mark.parametrize("found, state", [("2.13.0", "works"), ("2.13.0+cpu", "works"), ("2.13.0+cu130", "works"),
-                                          ("2.11.0+cu130", "fails")])
+@pytest.mark.parametrize(
+    "found, state", [("2.13.0", "works"), ("2.13.0+cpu", "works"), ("2.13.0+cu130", "works"), ("2.11.0+cu130", "fails")]
+)
 def test_versions_are_compared_without_their_build(monkeypatch, found, state):
     monkeypatch.setattr(doctor, "pins", lambda: {"torch": "2.13.0"})
     finding = doctor._against_pin("torch", found)

@@ -80,6 +80,19 @@ def reaches(address: str, port: int, seconds: float) -> str | None:
         return str(error)
 
 
+def not_answering(address: str, port: int, seconds: float) -> str | None:
+    """Why nothing accepts a connection there within some seconds; None as soon as something does."""
+    deadline, why = time.monotonic() + seconds, "no answer"
+    while time.monotonic() < deadline:
+        try:
+            socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            return None
+        except OSError as error:
+            why = str(error)
+            time.sleep(0.1)
+    return why
+
+
 def own_address(towards: tuple[str, int]) -> str:
     """The address of this node on the network that leads to the first one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -149,15 +162,13 @@ def check(rank: int, ranks: int, address: str, port: int, folder: Path, seconds:
     """
     import torch.distributed as dist
 
-    try:
-        store = dist.TCPStore(address, port, ranks, is_master=rank == 0, timeout=timedelta(seconds=seconds), wait_for_workers=False)
-        store.set(f"here/{rank}", "1")
-    except (dist.DistError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
+    # Half the time only, so that this node can speak before rank 0 gives it up and ends the step.
+    if why := rank and not_answering(address, port, seconds / 2):
         return [
             f"{node_name()} cannot reach the first node at {address}:{port} ({why}). "
             "Is that address on a network that all nodes share? See `interface` in the site profile."
         ]
+    store = dist.TCPStore(address, port, ranks, is_master=rank == 0, timeout=timedelta(seconds=seconds), wait_for_workers=False)
     mine = own_address((address, port))
     server = listen(mine)
     store.set(f"facts/{rank}", json.dumps(facts(rank, folder) | {"address": mine, "port": server.getsockname()[1]}))
@@ -221,6 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     if "SLURM_PROCID" not in os.environ:
         parser.error("srun starts this, once a rank: srun --ntasks-per-node=RANKS python -m shardlab.preflight …")
+    # torch warns about each address that has no name, and prints its stack where a peer is late.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     rank, ranks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     started = time.monotonic()
     problems = check(rank, ranks, chosen.address, chosen.port, chosen.runs, chosen.seconds)
