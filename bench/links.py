@@ -18,7 +18,7 @@ import torch.distributed as dist
 def seconds_of(collective, repeats: int, gpu: bool) -> float:
     """The median time of a collective, in the slowest rank, after three that do not count."""
     taken = []
-    for number in range(repeats + 3):
+    for _ in range(repeats + 3):
         dist.barrier()
         if gpu:
             torch.cuda.synchronize()

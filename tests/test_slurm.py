@@ -209,7 +209,7 @@ def local_site(slurm_cluster, tmp_path_factory):
     """The local profile, with its run folders in a temporary folder."""
     path = tmp_path_factory.mktemp("site") / "site.toml"
     text = LOCAL_PROFILE.read_text().replace('scratch = "runs"', f'scratch = "{tmp_path_factory.mktemp("runs")}"')
-    path.write_text(text.replace('path = ".venv"', f'path = "{VENV}"'))
+    path.write_text(text)
     return read_site(path)
 
 
@@ -308,8 +308,7 @@ def test_a_course_on_a_path_with_spaces(slurm_cluster, tmp_path):
     for part in ("src", "slurm", "solutions/exercises"):
         shutil.copytree(ROOT / part, course / part, ignore=shutil.ignore_patterns("__pycache__"))
     profile = course / "slurm" / "local.toml"
-    text = profile.read_text().replace('path = ".venv"', f'path = "{VENV}"')
-    profile.write_text(text + f'PYTHONPATH = "{course / "src"}"\n')
+    profile.write_text(profile.read_text() + f'PYTHONPATH = "{course / "src"}"\n')
     arguments = ["slurm", "submit", "multi-node", "--solutions", "--follow", "--", *TRAIN, "--steps", "3"]
     environment = os.environ | {"PYTHONPATH": str(course / "src")}
     done = subprocess.run(

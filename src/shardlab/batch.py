@@ -6,6 +6,7 @@ A script is text for `sbatch` and for people: each directive has its reason abov
 from __future__ import annotations
 
 import shlex
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -120,8 +121,7 @@ def directives(name: str, settings: JobSettings, site: Site) -> list[Directive]:
         Directive("One task a node: it starts the node's ranks itself.", "--ntasks-per-node=1"),
     ]
     if gpus:
-        option = f"--gpus-per-node={gpus}" if site.gpu_request == "gpus-per-node" else f"--gres=gpu:{gpus}"
-        found.append(Directive("GPUs on each node, one a rank.", option))
+        found.append(Directive("GPUs on each node, one a rank.", _gpus(site, gpus)))
     found.append(
         Directive(
             f"CPU cores of that task, {site.cores_per_task} a rank: for Python, the data and an offloaded optimizer.",
@@ -166,6 +166,43 @@ def run_root(site: Site) -> Path:
     return ROOT / site.scratch
 
 
+def _template(name: str):
+    import jinja2
+
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ROOT / "slurm" / "scripts"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters["quoted"] = lambda value: shlex.quote(str(value))
+    return templates.get_template(name)
+
+
+def _container(site: Site) -> str:
+    return (site.environment.container_command or "").replace("{image}", shlex.quote(site.environment.path))
+
+
+def setup_lines(site: Site) -> str:
+    """The shell lines with which a job on this site comes by Python and the course's packages, in the course's folder."""
+    lines = _template("_environment.sh").render(site=site, container=_container(site), prefix=Path(sys.prefix))
+    return f"cd {shlex.quote(str(ROOT))}\n{lines}".rstrip()
+
+
+def sbatch_options(site: Site, *, gpus_per_node: int = 0) -> list[str]:
+    """The options of `sbatch` without which this site takes no job: account, partition, reservation, quality of service, GPUs."""
+    named = {"account": site.account, "partition": site.partition, "reservation": site.reservation, "qos": site.quality_of_service}
+    options = [f"--{option}={value}" for option, value in named.items() if value]
+    if gpus_per_node:
+        options.append(_gpus(site, gpus_per_node))
+    return options
+
+
+def _gpus(site: Site, gpus: int) -> str:
+    return f"--gpus-per-node={gpus}" if site.gpu_request == "gpus-per-node" else f"--gres=gpu:{gpus}"
+
+
 def render(name: str, settings: JobSettings, site: Site) -> str:
     """A batch script.
 
@@ -177,20 +214,9 @@ def render(name: str, settings: JobSettings, site: Site) -> str:
     Raises:
         BatchError: a value is missing or impossible on this site.
     """
-    import jinja2
-
     options = directives(name, settings, site)
     nodes, gpus, ranks, _ = _checked(name, settings, site)
-    templates = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(ROOT / "slurm" / "scripts"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    templates.filters["quoted"] = lambda value: shlex.quote(str(value))
-    container = site.environment.container_command or ""
-    text = templates.get_template(f"{name}.sh").render(
+    text = _template(f"{name}.sh").render(
         name=name,
         what=SCRIPTS[name],
         site=site,
@@ -203,7 +229,8 @@ def render(name: str, settings: JobSettings, site: Site) -> str:
         launcher=settings.launcher,
         methods=SWEEP,
         exercises=settings.exercises,
-        container=container.replace("{image}", shlex.quote(site.environment.path)),
+        container=_container(site),
+        prefix=Path(sys.prefix),
         arguments=shlex.join((["--solutions"] if settings.solutions else []) + settings.arguments),
     )
     return text.rstrip() + "\n"

@@ -603,16 +603,19 @@ def _caches(ops_too: bool) -> Finding:
 
 
 def _slurm() -> Finding:
-    code, output = _run(["sbatch", "--version"], 10)
-    if code:
-        reason = "no sbatch" if code == 127 else _reason(output, code)
+    from shardlab import slurm
+
+    why = slurm.missing()
+    if why:
         return Finding(
             "Slurm",
             "not here",
-            f"{reason}; only lab 6 and jobs on several nodes need it",
-            "sudo apt install slurm-wlm munge    # or use a login node",
+            "no job can be submitted from here; only lab 6 and jobs on several nodes need it",
+            f"{slurm.START_ONE}    # a real Slurm on this machine; needs: sudo apt install slurm-wlm munge. Or use a login node",
         )
-    return Finding("Slurm", "works", _version_line(output))
+    return Finding(
+        "Slurm", "works", slurm.command("sbatch", "--version").strip() + (", the local cluster" if slurm.is_local() else "")
+    )
 
 
 def _disk() -> Finding:

@@ -395,3 +395,20 @@ def run_under_launcher(experiment: Experiment, runs: Path | str, *, resume: bool
         raise
     barrier()
     return Run.read(run.folder)
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m shardlab.launch EXPERIMENT.json RUNS` under torchrun, deepspeed or srun: one rank of that experiment.
+
+    It continues from the newest checkpoint, if the run is there already.
+    """
+    if len(arguments) != 2 or "RANK" not in os.environ:
+        print("usage: torchrun … -m shardlab.launch EXPERIMENT.json RUNS", file=sys.stderr)
+        return 2
+    experiment = Experiment.model_validate_json(Path(arguments[0]).read_text())
+    run_under_launcher(experiment, arguments[1], resume=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -42,14 +42,16 @@ class Environment(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["venv", "conda", "container"]
+    kind: Literal["current", "venv", "conda", "container"] = Field(description="current: the Python that renders the script")
     modules: list[str] = Field([], description="loaded first, in this order")
-    path: str = Field(description="of the virtual environment, of the conda environment, or of the container's image")
+    path: str | None = Field(None, description="of the virtual environment, the conda environment, or the container's image")
     conda_setup: str | None = Field(None, description="the site's conda.sh, for kind conda")
     container_command: str | None = Field(None, description="what starts a command in the container, with {image} in it")
 
     @model_validator(mode="after")
     def _complete(self):
+        if self.kind != "current" and not self.path:
+            raise ValueError(f"kind '{self.kind}' needs a path")
         if self.kind == "conda" and not self.conda_setup:
             raise ValueError("kind 'conda' needs conda_setup: the path of conda.sh, such as /opt/conda/etc/profile.d/conda.sh")
         if self.kind == "container" and "{image}" not in (self.container_command or ""):

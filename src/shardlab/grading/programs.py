@@ -69,3 +69,44 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         "tokenizer": tokenizer,
         "tied": embedding is not None and reloaded.lm_head.weight is embedding.weight,
     }
+
+
+def uneven_gradient(experiment: Experiment, run: Run) -> dict:
+    """Task 6.5: the gradient of a linear model in the mean over the ranks, beside that of one rank with the whole global batch."""
+    import torch.distributed as dist
+
+    from shardlab.training import rank, world_size
+
+    lab, size = switch.import_exercise("lab06_multi_node"), experiment.options["global_batch"]
+    generator = torch.Generator().manual_seed(experiment.seed)
+    inputs = torch.randn(size, 5, generator=generator, dtype=torch.float64)
+    targets = torch.randn(size, generator=generator, dtype=torch.float64)
+
+    def gradient(positions: list[int], weight: float) -> torch.Tensor:
+        model = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+        (weight * ((inputs[positions] @ model - targets[positions]) ** 2).mean()).backward()
+        return model.grad
+
+    weight = lab.loss_weight(size, rank(), world_size())
+    # The shares are worked out here, so that a wrong share() does not count twice.
+    each, more = divmod(size, world_size())
+    first = rank() * each + min(rank(), more)
+    mine = gradient(list(range(first, first + each + (rank() < more))), weight)
+    dist.all_reduce(mine)
+    difference = (mine / world_size() - gradient(list(range(size)), 1.0)).abs().max().item()
+    return {"difference": difference, "weights": gather(weight)}
+
+
+def stop_at_different_steps(experiment: Experiment, run: Run) -> dict:
+    """Task 6.8: after which step each rank stops, where each is asked in a step of its own."""
+    from shardlab.training import rank
+
+    lab, options = switch.import_exercise("lab06_multi_node"), experiment.options
+    stopped, kinds = options["steps"], []
+    for step in range(1, options["steps"] + 1):
+        answer = lab.stop_together(step >= options["asked"][rank()])
+        kinds.append(type(answer).__name__)
+        # All ranks take all steps here, so that a wrong answer is seen, not waited for.
+        if answer and stopped == options["steps"]:
+            stopped = step
+    return {"stopped": gather(stopped), "kinds": gather(kinds[0])}

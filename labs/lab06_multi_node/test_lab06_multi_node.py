@@ -1,0 +1,702 @@
+"""Milestones of lab 06. The judges are Slurm itself, torchrun, DeepSpeed's parser, and jobs that really run, one of which loses a node."""
+
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from functools import cache
+
+import pytest
+
+from shardlab import batch, slurm
+from shardlab.grading import jobs
+from shardlab.grading.milestones import require, require_error, shared_folder
+from shardlab.runs import Experiment, Run
+
+LECTURE = "notebooks/06_launchers.ipynb"
+
+
+def hostnames(nodelist: str) -> list[str]:
+    if not shutil.which("scontrol"):
+        pytest.skip(f"scontrol is not here: apt-get install slurm-wlm munge; then {slurm.START_ONE}")
+    return slurm.hostnames(nodelist)
+
+
+@pytest.mark.milestone(task="6.1", points=10)
+def test_node_lists(lab):
+    read = f"lab 06, task 6.1; {LECTURE}, 'What Slurm tells a job'"
+    likely = {
+        "node1": "a single name is a list, too",
+        "a1,b2": "names are separated by commas",
+        "node[1-3,7]": "commas inside a bracket separated as if they stood outside",
+        "n[08-11]": "zeros in front lost: the numbers are as wide as the first of the range is written",
+        "n[8-11]": "numbers widened: only those written with zeros have a width",
+        "n[001-003,010]": "zeros in front lost, or the width of one range used for another",
+        "rack[1-2]n[01-02]": "only the first bracket expanded",
+        "a[1-2]b[5]c[08,10]": "what stands between brackets lost",
+        "a[1-2],b,c[3,5-6],d": "several parts, with and without brackets",
+        "z[2],a[1]": "the order changed: ranks follow the order of the list",
+        "c[9-11]": "the numbers sorted as text: 10, 11, 9",
+    }
+    rng = random.Random(6)
+    for _ in range(20):
+        first, width = rng.randrange(120), rng.choice((1, 3))
+        second, third = rng.randrange(9), rng.randrange(9)
+        last = first + rng.randrange(4)
+        likely[f"x{rng.randrange(9)}[{first:0{width}d}-{last:0{width}d},{200 + second}]y[{third}-{third + 2}]"] = (
+            "a combination of these cases"
+        )
+    for nodelist, mistake in likely.items():
+        wanted, got = hostnames(nodelist), lab.expand_nodelist(nodelist)
+        require(
+            got == wanted, expected=f"{nodelist} → {wanted}, as scontrol show hostnames says", got=got, likely=mistake, read=read
+        )
+    for bad, mistake in (
+        ("node[1-2", "a bracket that is not closed let through"),
+        ("node[3-1]", "a range that runs backwards gives no host, and nobody is told"),
+        ("node[1-x]", "int() raised its own error, which does not say where"),
+    ):
+        require_error(
+            lambda bad=bad: lab.expand_nodelist(bad),
+            ValueError,
+            mentions=(bad.partition("[")[0],),
+            expected=f"ValueError for {bad!r}",
+            likely=mistake,
+            read=read,
+        )
+
+
+def task_variables(**changes) -> dict[str, str]:
+    """What a task on node 1 of 3 sees, of a job with 4 tasks a node."""
+    return {
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NUM_NODES": "3",
+        "SLURM_NODEID": "1",
+        "SLURM_PROCID": "4",
+        "SLURM_LOCALID": "0",
+        "SLURM_NTASKS": "12",
+    } | changes
+
+
+@pytest.mark.milestone(task="6.2", points=10)
+def test_rendezvous(lab):
+    read = f"lab 06, task 6.2; {LECTURE}, 'Where ranks meet'"
+    by_node = [lab.rendezvous(task_variables(SLURM_NODEID=str(node)), "10.0.0.7", 4) for node in range(3)]
+    wanted = {"nnodes": 3, "nproc-per-node": 4, "rdzv-backend": "c10d", "rdzv-id": "123456", "rdzv-endpoint": "10.0.0.7:15456"}
+    for node, came in enumerate(by_node):
+        for key, value in wanted.items():
+            require(
+                str(came.get(key)) == str(value),
+                expected=f"on node {node} of 3, for job 123456, {key} = {value}",
+                got=came.get(key),
+                likely={
+                    "rdzv-endpoint": "each node's own address, or a fixed port, which the next job on that node finds taken",
+                    "nproc-per-node": "SLURM_NTASKS counts tasks of srun; torchrun starts ranks_per_node itself",
+                }.get(key, "another variable of Slurm, or another name of the option"),
+                read=read,
+            )
+        require(
+            came.get("rdzv-conf") == f"is_host={'true' if node == 0 else 'false'}",
+            expected=f"is_host=true on node 0 alone; this is node {node}, SLURM_PROCID {4 * node}",
+            got=came.get("rdzv-conf"),
+            likely="SLURM_PROCID or SLURM_LOCALID in the place of SLURM_NODEID, or the same on every node",
+            read=read,
+        )
+    require(
+        lab.rendezvous(task_variables(SLURM_JOB_ID="123457"), "10.0.0.7", 4)["rdzv-endpoint"] != by_node[0]["rdzv-endpoint"],
+        expected="another port for another job",
+        got="the same",
+        likely="a fixed port: the second of two jobs on a node cannot start",
+        read=read,
+    )
+    for name in ("SLURM_JOB_ID", "SLURM_NODEID"):
+        without = {key: value for key, value in task_variables().items() if key != name}
+        require_error(
+            lambda without=without: lab.rendezvous(without, "10.0.0.7", 4),
+            ValueError,
+            mentions=(name,),
+            expected=f"ValueError without {name}",
+            likely="a default, so that a program outside of a job trains alone and says nothing; or KeyError",
+            read=read,
+        )
+    for address in ("localhost", "127.0.0.1", "127.0.1.1"):
+        require_error(
+            lambda address=address: lab.rendezvous(task_variables(), address, 4),
+            ValueError,
+            mentions=(address,),
+            expected=f"ValueError for the address {address}",
+            likely="localhost let through: each node would wait at its own store",
+            read=read,
+        )
+    # torchrun itself, twice on this machine, as on two nodes.
+    pair = [
+        lab.rendezvous(task_variables(SLURM_JOB_ID="6", SLURM_JOB_NUM_NODES="2", SLURM_NODEID=str(node)), "10.0.0.7", 2)
+        for node in (0, 1)
+    ]
+    ranks, statuses = ranks_of_two_torchruns(
+        *(tuple((key, value) for key, value in came.items() if key != "rdzv-endpoint") for came in pair)
+    )
+    require(
+        statuses == [0, 0] and ranks == [f"{rank} 4" for rank in range(4)],
+        expected="two torchruns with these options to start ranks 0 to 3 of 4",
+        got=f"ranks {ranks}, statuses {statuses}",
+        likely="an option that torchrun does not know",
+        read=read,
+    )
+
+
+@cache
+def ranks_of_two_torchruns(*options: tuple) -> tuple[list[str], list]:
+    """Rank and world size of every process that two torchruns with these options start, and the torchruns' exit statuses."""
+    folder = shared_folder() / "torchrun"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    store, agents = f"--rdzv-endpoint=127.0.0.1:{free_port()}", []
+    for given in options:
+        words = [f"--{key}={value}" for key, value in given]
+        program = ["--no-python", "bash", "-c", 'echo "$RANK $WORLD_SIZE" >>"$0"', str(folder / "ranks")]
+        command = [sys.executable, "-m", "torch.distributed.run", *words, store, *program]
+        agents.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    try:
+        statuses = [agent.wait(timeout=60) for agent in agents]
+    except subprocess.TimeoutExpired:
+        statuses = ["it waited for 60 s"]
+    finally:
+        for agent in agents:
+            agent.kill()
+    path = folder / "ranks"
+    return sorted(path.read_text().splitlines()) if path.exists() else [], statuses
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.milestone(task="6.3", points=5)
+def test_hostfile(lab, tmp_path):
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    read = f"lab 06, task 6.3; {LECTURE}, 'Three launchers'"
+    for nodes, tasks, slots, mistake in (
+        (["node1"], "2", [2], "the counts"),
+        (["n3", "n1"], "2,1", [2, 1], "the nodes sorted: rank 0 is on the first node of the list"),
+        (["n1", "n2", "n3"], "4(x2),3", [4, 4, 3], "'(x2)' not read: it means two nodes with that count"),
+        (["a", "b", "c", "d", "e"], "1,8(x3),2", [1, 8, 8, 8, 2], "'(x3)' repeats the count before it, not the ones before that"),
+        ([f"n{number}" for number in range(12)], "4(x12)", [4] * 12, "only one digit of '(x12)' read"),
+    ):
+        text = lab.hostfile(nodes, tasks)
+        path = tmp_path / "hosts"
+        path.write_text(text if isinstance(text, str) else "")
+        try:
+            found = list(fetch_hostfile(str(path)).items())
+        except (ValueError, AttributeError, SystemExit) as error:
+            found = f"{error} in {text!r}"
+        require(
+            found == list(zip(nodes, slots)),
+            expected=f"DeepSpeed to read {dict(zip(nodes, slots))} from the file",
+            got=found,
+            likely=mistake,
+            read=read,
+        )
+    require_error(
+        lambda: lab.hostfile(["n1", "n2"], "4(x3)"),
+        ValueError,
+        mentions=("2", "3"),
+        expected="ValueError where there are counts for 3 nodes and 2 nodes",
+        likely="zip() ends at the shorter list and says nothing",
+        read=read,
+    )
+
+
+NAMED = {"nodes": "2", "ntasks-per-node": "1", "time": "5"}
+
+
+def directives(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.MULTILINE))
+
+
+def check_text(text: str, log: str, read: str) -> None:
+    """The defects that can be seen in the text, each by its name."""
+    require(
+        isinstance(text, str) and text.startswith("#!"),
+        expected="a script that begins with #!/bin/bash",
+        got=str(text)[:40],
+        likely="a blank line first",
+        read=read,
+    )
+    spaced = re.findall(r"^#\s+SBATCH.*$", text, re.MULTILINE)
+    require(
+        not spaced,
+        expected="#SBATCH",
+        got=spaced[:1],
+        likely="a space behind the #: for sbatch that is a comment, and it says nothing",
+        read=read,
+    )
+    found, lines = directives(text), text.splitlines()
+    for key, value in (NAMED | {"output": log, "job-name": "shardlab-lab06"}).items():
+        require(
+            found.get(key) == value,
+            expected=f"#SBATCH --{key}={value}",
+            got=found.get(key, "no such directive"),
+            likely="with more tasks a node, srun would start a torchrun for each"
+            if key == "ntasks-per-node"
+            else "left out, or another value",
+            read=read,
+        )
+    first = next((number for number, line in enumerate(lines) if line.strip() and not line.startswith("#")), 0)
+    late = [line for line in lines[first:] if line.startswith("#SBATCH")]
+    require(
+        not late,
+        expected="all directives above the first command",
+        got=late[:1],
+        likely="sbatch stops reading at the first command",
+        read=read,
+    )
+    require(
+        "set -euo pipefail" in text,
+        expected="set -euo pipefail",
+        got="no such line",
+        likely="without it a job that failed ends as COMPLETED",
+        read=read,
+    )
+    own = re.findall(r"\b(localhost|127\.0\.\d\.\d)\b", text)
+    require(
+        not own, expected="the first node's address on the network that all nodes share", got=own[:1],
+        likely="localhost as master: each node would wait at its own store", read=read,
+    )  # fmt: skip
+    fallback = re.findall(r"getent.*\|\|.*", text)
+    require(
+        not fallback,
+        expected="no other address where the lookup fails",
+        got=fallback[:1],
+        likely="a fallback: the job would hang instead of ending",
+        read=read,
+    )
+    require(
+        "--kill-on-bad-exit" in text or re.search(r"srun.* -K", text), expected="srun --kill-on-bad-exit=1", got="no such option",
+        likely="left out: when one node fails, the others wait for it until the time limit", read=read,
+    )  # fmt: skip
+
+
+@pytest.mark.milestone(task="6.4", points=20)
+def test_batch_script(lab, run_experiments):
+    read = f"lab 06, task 6.4; {LECTURE}, 'A batch script'"
+    settings = {"name": "shardlab-lab06", "nodes": 2, "ranks_per_node": 2, "minutes": 5}
+    check_text(
+        lab.batch_script(**settings, log="/tmp/log.out", setup="true", program=["-m", "shardlab.cli", "run", "my run"]),
+        "/tmp/log.out",
+        read,
+    )
+    site = jobs.site()
+    setup = batch.setup_lines(site)
+    folder = jobs.folder_for(lab.batch_script(**settings, log="log", setup=setup, program=["x"]))
+    logs = shared_folder() / "lab06-logs" if slurm.is_local() else batch.run_root(site)
+    logs.mkdir(exist_ok=True)
+    recording = f"{setup}\n{jobs.recorded_torchrun(folder)}"
+
+    def script(name: str, program: list[str], **changes) -> str:
+        return lab.batch_script(**(settings | changes), log=f"{logs}/{folder.name}-{name}.out", setup=recording, program=program)
+
+    ranks_seen, failing = folder / "ranks", folder / "failing"
+    good = script("ranks", ["--no-python", "bash", "-c", 'echo "$RANK $WORLD_SIZE $LOCAL_RANK" >>"$0"', str(ranks_seen)])
+    bad = script("failing", ["--no-python", "bash", "-c", '[ "$RANK" -lt 3 ] || exit 3; touch "$0"; sleep 90', str(failing)])
+    try:
+        first, second = jobs.run_jobs([good, bad])
+    except slurm.SlurmError as error:
+        require(
+            False,
+            expected="a script that sbatch takes",
+            got=f"sbatch: {error}",
+            likely="a directive that Slurm does not know",
+            read=read,
+        )
+    noted = [words for node, all_words in jobs.started(folder).items() for words in all_words if str(ranks_seen) in words]
+    nodes = [node for node, all_words in jobs.started(folder).items() for words in all_words if str(ranks_seen) in words]
+    require(
+        sorted(nodes) == [0, 1],
+        expected="srun to start one torchrun on each of the two nodes",
+        got=f"torchruns on nodes {nodes}; the job's log ends: {first.log[-300:]}",
+        likely="torchrun started without srun runs on the first node alone; or a word with a space was not quoted",
+        read=read,
+    )
+    hosts = [
+        next((word for word in words if "is_host" in word), "no is_host") for words in (w for n, w in sorted(zip(nodes, noted)))
+    ]
+    require(
+        [host.endswith(("1", "true")) for host in hosts] == [True, False],
+        expected="is_host true on node 0 alone",
+        got=hosts,
+        likely="wrong node rank: in double quotes $SLURM_NODEID is the batch script's own, which is 0, on every node",
+        read=read,
+    )
+    ends = {word for words in noted for word in words if word.startswith(("--rdzv-endpoint=", "--rdzv_endpoint="))}
+    endpoint = next(iter(ends), "none").partition("=")[2]
+    require(
+        len(ends) == 1
+        and endpoint.endswith(f":{12000 + int(first.job.number) % 10000}")
+        and not endpoint.startswith(("127.", "localhost", ":")),
+        expected=f"one endpoint for both nodes, the first node's address and port {12000 + int(first.job.number) % 10000}",
+        got=sorted(ends),
+        likely="each node's own address; or a fixed port",
+        read=read,
+    )
+    lines = sorted(ranks_seen.read_text().split("\n")[:-1]) if ranks_seen.exists() else []
+    require(
+        first.job.state == "COMPLETED" and lines == ["0 4 0", "1 4 1", "2 4 0", "3 4 1"],
+        expected="COMPLETED, and rank, world size and local rank 0 4 0, 1 4 1, 2 4 0, 3 4 1",
+        got=f"{first.job.state}, {lines}; the log ends: {first.log[-300:]}",
+        likely="options of task 6.2 left out, or `program` quoted wrongly",
+        read=read,
+    )
+    require(
+        second.job.state == "FAILED",
+        expected="FAILED, within seconds, where one rank fails",
+        got=second.job.state,
+        likely="the script's last command succeeds whatever srun did; or the others were waited for",
+        read=read,
+    )
+    experiment, program = jobs.training(f"two-nodes-{folder.name}", folder, steps=6)
+    (ended,) = jobs.run_jobs([script("train", program, ranks_per_node=1)], running=180, gpus_per_node=min(1, site.gpus_per_node))
+    one_node = one_node_losses(experiment, run_experiments, setup, logs, site)
+    losses = Run.read(folder / experiment.name).losses() if (folder / experiment.name / "run.json").exists() else []
+    require(
+        len(losses) == len(one_node) and max(abs(a - b) for a, b in zip(losses, one_node)) <= 1e-5,
+        expected=f"the losses of one node with two ranks: {[round(loss, 5) for loss in one_node]}",
+        got=f"{[round(loss, 5) for loss in losses]}; {ended.job.state}; the log ends: {ended.log[-300:]}",
+        likely="each node trained for itself",
+        read=read,
+    )
+
+
+def one_node_losses(experiment: Experiment, run_experiments, setup: str, logs, site) -> list[float]:
+    """The same training with both ranks on one node: here, or, where only the nodes have GPUs, in a job."""
+    if not site.gpus_per_node:
+        name = f"one-node-{experiment.steps}"
+        return run_experiments([experiment.model_copy(update={"name": name})])[name].losses()
+    folder = jobs.folder_for("one node", setup)
+    alone, program = jobs.training("one-node", folder, steps=experiment.steps, save_every=experiment.save_every)
+    script = f"#!/bin/bash\n#SBATCH --output={logs}/one-node.out\n#SBATCH --time=10\n{setup}\ntorchrun --standalone --nproc-per-node=2 {shlex.join(program)}\n"
+    jobs.run_jobs([script], "--nodes=1", running=180, gpus_per_node=2)
+    return Run.read(folder / alone.name).losses()
+
+
+@pytest.mark.milestone(task="6.5", points=15)
+def test_shares_of_the_global_batch(lab, run_experiments):
+    read = f"lab 06, task 6.5; {LECTURE}, 'The global batch'"
+    for global_batch, ranks in ((8, 2), (10, 3), (16, 6), (7, 7), (5, 1), (64, 24)):
+        shares = [list(lab.share(global_batch, rank, ranks)) for rank in range(ranks)]
+        together = [position for share in shares for position in share]
+        require(
+            sorted(together) == list(range(global_batch)),
+            expected=f"each of {global_batch} sequences on just one of {ranks} ranks",
+            got=shares,
+            likely="the remainder dropped: global batch // ranks for every rank; or some counted twice",
+            read=read,
+        )
+        require(
+            together == sorted(together),
+            expected="consecutive sequences, rank by rank",
+            got=shares,
+            likely="dealt out in turns",
+            read=read,
+        )
+        sizes = [len(share) for share in shares]
+        require(
+            max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True),
+            expected=f"{global_batch} over {ranks} ranks: none has more than one more, the first ranks have those",
+            got=sizes,
+            likely="the whole remainder given to one rank, which all others then wait for",
+            read=read,
+        )
+    require_error(
+        lambda: lab.share(4, 0, 5), ValueError, mentions=("4", "5"), expected="ValueError for 4 sequences on 5 ranks",
+        likely="an empty share: the mean loss of no sequence is nan", read=read,
+    )  # fmt: skip
+    runs = run_experiments(
+        [
+            Experiment(
+                name=f"uneven-{ranks}",
+                program="shardlab.grading.programs:uneven_gradient",
+                ranks=ranks,
+                options={"global_batch": 10},
+            )
+            for ranks in (3, 4)
+        ]
+    )
+    for run in runs.values():
+        require(
+            run.results["difference"] <= 1e-9,
+            expected=f"on {run.experiment.ranks} ranks, the gradient of the mean over the global batch of 10, as one rank has it",
+            got=f"one that differs by {run.results['difference']:.2g}; weights {run.results['weights']}",
+            likely="every rank weighted alike, so that sequences of smaller shares count more; or weights that do not add up to the number of ranks",
+            read=read,
+        )
+
+
+JOB = (
+    "JobId=17 JobName=my job UserId=ada(1000) GroupId=ada(1000) MCS_label=N/A Priority=1 Nice=0 Account=(null) QOS=(null) JobState={state} "
+    "Reason={reason} Dependency=(null) Requeue=1 Restarts={restarts} BatchFlag=1 Reboot=0 ExitCode={code}:0 RunTime={time} TimeLimit=00:30:00 "
+    "TimeMin=N/A Partition=learn NodeList={nodes} BatchHost=node1 NumNodes=2 TRES=cpu=4,node=2,billing=4 Socks/Node=* "
+    "NtasksPerN:B:S:C=0:0:*:* Command=/home/ada/my course/job.sh WorkDir=/home/ada/my course StdErr=/home/ada/x.out"
+)
+
+
+@pytest.mark.milestone(task="6.6", points=10)
+def test_reading_a_job(lab):
+    read = f"lab 06, task 6.6; {LECTURE}, 'What a job is doing'"
+    cases = (
+        ({"state": "PENDING", "reason": "Resources", "nodes": "(null)", "restarts": 0, "time": "00:00:00", "code": 0}, ("Resources", None, 0)),
+        ({"state": "RUNNING", "reason": "None", "nodes": "node[1-2]", "restarts": 2, "time": "01:02:03", "code": 0}, (None, "node[1-2]", 3723)),
+        ({"state": "FAILED", "reason": "NonZeroExitCode", "nodes": "node1", "restarts": 1, "time": "2-00:00:10", "code": 3}, ("NonZeroExitCode", "node1", 172810)),
+    )  # fmt: skip
+    for given, (reason, nodes, seconds) in cases:
+        wanted = {"state": given["state"], "reason": reason, "nodes": nodes, "restarts": given["restarts"], "seconds": seconds}
+        wanted |= {"exit": given["code"], "name": "my job"}
+        came = lab.read_job(JOB.format(**given))
+        for key, value in wanted.items():
+            require(
+                came.get(key) == value,
+                expected=f"{key} = {value!r} where the line has {JOB.format(**given)[:120]} …",
+                got=came.get(key),
+                likely={
+                    "name": "split at spaces: a value ends where the next key begins",
+                    "seconds": "days, or the parts of the time",
+                    "reason": "Slurm's None is a text",
+                    "nodes": "Slurm's (null) is a text",
+                }.get(key, "another key, or a text where a number should be"),
+                read=read,
+            )
+    site = jobs.site()
+    log = "--output=/dev/null"
+    done, failed = jobs.run_jobs(["#!/bin/bash\nsleep 1\n", "#!/bin/bash\nexit 7\n"], log, "--job-name=two words", "--time=5")
+    waits = slurm.submit("#!/bin/bash\nsleep 60\n", log, "--job-name=held", "--hold", "--time=5", *batch.sbatch_options(site))
+    try:
+        for number, wanted in (
+            (done.job.number, {"state": "COMPLETED", "exit": 0, "name": "two words", "reason": None}),
+            (failed.job.number, {"state": "FAILED", "exit": 7, "reason": "NonZeroExitCode"}),
+            (waits, {"state": "PENDING", "nodes": None, "reason": "JobHeldUser", "seconds": 0}),
+        ):
+            line = slurm.command("scontrol", "--oneliner", "show", "job", str(number)).strip()
+            came = lab.read_job(line)
+            wrong = {key: came.get(key) for key, value in wanted.items() if came.get(key) != value}
+            require(
+                not wrong,
+                expected=f"{wanted} of a real job",
+                got=f"{wrong} from {line[:200]}",
+                likely="a form that the made lines did not have",
+                read=read,
+            )
+    finally:
+        slurm.cancel(waits)
+
+
+def made_run(folder, name: str, speeds: list[float], **settings) -> Run:
+    run = Run.create(Experiment(name=name, **settings), folder)
+    run.start()
+    for step, speed in enumerate(speeds, 1):
+        run.log_step(step=step, loss=1.0, samples_per_second=speed)
+    run.finish()
+    return Run.read(run.folder)
+
+
+@pytest.mark.milestone(task="6.7", points=10)
+def test_scaling(lab, tmp_path):
+    read = f"lab 06, task 6.7; {LECTURE}, 'Scaling'"
+    weak = [
+        made_run(tmp_path, f"weak{n}", [1.0, s, s], ranks=n, micro_batch=4, accumulation=2)
+        for n, s in ((8, 512.0), (1, 80.0), (2, 152.0))
+    ]
+    strong = [
+        made_run(tmp_path, f"strong{n}", [1.0, s, s], ranks=n, micro_batch=16 // n, accumulation=1)
+        for n, s in ((2, 150.0), (4, 240.0))
+    ]
+    for kind, runs, wanted in (
+        ("weak", weak, [(1, 80.0, 80.0, 1.0), (2, 152.0, 76.0, 0.95), (8, 512.0, 64.0, 0.8)]),
+        ("strong", strong, [(2, 150.0, 75.0, 1.0), (4, 240.0, 60.0, 0.8)]),
+    ):
+        came = lab.scaling(runs)
+        require(
+            came["kind"] == kind,
+            expected=f"'{kind}' for ranks, micro-batch, accumulation {[(r.experiment.ranks, r.experiment.micro_batch, r.experiment.accumulation) for r in runs]}",
+            got=came["kind"],
+            likely="strong: the global batch stays; weak: a rank's part of it stays",
+            read=read,
+        )
+        keys = ("ranks", "global samples/s", "samples/s per rank", "efficiency")
+        for row, values in zip(came["rows"], wanted, strict=False):
+            for key, value in zip(keys, values):
+                require(
+                    abs(row[key] - value) < 1e-9,
+                    expected=f"{kind} scaling, {values[0]} ranks of {[w[0] for w in wanted]}: {key} = {value:g}",
+                    got=row[key],
+                    likely={
+                        "ranks": "not sorted by the number of ranks",
+                        "global samples/s": "the run folder's figure is global already",
+                        "efficiency": "speed-up in the place of efficiency; or a base of one rank that was never measured",
+                    }.get(key, "global and per-rank samples/s confused"),
+                    read=read,
+                )
+        require(
+            len(came["rows"]) == len(wanted),
+            expected=f"{len(wanted)} rows",
+            got=len(came["rows"]),
+            likely="a run left out",
+            read=read,
+        )
+    for runs, mistake in (
+        (weak[:1], "one run taken for perfect scaling"),
+        ([weak[1], strong[1]], "runs compared that share nothing"),
+    ):
+        require_error(lambda runs=runs: lab.scaling(runs), ValueError, expected="ValueError", likely=mistake, read=read)
+
+
+@pytest.mark.milestone(task="6.8", points=5)
+def test_stopping_together(lab, run_experiments):
+    read = f"lab 06, task 6.8; {LECTURE}, 'A job that ends before its training'"
+    (run,) = run_experiments(
+        [
+            Experiment(
+                name="stop",
+                program="shardlab.grading.programs:stop_at_different_steps",
+                ranks=2,
+                options={"asked": [5, 3], "steps": 8},
+            )
+        ],
+        timeout=60,
+    ).values()
+    require(
+        run.results["stopped"] == [3, 3],
+        expected="rank 1 asked to stop in step 3, rank 0 in step 5: both stop after step 3",
+        got=f"rank 0 after step {run.results['stopped'][0]}, rank 1 after step {run.results['stopped'][1]} (8: not at all)",
+        likely="the minimum, or rank 0's answer alone; or each rank stops by itself",
+        read=read,
+    )
+    require(
+        run.results["kinds"] == ["bool"] * 2,
+        expected="True or False",
+        got=run.results["kinds"],
+        likely="the tensor itself returned",
+        read=read,
+    )
+
+
+FAKE = {
+    "succeeds": "exit 0",
+    "fails again and again": "exit 5",
+    # Lost in its first life, behind a new checkpoint; whole in its second.
+    "loses a node": 'n=$(ls "$run/checkpoints" | wc -l); mkdir -p "$run/checkpoints/checkpoint-$n"; touch "$run/checkpoints/checkpoint-$n/complete.json"; [ "$n" -gt 0 ] || exit 9',
+    # Ten seconds of steps, unless it is asked to stop; a second life has nothing left to do.
+    "is asked to stop": '[ ! -e "$run/lived" ] || exit 0; touch "$run/lived"; for _ in $(seq 100); do sleep 0.1; [ ! -e "$run/stop" ] || exit 0; done; touch "$run/too late"',
+}
+"""What stands for the ranks in the quick jobs of task 6.9."""
+
+
+@pytest.mark.milestone(task="6.9", points=15)
+def test_surviving(lab, run_experiments):
+    read = f"lab 06, task 6.9; {LECTURE}, 'A job that ends before its training'"
+    site = jobs.site()
+    folder = jobs.folder_for(lab.surviving("launch", "run"))
+    logs = shared_folder() / "lab06-logs" if slurm.is_local() else batch.run_root(site)
+    logs.mkdir(exist_ok=True)
+    scripts = []
+    for number, fake in enumerate(FAKE.values()):
+        run = folder / f"run {number}"
+        shutil.rmtree(run, ignore_errors=True)
+        (run / "checkpoints").mkdir(parents=True)
+        launch = f"bash -c {shlex.quote(f'run={shlex.quote(str(run))}; {fake}')}"
+        scripts.append(
+            f"#!/bin/bash\n#SBATCH --output={logs}/{folder.name}-{number}.out\nset -euo pipefail\n{lab.surviving(launch, str(run))}"
+        )
+    told, asked = time.monotonic(), folder / "run 3" / "lived"
+
+    def tell(numbers) -> None:
+        nonlocal told
+        if asked.exists() and time.monotonic() - told > 0.5 and not (folder / "told").exists():
+            (folder / "told").touch()
+            slurm.command("scancel", "--signal=USR1", "--batch", str(numbers[3]))
+        # A job that fails in every life would go on for ever.
+        if slurm.job(numbers[1]).restarts > 1:
+            slurm.cancel(numbers[1])
+
+    (folder / "told").unlink(missing_ok=True)
+    ended = dict(zip(FAKE, jobs.run_jobs(scripts, "--time=5", "--requeue", "--open-mode=append", meanwhile=tell)))
+    for name, state, restarts, likely in (
+        ("succeeds", "COMPLETED", 0, "the status of `wait` lost, or the job put back although it is done"),
+        ("fails again and again", "FAILED", 0, "a job put back without a new checkpoint: what went wrong goes wrong again, for ever; or the status lost"),
+        ("loses a node", "COMPLETED", 1, "a job that failed behind a new checkpoint was not put back"),
+        ("is asked to stop", "COMPLETED", 1, "the signal came, and the file `stop` was not there in time: the ranks must run in the background, with `wait` behind them until they are gone"),
+    ):  # fmt: skip
+        job = ended[name].job
+        require(
+            (job.state, job.restarts) == (state, restarts),
+            expected=f"a job whose training {name}: {state}, started again {restarts} ×",
+            got=f"{job.state}, started again {job.restarts} ×; its log ends: {ended[name].log[-300:]}",
+            likely=likely,
+            read=read,
+        )
+    require(
+        not (folder / "run 3" / "too late").exists(),
+        expected="the file stop to be there as soon as the signal came, while the ranks run",
+        got="it came when the ranks had ended by themselves",
+        likely="the ranks run in the foreground: the shell looks at a signal when the command has ended",
+        read=read,
+    )
+    require(
+        not (folder / "run 3" / "stop").exists(),
+        expected="the file stop removed before the job's second life",
+        got="it is there",
+        likely="left there: the second life would stop at its first step, and so on",
+        read=read,
+    )
+    if not slurm.is_local():
+        return  # nobody kills a node of a real cluster for a milestone
+    experiment, program = jobs.training(f"survives-{folder.name}", folder, steps=40, save_every=5)
+    run = folder / experiment.name
+    launch = f'srun --kill-on-bad-exit=1 bash -c {shlex.quote(TORCHRUN)} bash "$address:$port" {shlex.join(program)}'
+    script = (
+        f"{HEAD.format(log=f'{logs}/{folder.name}-training.out', setup=batch.setup_lines(site))}\n{lab.surviving(launch, str(run))}"
+    )
+    cluster = str(batch.ROOT / "slurm" / "local_cluster.sh")
+    killed: list[int] = []
+
+    def kill(_numbers) -> None:
+        if not killed and (run / "metrics.jsonl").exists() and (steps := len(Run.read(run).metrics())) >= 8:
+            killed.append(steps)
+            subprocess.run([cluster, "kill", "node2"], check=True, capture_output=True)
+            subprocess.run([cluster, "start", "node2"], check=True, capture_output=True)
+
+    (whole,) = jobs.run_jobs([script], running=180, meanwhile=kill)
+    one_node = one_node_losses(experiment, run_experiments, "", logs, site)
+    losses = Run.read(run).losses() if (run / "run.json").exists() else []
+    require(
+        whole.job.restarts >= 1 and len(losses) == len(one_node) and max(abs(a - b) for a, b in zip(losses, one_node)) <= 1e-5,
+        expected="a job whose second node was killed to go on, and to end with the curve of a job that was left alone",
+        got=f"{whole.job.state}, started again {whole.job.restarts} ×, {len(losses)} of {len(one_node)} steps; the log ends: {whole.log[-300:]}",
+        likely="the job's variables or the folder's spaces were lost on the way to the ranks",
+        read=read,
+    )
+
+
+TORCHRUN = (
+    'exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node=1 --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" '
+    '--rdzv-endpoint="$1" --rdzv-conf=is_host=$((SLURM_NODEID == 0)) "${@:2}"'
+)
+HEAD = """#!/bin/bash
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --time=10
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output={log}
+set -euo pipefail
+{setup}
+address=$(getent ahostsv4 "$(hostname)" | awk 'NR == 1 {{print $1}}')
+port=$((12000 + SLURM_JOB_ID % 10000))
+"""

@@ -1,0 +1,335 @@
+"""Lab 06, multi-node: from the variables that Slurm sets to a job that trains on several nodes and survives the loss of one.
+
+You complete eleven functions. Most of them need no node to be tried: they turn text into text. Nothing here imports torch before
+it is needed, since a batch job calls these functions on every node.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+
+# --- Task 6.1 -------------------------------------------------------------------------------------------------------
+
+
+def expand_nodelist(nodelist: str) -> list[str]:
+    """The hosts of a node list, in its order, as `scontrol show hostnames` gives them.
+
+    Slurm writes node1,node2,node3,node7 as node[1-3,7]. Numbers keep their width: n[08-10] is n08, n09, n10. A name can have
+    several brackets: rack[1-2]n[1-2] is rack1n1, rack1n2, rack2n1, rack2n2. Text may follow a bracket. Lists are joined by commas,
+    which also stand inside brackets.
+
+    Args:
+        nodelist: as in `SLURM_JOB_NODELIST`.
+
+    Raises:
+        ValueError: a bracket is not closed, a range runs backwards, or what is in a bracket is no number; the sentence
+            holds the part.
+
+    Source: https://slurm.schedmd.com/scontrol.html, "show hostnames"
+    """
+    # BEGIN SOLUTION 6.1
+    def expand(part: str) -> list[str]:
+        if "[" not in part:
+            return [part]
+        before, _, rest = part.partition("[")
+        inside, closed, after = rest.partition("]")
+        if not closed:
+            raise ValueError(f"'{part}': the bracket is not closed")
+        numbers = []
+        for item in inside.split(","):
+            first, _, last = item.partition("-")
+            last = last or first
+            if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+                raise ValueError(f"'{part}': '{item}' is no number and no range that runs forwards")
+            numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+        return [before + number + rest for number in numbers for rest in expand(after)]
+
+    parts = re.split(r",(?![^\[]*\])", nodelist)
+    return [host for part in parts for host in expand(part)]
+    # END SOLUTION
+
+
+# --- Task 6.2 -------------------------------------------------------------------------------------------------------
+
+
+def rendezvous(variables: Mapping[str, str], address: str, ranks_per_node: int) -> dict[str, str | int]:
+    """The options with which `torchrun` is started on one node of a job.
+
+    All nodes meet at a store. One node, the first, holds it; all are given its address and one port. Two jobs can share a node,
+    so the port is 12000 + (job's number modulo 10000).
+
+    Args:
+        variables: the environment of a task that `srun` has started, one a node. `SLURM_NODEID` counts nodes from 0.
+        address: of the job's first node, on the network that all nodes share.
+        ranks_per_node: processes that each node runs.
+
+    Returns:
+        {"nnodes": …, "nproc-per-node": …, "rdzv-backend": "c10d", "rdzv-id": the job's number, "rdzv-endpoint": "address:port",
+        "rdzv-conf": "is_host=true" on the node that holds the store, "is_host=false" on the others}. Without is_host, torchrun
+        guesses from host names which node it is on.
+
+    Raises:
+        ValueError: a variable is missing (the sentence names it); or the address is of the loopback network (localhost,
+            127.0.0.1, …), where each node would find itself alone.
+
+    Source: https://docs.pytorch.org/docs/stable/elastic/run.html and .../elastic/rendezvous.html
+    """
+    # BEGIN SOLUTION 6.2
+    missing = [name for name in ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES", "SLURM_NODEID") if name not in variables]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} is not set: this is no task of a Slurm job")
+    if address == "localhost" or address.startswith("127."):
+        raise ValueError(f"{address} is each node's own: give the first node's address on the network that all share")
+    job = int(variables["SLURM_JOB_ID"])
+    return {
+        "nnodes": int(variables["SLURM_JOB_NUM_NODES"]), "nproc-per-node": ranks_per_node, "rdzv-backend": "c10d",
+        "rdzv-id": str(job), "rdzv-endpoint": f"{address}:{12000 + job % 10000}",
+        "rdzv-conf": "is_host=true" if int(variables["SLURM_NODEID"]) == 0 else "is_host=false",
+    }
+    # END SOLUTION
+
+
+# --- Task 6.3 -------------------------------------------------------------------------------------------------------
+
+
+def hostfile(nodes: Sequence[str], tasks_per_node: str) -> str:
+    """The file that tells the `deepspeed` launcher which nodes there are, and how many ranks each runs.
+
+    A line a node, in order: `node1 slots=4`. Slurm gives the counts in a short form: "4(x2),3" is 4, 4, 3.
+
+    Args:
+        nodes: the hosts.
+        tasks_per_node: as in `SLURM_TASKS_PER_NODE`.
+
+    Raises:
+        ValueError: there are more or fewer counts than nodes; the sentence names both numbers.
+    """
+    # BEGIN SOLUTION 6.3
+    slots: list[str] = []
+    for item in tasks_per_node.split(","):
+        count, _, times = item.partition("(x")
+        slots += [count] * int(times.rstrip(")") or 1)
+    if len(slots) != len(nodes):
+        raise ValueError(f"'{tasks_per_node}' counts for {len(slots)} nodes, and there are {len(nodes)}")
+    return "".join(f"{node} slots={count}\n" for node, count in zip(nodes, slots))
+    # END SOLUTION
+
+
+# --- Task 6.4 -------------------------------------------------------------------------------------------------------
+
+
+def batch_script(*, name: str, nodes: int, ranks_per_node: int, minutes: int, log: str, setup: str, program: list[str]) -> str:
+    """A script for `sbatch` that trains on several nodes.
+
+    It has, in this order:
+
+    1. `#!/bin/bash`;
+    2. directives, `#SBATCH --option=value` (with a space behind the # they would be comments): job-name, nodes, ntasks-per-node
+       (one task a node: torchrun starts the ranks), time (in minutes), output;
+    3. `set -euo pipefail`, so that a command that fails ends the job; then the lines of `setup`;
+    4. the first node's address. The script runs on the first node, so that is its own: the first word that
+       `getent ahostsv4 "$(hostname)"` prints. No other address in its place if that fails;
+    5. `srun --kill-on-bad-exit=1`, which starts one `torchrun` on each node, with the options of task 6.2, then `program`.
+       `SLURM_NODEID` must be each task's own: the script's shell knows it too, as 0. Single quotes keep that shell away from it:
+       `srun … bash -c 'torchrun … is_host=$((SLURM_NODEID == 0)) "${@:2}"' bash "$address:$port" …`. There, `$1` is the first word
+       behind `bash`, and `"${@:2}"` all words from the second on.
+
+    Args:
+        name: of the job.
+        nodes, ranks_per_node: how many.
+        minutes: the time limit.
+        log: the file for what the job prints; without spaces.
+        setup: lines of shell that find Python.
+        program: the words behind torchrun's options, such as ["-m", "shardlab.cli", "run", "my run"]; `shlex.join` quotes them.
+
+    Returns:
+        The script's text.
+    """
+    # BEGIN SOLUTION 6.4
+    return f"""#!/bin/bash
+#SBATCH --job-name={name}
+#SBATCH --nodes={nodes}
+#SBATCH --ntasks-per-node=1
+#SBATCH --time={minutes}
+#SBATCH --output={log}
+set -euo pipefail
+{setup}
+address=$(getent ahostsv4 "$(hostname)" | awk 'NR == 1 {{print $1}}')
+port=$((12000 + SLURM_JOB_ID % 10000))
+srun --kill-on-bad-exit=1 bash -c '
+    exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={ranks_per_node} --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" \\
+        --rdzv-endpoint="$1" --rdzv-conf=is_host=$((SLURM_NODEID == 0)) "${{@:2}}"
+' bash "$address:$port" {shlex.join(program)}
+"""
+    # END SOLUTION
+
+
+# --- Task 6.5 -------------------------------------------------------------------------------------------------------
+
+
+def share(global_batch: int, rank: int, ranks: int) -> range:
+    """Which sequences of an optimizer step's global batch a rank trains on, as positions in it.
+
+    Consecutive ones, rank by rank; no rank has more than one more than another, and the first ranks have those. So the step is the
+    same step on any number of ranks.
+
+    Raises:
+        ValueError: there are more ranks than sequences.
+    """
+    # BEGIN SOLUTION 6.5
+    if ranks > global_batch:
+        raise ValueError(f"{ranks} ranks cannot share {global_batch} sequences: some would have none")
+    each, more = divmod(global_batch, ranks)
+    first = rank * each + min(rank, more)
+    return range(first, first + each + (rank < more))
+    # END SOLUTION
+
+
+def loss_weight(global_batch: int, rank: int, ranks: int) -> float:
+    """The factor for a rank's loss, so that the gradient is that of the mean over the global batch.
+
+    A rank's loss is the mean over its own sequences, and gradients are averaged over the ranks, each counted once. With unequal
+    shares a sequence of a smaller share would count more.
+    """
+    # BEGIN SOLUTION 6.5
+    return len(share(global_batch, rank, ranks)) * ranks / global_batch
+    # END SOLUTION
+
+
+# --- Task 6.6 -------------------------------------------------------------------------------------------------------
+
+
+def read_job(line: str) -> dict:
+    """What `scontrol --oneliner show job NUMBER` says.
+
+    The line is Key=Value pairs with spaces between them. Values can hold spaces (a job's name, the path of its script), so a value
+    ends where the next key begins: a space, letters and perhaps colons or slashes, and =.
+
+    Returns:
+        {"state": JobState, "reason": Reason or None, "nodes": NodeList or None, "restarts": Restarts, "seconds": RunTime in
+        seconds, "exit": what stands before the colon in ExitCode, "name": JobName}. Slurm writes "None" and "(null)" where there
+        is nothing. A time is hours:minutes:seconds; after a day it has days and a hyphen in front, 1-00:00:00.
+    """
+    # BEGIN SOLUTION 6.6
+    values = dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(.*?)(?=\s+[A-Za-z/:]+=|\s*$)", line))
+    nothing = ("None", "(null)", "")
+    days, _, clock = values["RunTime"].rpartition("-")
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return {
+        "state": values["JobState"], "reason": None if values["Reason"] in nothing else values["Reason"],
+        "nodes": None if values["NodeList"] in nothing else values["NodeList"], "restarts": int(values["Restarts"]),
+        "seconds": ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds,
+        "exit": int(values["ExitCode"].partition(":")[0]), "name": values["JobName"],
+    }
+    # END SOLUTION
+
+
+# --- Task 6.7 -------------------------------------------------------------------------------------------------------
+
+
+def scaling(runs: list) -> dict:
+    """How well training scales, from the run folders of the same training on different numbers of ranks.
+
+    Strong scaling: the global batch stays the same, so each rank has less to do. Weak scaling: each rank's part, micro-batch ×
+    accumulation, stays the same, so the global batch grows. Either way the efficiency is samples/s per rank, relative to the run
+    with the fewest ranks.
+
+    Args:
+        runs: `shardlab.runs.Run`s. `run.samples_per_second()` is global: over all ranks. `run.experiment` has `ranks`,
+            `micro_batch`, `accumulation` and `global_batch`.
+
+    Returns:
+        {"kind": "strong" or "weak", "rows": by rising ranks, [{"ranks", "global samples/s", "samples/s per rank", "efficiency"}]}.
+
+    Raises:
+        ValueError: fewer than two numbers of ranks, or neither the global batch nor each rank's part is the same in all.
+    """
+    # BEGIN SOLUTION 6.7
+    runs = sorted(runs, key=lambda run: run.experiment.ranks)
+    if len({run.experiment.ranks for run in runs}) < 2:
+        raise ValueError("scaling needs runs on at least two numbers of ranks")
+    if len({run.experiment.global_batch for run in runs}) == 1:
+        kind = "strong"
+    elif len({run.experiment.micro_batch * run.experiment.accumulation for run in runs}) == 1:
+        kind = "weak"
+    else:
+        raise ValueError("the runs share neither the global batch nor the batch of a rank, so they cannot be compared")
+    each = [run.samples_per_second() / run.experiment.ranks for run in runs]
+    return {"kind": kind, "rows": [
+        {"ranks": run.experiment.ranks, "global samples/s": run.samples_per_second(), "samples/s per rank": one,
+         "efficiency": one / each[0]} for run, one in zip(runs, each)]}
+    # END SOLUTION
+
+
+# --- Task 6.8 -------------------------------------------------------------------------------------------------------
+
+
+def stop_together(asked: bool) -> bool:
+    """Whether all ranks stop now: as soon as one of them was asked to. Every rank calls this after each optimizer step.
+
+    A signal, or a file on a shared file system, reaches one rank a step before another. If that one stopped alone, the others
+    would wait for it in their next all-reduce for ever.
+
+    Args:
+        asked: whether this rank was asked.
+
+    Returns:
+        The same on every rank.
+    """
+    # BEGIN SOLUTION 6.8
+    import torch
+    import torch.distributed as dist
+
+    flag = torch.tensor(int(asked), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag.item())
+    # END SOLUTION
+
+
+# --- Task 6.9 -------------------------------------------------------------------------------------------------------
+
+
+def surviving(launch: str, run: str) -> str:
+    """Shell lines that start the ranks, and put the job back into the queue when it can go on.
+
+    Slurm sends SIGUSR1 to the script's shell before the time limit. A shell that waits for a command in the foreground looks at a
+    signal when the command has ended, so the command must run in the background (`&`, `$!`), with `wait` behind it. A signal
+    interrupts `wait`, so wait again until the process is gone (`kill -0`).
+
+    The ranks continue from the newest checkpoint by themselves. They save one and end, with status 0, when the file `stop` is in
+    the run folder; the last `wait` gives their status.
+
+    Requeue the job (`scontrol requeue "$SLURM_JOB_ID"`):
+    - when the ranks ended with status 0 because the file was there (remove the file, or the next life stops at once); or
+    - when they ended with another status, as they do when a node is lost, and there is a newer checkpoint than when this life
+      began: `find "$run/checkpoints" -name complete.json` lists them. Without a new one, what went wrong would go wrong again.
+    In the end the script's status is that of the ranks.
+
+    Args:
+        launch: the command line that starts the ranks, such as `srun …`.
+        run: the run folder; it may hold spaces, and need not exist yet.
+
+    Returns:
+        The lines; `set -euo pipefail` stands above them.
+    """
+    # BEGIN SOLUTION 6.9
+    return f"""run={shlex.quote(run)}
+rm -f "$run/stop"
+trap 'touch "$run/stop"' USR1
+newest() {{ {{ find "$run/checkpoints" -name complete.json 2>/dev/null || true; }} | sort --version-sort | tail -n 1; }}
+before=$(newest)
+{launch} &
+ranks=$!
+while kill -0 "$ranks" 2>/dev/null; do wait "$ranks" || true; done
+wait "$ranks" && status=0 || status=$?
+if [ "$status" -eq 0 ] && [ -e "$run/stop" ]; then
+    rm "$run/stop"
+    scontrol requeue "$SLURM_JOB_ID"
+elif [ "$status" -ne 0 ] && [ "$(newest)" != "$before" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""
+    # END SOLUTION
