@@ -49,16 +49,23 @@ def cluster_command(*words: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def slurm_cluster():
-    """A real Slurm of two nodes, for all tests of this session that want one; another that is up already is not touched."""
-    if why := cluster_missing():
-        pytest.skip(why)
-    folder = tempfile.mkdtemp(prefix="shardlab-test-")
+def slurm_where_possible():
+    """A real Slurm of two nodes for the whole session, beside any other that is up; None where its packages are missing."""
+    if cluster_missing():
+        yield None
+        return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHARDLAB_CLUSTER", folder)
+        patch.setenv("SHARDLAB_CLUSTER", tempfile.mkdtemp(prefix="shardlab-test-"))
         patch.delenv("SLURM_CONF", raising=False)
         cluster_command("up")
         try:
-            yield
+            yield "up"
         finally:
             cluster_command("down")
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster(slurm_where_possible):
+    """The same, for tests that are not run without it."""
+    if slurm_where_possible is None:
+        pytest.skip(cluster_missing())

@@ -8,6 +8,6 @@ from shardlab.grading.matrix import prove
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("stem", stems())
-def test_every_variant_gets_the_verdict_it_must(stem):
+def test_every_variant_gets_the_verdict_it_must(stem, slurm_where_possible):
     wrong = [line for line in prove([stem]) if line.problem]
     assert not wrong, "\n".join(f"{line.variant}: {line.problem}" for line in wrong)

@@ -369,3 +369,27 @@ def test_another_experiment_is_not_continued(tmp_path):
     Run.create(Experiment(name="again", steps=5), tmp_path).finish()
     with pytest.raises(RunError, match="steps 5 → 6"):
         Run.reopen(Experiment(name="again", steps=6), tmp_path)
+
+
+def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(tmp_path):
+    settings = {
+        "program": "shardlab.training:train_text",
+        "ranks": 1,
+        "micro_batch": 2,
+        "accumulation": 1,
+        "steps": 4,
+        "max_tokens": 32,
+    }
+    experiment = Experiment(name="early", evaluate=False, save=False, save_every=3, **settings)
+    run = Run.create(experiment, tmp_path)
+    run.start()
+    run.log_step(step=1, loss=99.0)
+    run.log_step(step=2, loss=98.0)
+    (tmp_path / "experiment.json").write_text(experiment.model_dump_json())
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    command = [sys.executable, "-m", "shardlab.launch", str(tmp_path / "experiment.json"), str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | rank, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    run = Run.read(run.folder)
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4] and max(run.losses()) < 50
+    assert run.record_json["earlier"][0]["steps"] == 2

@@ -297,6 +297,7 @@ def train(
             2,
         )
         checkpointer, checkpoint = Checkpointer(run), newest_checkpoint(run.folder / "checkpoints")
+        trained = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     arguments.logging_strategy = IntervalStrategy.STEPS
     arguments.logging_steps = 1
     arguments.disable_tqdm = True
@@ -329,8 +330,8 @@ def train(
     trainer.remove_callback(PrinterCallback)
     recorder.trainer = trainer
     started = time.perf_counter()
-    if checkpoint is not None and rank() == 0:
-        run.keep_steps(int(checkpoint.name.rpartition("-")[2]))
+    if checkpointer and rank() == 0:
+        run.keep_steps(trained)  # an earlier life can have come further than its last whole checkpoint
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # While this is set, from_pretrained shards every model that it loads; after training, a model is loaded whole again.
     unset_hf_deepspeed_config()
