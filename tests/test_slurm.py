@@ -109,6 +109,25 @@ def test_the_impossible_is_refused_before_submission(name, changes, says, site):
 
 
 @pytest.mark.parametrize(
+    "words,says",
+    [
+        (["--node", "2"], "--node"),
+        (["--", "--methd", "ZeRO-2"], "--methd"),
+        (["--", "--method", "ZeRO-9"], "no method 'ZeRO-9'"),
+        (["--", "--steps", "0"], "--steps"),
+        (["--launcher", "mpirun"], "mpirun"),
+        (["--site", "nowhere.toml"], "nowhere.toml"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_submission(words, says):
+    """Also one for `shardlab run`, which would be read in the job only."""
+    arguments = ["slurm", "render", "multi-node", "--site", str(LOCAL_PROFILE), *words]
+    done = subprocess.run([sys.executable, "-m", "shardlab.cli", *arguments], capture_output=True, text=True)
+    assert done.returncode and says in done.stderr and "Traceback" not in done.stderr
+    assert "#SBATCH" not in done.stdout
+
+
+@pytest.mark.parametrize(
     "old,new,says",
     [
         ('interface = "ib0"', "", "interface"),

@@ -279,19 +279,27 @@ SitePath = Annotated[
 ]
 Graded = Annotated[str | None, typer.Option("--exercises", help="For grading: the folder that holds 'exercises'.")]
 UseSolutions = Annotated[bool, typer.Option("--solutions", help="Train with the reference solutions instead of src/exercises.")]
-MORE = {"allow_extra_args": True, "ignore_unknown_options": True}
+BEHIND = {"allow_extra_args": True}
 """What stands behind `--` goes to `shardlab run` in the job."""
 
 
-def _job(context: typer.Context, **given):
-    from shardlab.batch import JobSettings
+def _asked(given: dict):
+    """The job's settings and the site profile, from the arguments of `render` or `submit`."""
+    from shardlab import batch
+    from shardlab.demo import METHODS
 
+    arguments = given.pop("context").args
+    site = batch.site_in_use(given.pop("site"))
     if given["launcher"] not in ("torchrun", "deepspeed", "srun"):
         raise ValueError(f"--launcher {given['launcher']}: it is torchrun, deepspeed or srun")
-    return JobSettings(arguments=context.args, **_given(**given))
+    # A wrong option is refused here, not in the job after an hour in the queue.
+    wanted = typer.main.get_command(app).commands["run"].make_context("shardlab run", ["name", *arguments]).params["method"]
+    if wanted not in METHODS:
+        raise ValueError(f"there is no method '{wanted}'; there are {', '.join(METHODS)}")
+    return batch.JobSettings(arguments=arguments, **_given(**given)), site
 
 
-@slurm_app.command(context_settings=MORE)
+@slurm_app.command(context_settings=BEHIND)
 def render(
     context: typer.Context,
     name: ScriptName,
@@ -305,22 +313,13 @@ def render(
     site: SitePath = None,
 ) -> None:
     """Print a batch script. Options behind `--` go to `shardlab run` in the job: multi-node -- --method ZeRO-3 --steps 100"""
+    given = locals()
     from shardlab import batch
 
-    settings = _job(
-        context,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        ranks_per_node=ranks_per_node,
-        time=time,
-        launcher=launcher,
-        exercises=exercises,
-        solutions=solutions,
-    )
-    print(batch.render(name, settings, batch.site_in_use(site)), end="")
+    print(batch.render(given.pop("name"), *_asked(given)), end="")
 
 
-@slurm_app.command(context_settings=MORE)
+@slurm_app.command(context_settings=BEHIND)
 def submit(
     context: typer.Context,
     name: ScriptName,
@@ -335,21 +334,13 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow", help="Stay, and show the job's state and progress until it is over.")] = False,
 ) -> None:
     """Render a batch script and submit it. Options behind `--` go to `shardlab run` in the job."""
+    given = locals()
     from shardlab import batch
 
-    settings = _job(
-        context,
-        nodes=nodes,
-        gpus_per_node=gpus_per_node,
-        ranks_per_node=ranks_per_node,
-        time=time,
-        launcher=launcher,
-        exercises=exercises,
-        solutions=solutions,
-    )
-    number, folder = batch.submit(name, settings, batch.site_in_use(site))
+    stay = given.pop("follow")
+    number, folder = batch.submit(given.pop("name"), *_asked(given))
     print(f"job {number} submitted" + (f"; its run folder will be {folder}" if folder else ""))
-    if follow:
+    if stay:
         _follow(number, folder)
 
 
