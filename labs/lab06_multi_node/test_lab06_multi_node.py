@@ -50,7 +50,7 @@ def test_node_lists(lab):
             "a combination of these cases"
         )
     for nodelist, mistake in likely.items():
-        wanted, got = hostnames(nodelist), lab.expand_nodelist(nodelist)
+        got, wanted = lab.expand_nodelist(nodelist), hostnames(nodelist)
         require(
             got == wanted, expected=f"{nodelist} → {wanted}, as scontrol show hostnames says", got=got, likely=mistake, read=read
         )
@@ -560,6 +560,7 @@ def test_scaling(lab, tmp_path):
 @pytest.mark.milestone(task="6.8", points=5)
 def test_stopping_together(lab, run_experiments):
     read = f"lab 06, task 6.8; {LECTURE}, 'A job that ends before its training'"
+    lab.stop_together  # noqa: B018  # what cannot be imported is said from here
     (run,) = run_experiments(
         [
             Experiment(
@@ -601,8 +602,9 @@ FAKE = {
 @pytest.mark.milestone(task="6.9", points=15)
 def test_surviving(lab, run_experiments):
     read = f"lab 06, task 6.9; {LECTURE}, 'A job that ends before its training'"
+    own_lines = lab.surviving("launch", "run")
     site = jobs.site()
-    folder = jobs.folder_for(lab.surviving("launch", "run"))
+    folder = jobs.folder_for(own_lines)
     logs = shared_folder() / "lab06-logs" if slurm.is_local() else batch.run_root(site)
     logs.mkdir(exist_ok=True)
     scripts = []

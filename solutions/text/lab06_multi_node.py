@@ -30,7 +30,7 @@
 
 # %%
 from shardlab import slurm
-from shardlab.notebook import RUNS, check, compare, start, table
+from shardlab.notebook import RUNS, check, compare, reference, show, start, table
 
 lab = start("lab06_multi_node")
 why_not = slurm.missing()
@@ -158,6 +158,7 @@ if not why_not:
         "seconds from sbatch to the first step": (two_nodes.folder / "metrics.jsonl").stat().st_mtime - submitted - sum(row["seconds"] for row in two_nodes.metrics()),
     }
     compare(measured, predicted)
+    show([two_nodes, one_node])
 
 # %% [markdown]
 # On the local cluster both nodes share this machine's cores, so two nodes are no faster than one; what differs is the road that the gradients take. One node's ranks add them up in
@@ -199,13 +200,26 @@ check("6.6")
 
 # %%
 weak = [Experiment(name=f"lab06-weak{ranks}", method=f"{ranks} × 4 sequences", **(settings | {"ranks": ranks, "steps": 12})) for ranks in (1, 2)]
-table(lab.scaling(launch(weak, runs=RUNS))["rows"])
+here = lab.scaling(launch(weak, runs=RUNS))["rows"]
+table(here)
+
+# %%
+import matplotlib.pyplot as plt
+
+figure, axis = plt.subplots(figsize=(6.5, 3.2))
+axis.plot([row["ranks"] for row in here], [row["efficiency"] for row in here], "o-", label="here")
+for method in ("baseline", "ZeRO-2", "ZeRO-3"):
+    speeds = {gpus: next(row["samples_per_second"] for row in reference(f"stages-{gpus}xh200")["results"] if row["method"] == method) for gpus in (1, 2, 4)}
+    axis.plot(list(speeds), [speed / gpus / speeds[1] for gpus, speed in speeds.items()], "o--", label=f"H200, {method}")
+axis.axhline(1, color="grey", linewidth=0.8)
+axis.set(xlabel="ranks", ylabel="efficiency, weak scaling", ylim=(0, 1.2), xticks=[1, 2, 4])
+axis.legend();
 
 # %%
 check("6.7")
 
 # %% [markdown]
-# What it would be on up to 1,024 nodes of GPUs is in the lecture, with the model's assumptions and the measured points that it was checked against.
+# Above 1 is no miracle: with ZeRO-2 each GPU steps a smaller shard of the optimizer, and one GPU has nobody to share it with. What it would be on up to 1,024 nodes of GPUs is in the lecture, with the model's assumptions and the measured points that it was checked against.
 #
 # ## 6.8 Stop together
 #
