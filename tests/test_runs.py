@@ -156,7 +156,7 @@ def test_nothing_is_left_beside_the_files(tmp_path):
     run.record(a=1)
     run.write_states({"ranks": []})
     run.finish()
-    assert sorted(path.name for path in run.folder.iterdir()) == ["memory.csv", "metrics.jsonl", "run.json", "states.json"]
+    assert sorted(path.name for path in run.folder.iterdir()) == ["metrics.jsonl", "run.json", "states.json"]
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 

@@ -191,13 +191,13 @@ def test_hostfile(lab, tmp_path):
         (["a", "b", "c", "d", "e"], "1,8(x3),2", [1, 8, 8, 8, 2], "'(x3)' repeats the count before it, not the ones before that"),
         ([f"n{number}" for number in range(12)], "4(x12)", [4] * 12, "only one digit of '(x12)' read"),
     ):
-        text = lab.hostfile(nodes, tasks)
-        path = tmp_path / "hosts"
-        path.write_text(text if isinstance(text, str) else "")
+        path, text = tmp_path / "hosts", None
         try:
+            text = lab.hostfile(nodes, tasks)
+            path.write_text(text if isinstance(text, str) else "")
             found = list(fetch_hostfile(str(path)).items())
         except (ValueError, AttributeError, SystemExit) as error:
-            found = f"{error} in {text!r}"
+            found = f"{error}; the text is {text!r}"
         require(
             found == list(zip(nodes, slots)),
             expected=f"DeepSpeed to read {dict(zip(nodes, slots))} from the file",
@@ -296,7 +296,7 @@ def test_batch_script(lab, run_experiments):
     )
     site = jobs.site()
     setup = batch.setup_lines(site)
-    folder = jobs.folder_for(lab.batch_script(**settings, log="log", setup=setup, program=["x"]))
+    folder = jobs.folder_for(lab.batch_script(**settings, log="log", setup=setup, program=["two words"]))
     logs = shared_folder() / "lab06-logs" if slurm.is_local() else batch.run_root(site)
     logs.mkdir(exist_ok=True)
     recording = f"{setup}\n{jobs.recorded_torchrun(folder)}"
