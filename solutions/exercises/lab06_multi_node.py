@@ -1,7 +1,7 @@
 """Lab 06, multi-node: from the variables that Slurm sets to a job that trains on several nodes and survives the loss of one.
 
-You complete eleven functions. Most of them need no node to be tried: they turn text into text. Nothing here imports torch before
-it is needed, since a batch job calls these functions on every node.
+You complete ten functions. Most of them turn text into text, so they can be tried without a cluster. Nothing here imports torch
+before it is needed: a batch job may call these functions on every node.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def expand_nodelist(nodelist: str) -> list[str]:
     which also stand inside brackets.
 
     Args:
-        nodelist: as in `SLURM_JOB_NODELIST`.
+        nodelist: as in `SLURM_JOB_NODELIST`; it has no empty parts.
 
     Raises:
-        ValueError: a bracket is not closed, a range runs backwards, or what is in a bracket is no number; the sentence
-            holds the part.
+        ValueError: a bracket is not closed, a range runs backwards, or what is in a bracket is no number. The sentence quotes the
+            part as it was given, such as 'node[3-1]'.
 
     Source: https://slurm.schedmd.com/scontrol.html, "show hostnames"
     """
@@ -67,12 +67,13 @@ def rendezvous(variables: Mapping[str, str], address: str, ranks_per_node: int) 
 
     Returns:
         {"nnodes": …, "nproc-per-node": …, "rdzv-backend": "c10d", "rdzv-id": the job's number, "rdzv-endpoint": "address:port",
-        "rdzv-conf": "is_host=true" on the node that holds the store, "is_host=false" on the others}. Without is_host, torchrun
-        guesses from host names which node it is on.
+        "rdzv-conf": "is_host=true" on the node that holds the store, "is_host=false" on the others}; the first two are numbers, the
+        others text. Without is_host, torchrun guesses from host names which node it is on. (It reads 1 and 0 for true and false,
+        too.)
 
     Raises:
-        ValueError: a variable is missing (the sentence names it); or the address is of the loopback network (localhost,
-            127.0.0.1, …), where each node would find itself alone.
+        ValueError: a variable is missing (the sentence names it); or the address is localhost or begins with 127., where each node
+            would find itself alone.
 
     Source: https://docs.pytorch.org/docs/stable/elastic/run.html and .../elastic/rendezvous.html
     """
@@ -97,7 +98,7 @@ def rendezvous(variables: Mapping[str, str], address: str, ranks_per_node: int) 
 def hostfile(nodes: Sequence[str], tasks_per_node: str) -> str:
     """The file that tells the `deepspeed` launcher which nodes there are, and how many ranks each runs.
 
-    A line a node, in order: `node1 slots=4`. Slurm gives the counts in a short form: "4(x2),3" is 4, 4, 3.
+    A line a node, in order, each with its line end: `node1 slots=4`. Slurm gives the counts in a short form: "4(x2),3" is 4, 4, 3.
 
     Args:
         nodes: the hosts.
@@ -205,15 +206,16 @@ def read_job(line: str) -> dict:
     """What `scontrol --oneliner show job NUMBER` says.
 
     The line is Key=Value pairs with spaces between them. Values can hold spaces (a job's name, the path of its script), so a value
-    ends where the next key begins: a space, letters and perhaps colons or slashes, and =.
+    ends where the next key begins: a space, letters (with underscores, colons or slashes among them, as in MCS_label), and =.
 
     Returns:
-        {"state": JobState, "reason": Reason or None, "nodes": NodeList or None, "restarts": Restarts, "seconds": RunTime in
-        seconds, "exit": what stands before the colon in ExitCode, "name": JobName}. Slurm writes "None" and "(null)" where there
-        is nothing. A time is hours:minutes:seconds; after a day it has days and a hyphen in front, 1-00:00:00.
+        {"state": JobState, "reason": Reason or None, "nodes": NodeList or None, "restarts": Restarts as a number, "seconds":
+        RunTime in seconds, "exit": the number before the colon in ExitCode, "name": JobName}. Where there is nothing, Slurm
+        writes "None", "(null)", or nothing at all behind the =. A time is hours:minutes:seconds; after a day it has days and a hyphen in front,
+        1-00:00:00.
     """
     # BEGIN SOLUTION 6.6
-    values = dict(re.findall(r"(?:^|\s)([A-Za-z/:]+)=(.*?)(?=\s+[A-Za-z/:]+=|\s*$)", line))
+    values = dict(re.findall(r"(?:^|\s)([A-Za-z_/:]+)=(.*?)(?=\s+[A-Za-z_/:]+=|\s*$)", line))
     nothing = ("None", "(null)", "")
     days, _, clock = values["RunTime"].rpartition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
@@ -270,7 +272,8 @@ def stop_together(asked: bool) -> bool:
     """Whether all ranks stop now: as soon as one of them was asked to. Every rank calls this after each optimizer step.
 
     A signal, or a file on a shared file system, reaches one rank a step before another. If that one stopped alone, the others
-    would wait for it in their next all-reduce for ever.
+    would wait for it in their next all-reduce for ever. There is a process group. What it exchanges must lie where it can reach
+    it: on this rank's GPU with NCCL, on the CPU with gloo (`dist.get_backend()` says which).
 
     Args:
         asked: whether this rank was asked.
@@ -296,20 +299,23 @@ def surviving(launch: str, run: str) -> str:
 
     Slurm sends SIGUSR1 to the script's shell before the time limit. A shell that waits for a command in the foreground looks at a
     signal when the command has ended, so the command must run in the background (`&`, `$!`), with `wait` behind it. A signal
-    interrupts `wait`, so wait again until the process is gone (`kill -0`).
+    interrupts `wait`, with a status of its own, which under `set -e` would end the script (`|| true`); so wait again until the
+    process is gone (`kill -0` fails then). bash keeps the status of a process that has ended: one more `wait` gives it.
 
     The ranks continue from the newest checkpoint by themselves. They save one and end, with status 0, when the file `stop` is in
-    the run folder; the last `wait` gives their status.
+    the run folder.
 
-    Requeue the job (`scontrol requeue "$SLURM_JOB_ID"`):
+    Requeue the job (`scontrol requeue "$SLURM_JOB_ID"`, which also ends this script):
     - when the ranks ended with status 0 because the file was there (remove the file, or the next life stops at once); or
     - when they ended with another status, as they do when a node is lost, and there is a newer checkpoint than when this life
-      began: `find "$run/checkpoints" -name complete.json` lists them. Without a new one, what went wrong would go wrong again.
-    In the end the script's status is that of the ranks.
+      began: `find "$run/checkpoints" -name complete.json` lists them. Older ones are removed on the way, so their number
+      says nothing. Without a new one, what went wrong would go wrong again.
+    Otherwise the script's status is that of the ranks.
 
     Args:
         launch: the command line that starts the ranks, such as `srun …`.
-        run: the run folder; it may hold spaces, and need not exist yet.
+        run: the run folder; its name may hold spaces. Do not make it: the ranks do, and refuse a folder that is no run. So at the
+            beginning, and when a signal comes early, it may not be there.
 
     Returns:
         The lines; `set -euo pipefail` stands above them.
@@ -317,7 +323,7 @@ def surviving(launch: str, run: str) -> str:
     # BEGIN SOLUTION 6.9
     return f"""run={shlex.quote(run)}
 rm -f "$run/stop"
-trap 'touch "$run/stop"' USR1
+trap 'touch "$run/stop" || true' USR1
 newest() {{ {{ find "$run/checkpoints" -name complete.json 2>/dev/null || true; }} | sort --version-sort | tail -n 1; }}
 before=$(newest)
 {launch} &

@@ -22,7 +22,7 @@
 # | `SLURM_RESTART_COUNT` | how often the job was started again; not set the first time | the same |
 #
 # So `srun bash -c "echo $SLURM_NODEID"` prints 0 on every node: the script's shell replaces the variable before `srun` sees it. In single quotes each task's own
-# shell does. Half of the multi-node scripts that hang have this mistake or the next one.
+# shell does. A script with the double quotes starts every node as node 0.
 #
 # ## Where ranks meet
 #
@@ -32,8 +32,8 @@
 # - **Who:** the first node of the job. torchrun compares the address with its own host names to find out whether it is the one. Where a node has several
 #   networks, none of its names may match; `--rdzv-conf=is_host=1` says it outright.
 # - **Address:** the first node's, on a network that all share. `localhost` is a different machine for each node. A fallback (`… || echo localhost`) turns a clear
-#   error into a job that hangs until its time limit. A node often has an address for administration and one for data: `hostname -I | cut -d' ' -f2` takes one of them
-#   by luck (PyTorch issue 73656).
+#   error into a job that hangs until its time limit. A node often has an address for administration and one for data: Scripts that take "the second word of `hostname -I`"
+#   get one or the other by chance (PyTorch issue 73656).
 # - **Port:** two jobs can share a node. A port made of the job's number keeps them apart.
 #
 # With `--rdzv-backend=c10d` torchrun itself gives out ranks, sorted by host name as *text*: node10 comes before node2. Nothing depends on it but
@@ -54,8 +54,8 @@
 #
 # Directives, `#SBATCH --nodes=2`, are comments for the shell and orders for Slurm. With a space, `# SBATCH`, they are comments for both, and nothing says so. Slurm
 # reads them up to the first command. `set -euo pipefail` makes the script end where something failed; without it, a job whose training crashed
-# ends as COMPLETED, since the last `echo` went well. `srun --kill-on-bad-exit=1` ends all tasks when one fails. The others would sit in an all-reduce otherwise, for
-# minutes, or up to the time limit.
+# ends as COMPLETED, since the last `echo` went well. `srun --kill-on-bad-exit=1` ends all tasks when one fails. Without it the others wait in an all-reduce, for
+# minutes or up to the time limit.
 #
 # ## What a job is doing
 #
@@ -162,7 +162,7 @@ axes[0].legend()
 figure.tight_layout()
 
 # %% [markdown]
-# Assumptions: nothing is hidden behind computing (in truth part of it is, so this is too dark); no other traffic, no slow node (too bright); latencies of the networks, 30,
+# Assumptions: nothing is hidden behind computing (in truth part of it is, so this is pessimistic); no other traffic, no slow node (optimistic); latencies of the networks, 30,
 # 10 and 5 µs, are typical figures and not measured here; latency grows with the logarithm of the nodes. On one 25 Gb/s adapter the bytes decide:
 
 # %%
@@ -175,8 +175,8 @@ table(rows)
 # %% [markdown]
 # Read along a line: from 2 nodes to 1,024 little changes, since (N − 1) / N is nearly 1 from the start; ZeRO-3 and ZeRO++ lose more, since each of their many
 # messages waits longer. Weak scaling is decided at the first step out of the node. Read down: the method that
-# sends least wins on a slow network, and on a fast one there is little between those that send few messages. That is the reason for ZeRO++. (It is drawn as ZeRO-3 with fewer
-# bytes between nodes; packing and unpacking them takes time that is not in the model.)
+# sends least wins on a slow network, and on a fast one there is little between those that send few messages. That is the reason for ZeRO++. One more
+# assumption stands behind its line: it is ZeRO-3 with fewer bytes between nodes, and the time for packing and unpacking them is not in the model.
 #
 # ## A job that ends before its training
 #

@@ -161,7 +161,7 @@ if not why_not:
     show([two_nodes, one_node])
 
 # %% [markdown]
-# On the local cluster both nodes share this machine's cores, so two nodes are no faster than one; what differs is the road that the gradients take. One node's ranks add them up in
+# On the local cluster both nodes share this machine's cores, so neither is faster by right: run the cells again, and the two may change places. What differs is the road that the gradients take. One node's ranks add them up in
 # shared memory; two nodes' ranks send them through a network. And a job is *cold*: each node imports torch and DeepSpeed anew, which this notebook's warm processes have behind them.
 #
 # ## 6.5 The same training on any number of nodes
@@ -223,7 +223,7 @@ check("6.7")
 #
 # ## 6.8 Stop together
 #
-# A job whose time is nearly up should save and end. The message reaches one rank first. Complete `stop_together(asked)`: one line more than nothing, and all ranks give the same answer.
+# A job whose time is nearly up should save and end. The message reaches one rank first. Complete `stop_together(asked)`: a few lines, after which all ranks give the same answer.
 
 # %%
 check("6.8")
@@ -231,13 +231,14 @@ check("6.8")
 # %% [markdown]
 # ## 6.9 Survive
 #
-# The last piece is shell again. Your lines start the ranks, hear Slurm's signal, and decide whether the job goes back into the queue. Three cases, one each by hand:
+# The last piece is shell again. Your lines start the ranks, hear Slurm's signal, and decide whether the job goes back into the queue. Four cases:
 #
-# - The ranks end with status 0, and nobody asked them to stop: done.
+# - The ranks end with status 0, and nobody asked them to stop: the job is done.
 # - They end with status 0, and the file `stop` is there: requeue.
-# - They end with status 1: requeue if a new checkpoint is there, else the job has failed.
+# - They end with another status behind a new checkpoint: requeue.
+# - They end with another status, and there is no new checkpoint: the job has failed.
 #
-# Complete `surviving(launch, run)`. The check runs four small jobs with stand-ins for the ranks, one for each case and one that fails for ever. Then, on the local cluster, it trains on two nodes,
+# Complete `surviving(launch, run)`. The check runs a small job for each case, with stand-ins for the ranks. Then, on the local cluster, it trains on two nodes,
 # **kills the second one in the middle**, and compares the whole curve with that of a run that nobody disturbed.
 
 # %%

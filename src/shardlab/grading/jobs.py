@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import shutil
 import time
@@ -26,6 +27,16 @@ class Ended:
 
     job: slurm.Job
     log: str
+
+    @property
+    def told(self) -> str:
+        """The first error in its log, which is the cause, and the log's end, which is often a consequence."""
+        errors = [
+            line.strip()
+            for line in self.log.splitlines()
+            if re.search(r"\b\w*(Error|Exception)\b: |command not found|: error: ", line)
+        ]
+        return f"the first error in its log: {errors[0][:300] if errors else 'none'}; its log ends: {self.log[-200:]}"
 
 
 _ENDED: dict[str, list[Ended]] = {}
