@@ -146,10 +146,10 @@ def read_job(line: str) -> dict:
     ends where the next key begins: a space, letters (with underscores, colons or slashes among them, as in MCS_label), and =.
 
     Returns:
-        {"state": JobState, "reason": Reason or None, "nodes": NodeList or None, "restarts": Restarts as a number, "seconds":
-        RunTime in seconds, "exit": the number before the colon in ExitCode, "name": JobName}. Where there is nothing, Slurm
-        writes "None", "(null)", or nothing at all behind the =. A time is hours:minutes:seconds; after a day it has days and a hyphen in front,
-        1-00:00:00.
+        {"state": JobState, "reason": Reason or None, "nodes": NodeList or None, "restarts": Restarts as a number,
+        "seconds": RunTime in seconds, "exit": the number before the colon in ExitCode, "name": JobName}. Where there is nothing,
+        Slurm writes "None", "(null)", or nothing at all behind the =. A time is hours:minutes:seconds; after a day it has days and
+        a hyphen in front, 1-00:00:00.
     """
     raise NotImplementedError("Task 6.6: complete read_job() in src/exercises/lab06_multi_node.py")
 
