@@ -226,7 +226,7 @@ up() {
         {
             say "127.0.0.1 localhost"
             say "$controller $(hostname -s)"
-            for node in "${nodes[@]}"; do say "${address_of[$node]} $node"; say "::ffff:${address_of[$node]} $node"; done
+            for node in "${nodes[@]}"; do say "${address_of[$node]} $node"; done
         } >"$state/hosts"
     else
         say "Not root, or no namespaces: both nodes share this machine's network and host name."

@@ -5,7 +5,7 @@ port=$((8000 + SLURM_JOB_ID % 2000))
 node=$(hostname)
 cat <<END
 In a shell on your own machine:
-    ssh -N -L $port:$node:$port $USER@{{ site.login_host or "LOGIN_NODE" }}
+    ssh -N -L $port:$node:$port $(id -un)@{{ site.login_host or "LOGIN_NODE" }}
 Then open the address with the token below, with localhost in the place of $node. To end it: scancel $SLURM_JOB_ID
 END
 
