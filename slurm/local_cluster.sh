@@ -145,7 +145,8 @@ start_node() {
         say $! >"$state/$node.pid"
         disown
         wait_for 10 "$node's network" first_process "$node"
-        ip link add "$bridge${node#node}" type veth peer name eth0 netns "$(first_process "$node")"
+        # Always the same hardware address: the other node remembers it, and would look for a node that came back at the old one.
+        ip link add "$bridge${node#node}" type veth peer name eth0 address "02:00:00:00:00:1${node#node}" netns "$(first_process "$node")"
         ip link set "$bridge${node#node}" master "$bridge" up
     else
         ! alive "$state/$node/slurmd.pid" || fail "$node is running"
