@@ -485,12 +485,11 @@ def test_shards_are_padded_as_deepspeed_pads(lab, run_experiments):
 
 
 @pytest.mark.milestone(task="2.6", points=15)
-def test_predicted_bytes_are_what_ranks_hold(lab, run_experiments, monkeypatch):
+def test_predicted_bytes_are_what_ranks_hold(lab, run_experiments):
     read = f"lab 02, task 2.6; {LECTURE}, 'Who holds what'"
     lab.state_bytes  # noqa: B018
     # Your shard_elements has a milestone of its own; here the library's stands in for it.
-    monkeypatch.setattr(
-        lab.module,
+    lab.replace(
         "shard_elements",
         lambda stage, groups, ranks: memory.sharded_elements(groups, ranks, stage) if stage else sum(map(sum, groups)),
     )
@@ -531,11 +530,10 @@ def test_predicted_bytes_are_what_ranks_hold(lab, run_experiments, monkeypatch):
 
 
 @pytest.mark.milestone(task="2.7", points=10)
-def test_table_row_reads_the_run_folder(lab, tmp_path, monkeypatch):
+def test_table_row_reads_the_run_folder(lab, tmp_path):
     read = "lab 02, task 2.7"
     lab.comparison_row  # noqa: B018
-    monkeypatch.setattr(
-        lab.module,
+    lab.replace(
         "state_bytes",
         lambda stage, groups, ranks, precision: {
             "parameters": 1000 * stage,

@@ -1,9 +1,7 @@
 """Milestones of lab 04. The judges are DeepSpeed's configuration, the bytes that ranks hold, files on the disk, and real checkpoints."""
 
 import copy
-import os
 import shutil
-import time
 from itertools import product
 from math import ceil
 from pathlib import Path
@@ -13,7 +11,7 @@ import pytest
 
 from shardlab import memory, ops
 from shardlab.grading import engine_runs
-from shardlab.grading.milestones import require, require_error, shared_folder
+from shardlab.grading.milestones import require, require_error, safely_loaded, shared_folder, visible_folder
 from shardlab.hardware import gpu_count
 from shardlab.launch import RankError
 from shardlab.runs import Experiment
@@ -32,9 +30,8 @@ def needs_libaio() -> None:
             pytest.skip(f"{finding.detail} → {finding.remedy}")
 
 
-def folder_for(name: str) -> Path:
-    """A fresh folder that lasts as long as this process."""
-    folder = shared_folder() / "offload" / name
+def fresh(folder: Path) -> Path:
+    """The folder, empty."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
@@ -81,7 +78,7 @@ def judge(monkeypatch):
 
 
 @pytest.mark.milestone(task="4.1", points=15)
-def test_offload_configuration(lab, judge, tmp_path, monkeypatch):
+def test_offload_configuration(lab, judge, tmp_path):
     read = f"lab 04, task 4.1; {LECTURE}, 'Where states can lie'"
     create = lab.create_offload_config
     cpu, nvme = {"device": "cpu", "pin_memory": True}, {"device": "nvme", "pin_memory": True, "nvme_path": str(tmp_path)}
@@ -180,9 +177,8 @@ def test_offload_configuration(lab, judge, tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path).free
     refused("less room than is needed", (str(tmp_path),), "the room is not compared", bytes_on_disk=10 * free, **(both | on_disk))
     # Only the folder's own disk counts.
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000 if str(path) == str(tmp_path) else 0))
     try:
-        create(3, optimizer_offload=True, bytes_on_disk=1000, **on_disk)
+        lab.observe("shardlab.grading.programs:configure_offload_with_free_bytes", tmp_path, 1000)
     except ValueError as error:
         require(
             False,
@@ -298,7 +294,7 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
         )
     experiments, paths = [], {}
     for name, limit in (("one", 10**9), ("several", SUB_GROUP)):
-        paths[name] = shared_folder() / "offload" / f"disk-{name}"
+        paths[name] = visible_folder() / "offload" / f"disk-{name}"
         paths[name].mkdir(parents=True, exist_ok=True)
         zero = {"stage": 3, "sub_group_size": limit, "offload_optimizer": {"device": "nvme", "nvme_path": str(paths[name])}}
         experiments.append(text_experiment(name, deepspeed=config(zero)))
@@ -339,33 +335,12 @@ def test_two_optimizers_take_the_same_steps(lab):
     import torch
 
     read = f"lab 04, task 4.4; {LECTURE}, 'Adam on the host'"
-    seen: list = []
-
-    class Sum(torch.optim.Optimizer):
-        """Subtracts its gradients times a factor, and notes what it was given."""
-
-        def __init__(self, parameters, factor: float):
-            super().__init__(parameters, {})
-            self.factor, self.calls = factor, 0
-            self.note = {"start": self.param_groups[0]["params"][0].detach().clone(), "gradients": []}
-            self.note["pointer"] = self.param_groups[0]["params"][0].data_ptr()
-            self.note["alive"] = self.param_groups[0]["params"][0]
-            seen.append(self.note)
-
-        def step(self, closure=None):
-            parameter = self.param_groups[0]["params"][0]
-            self.note["gradients"].append(parameter.grad.clone())
-            parameter.data.sub_(self.factor * parameter.grad)
-            self.calls += 1
-            if self.calls == 1:
-                time.sleep(0.3)  # as if it allocated its moments
-
-    got = lab.compare_optimizers(lambda p: Sum(p, 1.0), lambda p: Sum(p, 3.0), 50, 4, seed=7)
-    first, second = seen[0], seen[1]
+    seen = lab.observe("shardlab.grading.programs:compare_two_sums", 50, 4, 7)
+    got, first, second = seen["returned"], seen["first"], seen["second"]
     require(
-        first["pointer"] != second["pointer"] and torch.equal(first["start"], second["start"]),
+        not seen["same_tensor"] and torch.equal(first["start"], second["start"]),
         expected="two parameters with the same numbers, each in a tensor of its own",
-        got="one tensor for both" if first["pointer"] == second["pointer"] else "different numbers",
+        got="one tensor for both" if seen["same_tensor"] else "different numbers",
         likely="the same tensor handed to both, so that the second goes on where the first ended; or drawn twice without the seed",
         read=read,
     )
@@ -401,14 +376,8 @@ def test_two_optimizers_take_the_same_steps(lab):
         likely="the mean of all steps instead of the median of all but the first",
         read=read,
     )
-    ops.build("cpu_adam")
-    os.environ.update(ops.environment())  # or DeepSpeed would compile it again, into torch's own folder
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    import shardlab.cpu_facts  # noqa: F401  # DeepSpeedCPUAdam asks about the processor each time; once is enough
-
-    settings = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-8}
-    real = lab.compare_optimizers(lambda p: DeepSpeedCPUAdam(p, **settings), lambda p: torch.optim.AdamW(p, **settings), 10_000, 20)
+    lab.needs_op("cpu_adam")
+    real = lab.observe("shardlab.grading.programs:compare_adams", 10_000, 20)
     require(
         real["largest_difference"] < 1e-5,
         expected="DeepSpeedCPUAdam and torch's AdamW within 1e-5 after 20 steps",
@@ -493,21 +462,23 @@ def test_largest_model_that_fits(lab):
         )
 
 
-def nvme_experiment(name: str, program: str, *, options=None, **changes) -> Experiment:
-    zero = {"stage": 3, "sub_group_size": SUB_GROUP, "offload_optimizer": {"device": "nvme", "nvme_path": str(folder_for(name))}}
+def nvme_experiment(name: str, program: str, workspace: Path, *, options=None, **changes) -> Experiment:
+    path = str(fresh(workspace / "offload" / name))
+    zero = {"stage": 3, "sub_group_size": SUB_GROUP, "offload_optimizer": {"device": "nvme", "nvme_path": path}}
     settings = {"program": f"shardlab.grading.{program}", "accumulation": 1, "steps": 4, "options": options or {}}
     return text_experiment(name, **(settings | {"deepspeed": config(zero, auto=False)} | changes))
 
 
 def whole_run(run_experiments):
     """Four steps with the optimizer on NVMe, without your code; a checkpoint after the second."""
-    checkpoints = shared_folder() / "offload" / "reference"
-    options = {"save_at": 2, "checkpoints": str(checkpoints)}
-    return run_experiments([nvme_experiment("nvme-whole", "engine_runs:train_nvme", options=options)])["nvme-whole"]
+    options = {"save_at": 2, "checkpoints": str(visible_folder() / "offload" / "reference")}
+    return run_experiments([nvme_experiment("nvme-whole", "engine_runs:train_nvme", shared_folder(), options=options)])[
+        "nvme-whole"
+    ]
 
 
 @pytest.mark.milestone(task="4.7", points=10)
-def test_saving_what_lies_on_nvme(lab, run_experiments):
+def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
     import torch
 
     needs_libaio()
@@ -515,7 +486,7 @@ def test_saving_what_lies_on_nvme(lab, run_experiments):
     lab.save_offloaded  # noqa: B018
     losses = whole_run(run_experiments).losses()
     try:
-        run = run_experiments([nvme_experiment("nvme-saved", "engine_programs:save_offloaded")])["nvme-saved"]
+        run = run_experiments([nvme_experiment("nvme-saved", "engine_programs:save_offloaded", workspace)])["nvme-saved"]
     except RankError as error:
         require(
             "FileExistsError" not in error.error,
@@ -570,7 +541,7 @@ def test_saving_what_lies_on_nvme(lab, run_experiments):
                 read=read,
             )
     model_states = folder / "last" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
-    client = torch.load(model_states, weights_only=False).get("note") if model_states.exists() else "no such file"
+    client = safely_loaded(model_states).get("note") if model_states.exists() else "no such file"
     require(
         client == "kept",
         expected=f"the engine's own part beside it: {model_states.name}, with the client state",
@@ -595,19 +566,23 @@ def test_saving_what_lies_on_nvme(lab, run_experiments):
 
 
 @pytest.mark.milestone(task="4.8", points=10)
-def test_going_on_from_states_on_nvme(lab, run_experiments):
+def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
     import torch
 
     needs_libaio()
     read = f"lab 04, task 4.8; {LECTURE}, 'A checkpoint of states on disk'"
     lab.load_offloaded  # noqa: B018
     whole = whole_run(run_experiments)
-    reference = shared_folder() / "offload" / "reference"
+    reference = visible_folder() / "offload" / "reference"
     # Another seed: what is not loaded differs.
     loaded = nvme_experiment(
-        "nvme-loaded", "engine_programs:load_offloaded", options={"checkpoints": str(reference), "tag": "step-2"}, seed=11
+        "nvme-loaded",
+        "engine_programs:load_offloaded",
+        workspace,
+        options={"checkpoints": str(reference), "tag": "step-2"},
+        seed=11,
     )
-    no_folder = shared_folder() / "offload" / "broken"
+    no_folder = visible_folder() / "offload" / "broken"
     if not no_folder.exists():
         shutil.copytree(reference / "step-2", no_folder / "plain", ignore=shutil.ignore_patterns("offloaded"))
         shutil.copytree(reference / "step-2", no_folder / "lacking")
@@ -615,11 +590,16 @@ def test_going_on_from_states_on_nvme(lab, run_experiments):
             (no_folder / "lacking" / "offloaded" / f"rank{rank}-group1.pt").unlink()
     refusals = [
         nvme_experiment(
-            f"nvme-{tag}", "engine_programs:load_offloaded", options={"checkpoints": str(no_folder), "refused": tag}, seed=11
+            f"nvme-{tag}",
+            "engine_programs:load_offloaded",
+            workspace,
+            options={"checkpoints": str(no_folder), "refused": tag},
+            seed=11,
         )
         for tag in ("plain", "lacking")
     ]
-    runs = run_experiments([loaded, *refusals])
+    # A launch each: an engine keeps its pages locked, and an ordinary account may lock 8 MiB a process (ulimit -l).
+    runs = {name: run for plan in (loaded, *refusals) for name, run in run_experiments([plan]).items()}
     for tag, mentions, likely in (
         ("plain", "offloaded", "the folder is not looked for, so that DeepSpeed's part alone is loaded"),
         ("lacking", "group1.pt", "FileNotFoundError from torch.load, or a sub-group passed over in silence"),

@@ -5,9 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
-from functools import cache
 
 import pytest
 
@@ -136,47 +134,15 @@ def test_rendezvous(lab):
         lab.rendezvous(task_variables(SLURM_JOB_ID="6", SLURM_JOB_NUM_NODES="2", SLURM_NODEID=str(node)), "10.0.0.7", 2)
         for node in (0, 1)
     ]
-    ranks, statuses = ranks_of_two_torchruns(
-        *(tuple((key, value) for key, value in came.items() if key != "rdzv-endpoint") for came in pair)
-    )
+    given = [tuple((str(key), str(value)) for key, value in came.items() if key != "rdzv-endpoint") for came in pair]
+    ranks, statuses = lab.observe("shardlab.grading.programs:ranks_of_torchruns", *given)
     require(
-        statuses == [0, 0] and ranks == [f"{rank} 4" for rank in range(4)],
+        list(statuses) == [0, 0] and list(ranks) == [f"{rank} 4" for rank in range(4)],
         expected="two torchruns with these options to start ranks 0 to 3 of 4",
         got=f"ranks {ranks}, statuses {statuses}",
         likely="an option that torchrun does not know",
         read=read,
     )
-
-
-@cache
-def ranks_of_two_torchruns(*options: tuple) -> tuple[list[str], list]:
-    """Rank and world size of every process that two torchruns with these options start, and the torchruns' exit statuses."""
-    folder = shared_folder() / "torchrun"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    store, agents = f"--rdzv-endpoint=127.0.0.1:{free_port()}", []
-    for given in options:
-        words = [f"--{key}={value}" for key, value in given]
-        program = ["--no-python", "bash", "-c", 'echo "$RANK $WORLD_SIZE" >>"$0"', str(folder / "ranks")]
-        command = [sys.executable, "-m", "torch.distributed.run", *words, store, *program]
-        agents.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
-    try:
-        statuses = [agent.wait(timeout=60) for agent in agents]
-    except subprocess.TimeoutExpired:
-        statuses = ["it waited for 60 s"]
-    finally:
-        for agent in agents:
-            agent.kill()
-    path = folder / "ranks"
-    return sorted(path.read_text().splitlines()) if path.exists() else [], statuses
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.milestone(task="6.3", points=5)
@@ -294,6 +260,7 @@ def test_batch_script(lab, run_experiments):
         "/tmp/log.out",
         read,
     )
+    lab.runs_outside_a_box("its batch script")
     site = jobs.site()
     setup = batch.setup_lines(site)
     folder = jobs.folder_for(lab.batch_script(**settings, log="log", setup=setup, program=["two words"]))
@@ -605,6 +572,7 @@ FAKE = {
 def test_surviving(lab, run_experiments):
     read = f"lab 06, task 6.9; {LECTURE}, 'A job that ends before its training'"
     own_lines = lab.surviving("launch", "run")
+    lab.runs_outside_a_box("its lines of a batch script")
     site = jobs.site()
     folder = jobs.folder_for(own_lines)
     logs = shared_folder() / "lab06-logs" if slurm.is_local() else batch.run_root(site)

@@ -8,6 +8,7 @@ rendezvous. The store that the ranks meet at is opened here on a port that the s
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -87,6 +88,7 @@ def launch(
     runs: Path | str = "runs",
     timeout: float | None = None,
     display: progress.Quiet | None = None,
+    start_method: str = "forkserver",
 ) -> list[Run]:
     """Run experiments on this machine, one after the other; those with equal `ranks` share their processes.
 
@@ -95,6 +97,7 @@ def launch(
         runs: the folder in which each run gets its own.
         timeout: seconds for all of it; compiling ops does not count.
         display: how progress is shown; by default bars in a terminal and a table in a notebook.
+        start_method: "fork" where this process is warm itself and has computed nothing yet, as in a box of the grading.
 
     Returns:
         The runs, finished, in the order of the experiments.
@@ -110,7 +113,10 @@ def launch(
     if len(set(names)) < len(names):
         raise ValueError(f"experiments need names of their own, to have folders of their own: {', '.join(names)}")
     display = progress.default_display() if display is None else display
-    warm_up()
+    if start_method == "forkserver":
+        warm_up()
+    else:
+        os.environ.update(ops.environment())
     for op in dict.fromkeys(op for experiment in experiments for op in ops.needed_by(experiment.deepspeed)):
         ops.build(op, display.say)
 
@@ -124,16 +130,20 @@ def launch(
         raise
     deadline = None if timeout is None else time.monotonic() + timeout
     rows = [progress.Row(run) for run in all_runs]
+    results: dict[str, dict] = {}
     display.begin(rows)
     try:
         for ranks, group in groupby(all_runs, key=lambda run: run.experiment.ranks):
-            _launch_group(list(group), ranks, deadline, timeout, display)
+            results |= _launch_group(list(group), ranks, deadline, timeout, display, start_method)
     except BaseException as error:
         _mark_unfinished(all_runs, error)
         raise
     finally:
         display.end()
-    return [Run.read(run.folder) for run in all_runs]
+    finished = [Run.read(run.folder) for run in all_runs]
+    for run in finished:
+        run.confirm(results[run.name])
+    return finished
 
 
 def _mark_unfinished(runs: list[Run], error: BaseException) -> None:
@@ -151,7 +161,10 @@ def _mark_unfinished(runs: list[Run], error: BaseException) -> None:
             run.finish("not run", f"an earlier run of the same launch did not finish: {reason}")
 
 
-def _launch_group(runs: list[Run], ranks: int, deadline: float | None, timeout: float | None, display) -> None:
+def _launch_group(
+    runs: list[Run], ranks: int, deadline: float | None, timeout: float | None, display, start_method: str
+) -> dict[str, dict]:
+    """Run experiments that share their ranks; what rank 0's programs returned, by name."""
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 
@@ -183,7 +196,7 @@ def _launch_group(runs: list[Run], ranks: int, deadline: float | None, timeout: 
                 {rank: job for rank in range(ranks)},
                 envs,
                 DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
-                start_method="forkserver",
+                start_method=start_method,
             )
         _restore(handlers)
         while True:
@@ -191,11 +204,16 @@ def _launch_group(runs: list[Run], ranks: int, deadline: float | None, timeout: 
             display.update()
             if result is not None:
                 break
+            # A rank waits for the others before it goes, so one that has gone with status 0 has not come to its end.
+            gone = [rank for rank, process in enumerate(context._pc.processes) if process.exitcode == 0]
+            if gone and context.wait(0) is None:
+                raise RankError(gone[0], _current(runs).name, "the process ended with exit status 0 before its program was over")
             if deadline is not None and time.monotonic() > deadline:
                 raise LaunchTimeout(f"the launch exceeded its limit of {timeout:g} s and was ended")
             time.sleep(0.05)
         if result.is_failed():
             raise _first_error(result, logs, runs, [process.exitcode for process in context._pc.processes])
+        return result.return_values[0]
     except BaseException:
         if context is not None:
             _end(context)
@@ -252,21 +270,26 @@ def _first_error(result, logs: Path, runs: list[Run], codes: list[int | None]) -
         return RankError(first["rank"], first["experiment"], first["error"], first["traceback"])
     rank = silent[0] if silent else min(result.failures)
     code = codes[rank] if silent else result.failures[rank].exitcode
-    at = next((run for run in map(lambda run: Run.read(run.folder), runs) if run.outcome in ("running", "waiting")), runs[-1])
+    at = _current(runs)
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
     hint = " (out of memory, perhaps)" if code == -signal.SIGKILL else ""
     output = "\n".join(log.read_text(errors="replace")[-2000:] for log in logs.glob(f"**/{rank}/stderr.log"))
     return RankError(rank, at.name, f"the process was {how}{hint}", output)
 
 
+def _current(runs: list[Run]) -> Run:
+    """The run that the ranks are at."""
+    return next((run for run in map(lambda run: Run.read(run.folder), runs) if run.outcome in ("running", "waiting")), runs[-1])
+
+
 # --- on a rank ------------------------------------------------------------------------------------------------------
 
 
-def _rank_main(folders: list[str], logs: str, launcher: int) -> None:
+def _rank_main(folders: list[str], logs: str, launcher: int) -> dict[str, dict]:
     os.setpgid(0, 0)
     _die_with_the_launcher(launcher)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher gets Ctrl-C, and ends the ranks
-    rank, name = int(os.environ["RANK"]), ""
+    rank, name, results = int(os.environ["RANK"]), "", {}
     try:
         import torch
 
@@ -275,7 +298,7 @@ def _rank_main(folders: list[str], logs: str, launcher: int) -> None:
         for folder in folders:
             run = Run.read(folder)
             name = run.name
-            run_experiment(run)
+            results[name] = run_experiment(run)
     except BaseException as error:
         lines = [line for line in traceback.format_exception(error)]
         report = {
@@ -292,6 +315,7 @@ def _rank_main(folders: list[str], logs: str, launcher: int) -> None:
         sys.stderr.flush()
         os._exit(1)
     _leave()
+    return results
 
 
 def _leave() -> None:
@@ -312,7 +336,8 @@ def _die_with_the_launcher(launcher: int) -> None:
     from multiprocessing import forkserver
 
     if (alive := forkserver._forkserver._forkserver_alive_fd) is not None:
-        os.close(alive)
+        with contextlib.suppress(OSError):
+            os.close(alive)
 
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
@@ -321,8 +346,8 @@ def _die_with_the_launcher(launcher: int) -> None:
         os._exit(1)
 
 
-def run_experiment(run: Run) -> None:
-    """Run one experiment's program on this rank, with the environment and the singletons of a fresh process."""
+def run_experiment(run: Run) -> dict:
+    """Run one experiment's program on this rank, with the environment and the singletons of a fresh process; its results."""
     from shardlab.memory import MemorySampler
     from shardlab.training import Stopped, barrier, prepare_process, rank
 
@@ -351,10 +376,11 @@ def run_experiment(run: Run) -> None:
         except Stopped as stopped:
             if rank() == 0:
                 run.finish("stopped", str(stopped))
-            return
+            return {}
         if rank() == 0:
             run.record(**(results or {}))
             run.finish()
+        return run.results
     finally:
         os.environ.clear()
         os.environ.update(before)

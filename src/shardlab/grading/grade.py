@@ -11,17 +11,29 @@ from pathlib import Path
 import pytest
 
 from shardlab import switch
+from shardlab.grading.plugin import BOX
 from shardlab.grading.scoreboard import Milestone
 from shardlab.hardware import ROOT
 
 
-def grade(stem: str, *, exercises: Path | None = None, task: str | None = None) -> list[Milestone]:
+class InBox:
+    """Tells the plugin that the exercises are in a box."""
+
+    def __init__(self, box):
+        self.box = box
+
+    def pytest_configure(self, config) -> None:
+        config.stash[BOX] = self.box
+
+
+def grade(stem: str, *, exercises: Path | None = None, task: str | None = None, box=None) -> list[Milestone]:
     """The outcome of each milestone of a lab, as `pytest labs/<stem>` would report it.
 
     Args:
         stem: the lab, such as "lab02_zero_stages".
         exercises: the folder that holds the `exercises` package to grade; the one in use by default.
         task: only the milestones of this task.
+        box: the `Box` that holds the exercises to grade, where nothing of them may run in this process.
 
     Raises:
         ValueError: there is no such task.
@@ -29,11 +41,14 @@ def grade(stem: str, *, exercises: Path | None = None, task: str | None = None) 
     """
     with tempfile.TemporaryDirectory() as temporary:
         result, output = Path(temporary, "milestones.json"), io.StringIO()
-        options = ["--exercises", str(exercises or switch.exercises_folder()), "--milestones-json", str(result)]
+        options = ["--milestones-json", str(result)]
+        options += ["--exercises", str(exercises or switch.exercises_folder())] if box is None else []
         options += ["--task", task] if task else []
         options += ["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            code = pytest.main([str(ROOT / "labs" / stem), *options, f"--basetemp={temporary}/pytest"])
+            tests = temporary if box is None else box.exchange
+            plugins = [InBox(box)] if box else []
+            code = pytest.main([str(ROOT / "labs" / stem), *options, f"--basetemp={tests}/pytest"], plugins=plugins)
         printed = output.getvalue().strip()
         if task and code == pytest.ExitCode.USAGE_ERROR:
             raise ValueError(printed.splitlines()[-1])

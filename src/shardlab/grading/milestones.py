@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib
 import json
 import tempfile
 from functools import cache
 from pathlib import Path
 
-from shardlab import switch
+import pytest
+
+from shardlab import ops, switch
 
 
 class MilestoneFailed(AssertionError):
@@ -54,10 +57,20 @@ def require_error(call, error: type[Exception], *, mentions: tuple[str, ...] = (
 
 
 class Lab:
-    """The exercise module of a lab, imported at first use, so that a broken import fails a test and not the session."""
+    """The exercise module of a lab, imported at first use, so that a broken import fails a test and not the session.
+
+    Its functions are attributes. `replace` and `observe` do what a test would otherwise do to the module itself: so a milestone
+    judges exercises in this process and exercises in a box by the same lines.
+    """
 
     def __init__(self, stem: str):
         self.stem = stem
+        self._replaced: dict[str, object] = {}
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the exercises, under the name that their tracebacks carry."""
+        return switch.exercises_folder() / "exercises"
 
     @property
     def path(self) -> Path:
@@ -68,14 +81,34 @@ class Lab:
         try:
             return getattr(module, name)
         except AttributeError:
-            raise MilestoneFailed(
-                f"expected  a function {name}() in {self.path.name}\ngot       none of that name\n"
-                f"likely    it was renamed or deleted\nread      the skeleton: git show HEAD:src/exercises/{self.path.name}"
-            ) from None
+            raise self._missing(name) from None
 
-    @property
-    def module(self):
-        return switch.import_exercise(self.stem)
+    def _missing(self, name: str) -> MilestoneFailed:
+        return MilestoneFailed(
+            f"expected  a function {name}() in {self.path.name}\ngot       none of that name\n"
+            f"likely    it was renamed or deleted\nread      the skeleton: git show HEAD:src/exercises/{self.path.name}"
+        )
+
+    def replace(self, name: str, function) -> None:
+        """Let another task's function of the module be `function` until the test is over: its own milestone judges that one."""
+        module = switch.import_exercise(self.stem)
+        self._replaced.setdefault(name, getattr(module, name, None))
+        setattr(module, name, function)
+
+    def observe(self, program: str, *args, **kwargs):
+        """Call `module:function`, which uses the exercises where they are, and get back what it saw; the judging is done here."""
+        return program_of(program)(*args, **kwargs)
+
+    def needs_op(self, op: str) -> None:
+        """Have one of DeepSpeed's compiled ops ready where the exercises are."""
+        ops.build(op)
+
+    def runs_outside_a_box(self, what: str) -> None:
+        """What follows runs something that the exercises have made as this account. Somebody else's is not run so."""
+
+    def close(self) -> None:
+        for name, function in self._replaced.items():
+            setattr(switch.import_exercise(self.stem), name, function)
 
     def unwritten(self, task: str) -> str | None:
         """The message of the task's `NotImplementedError`, if the body of one of its functions is still just that."""
@@ -93,6 +126,77 @@ class Lab:
         return None
 
 
+class BoxedLab(Lab):
+    """The same, for exercises in a box: each call goes there, and what comes back is a plain value."""
+
+    def __init__(self, stem: str, box):
+        super().__init__(stem)
+        self._box, self._caller = box, None
+
+    @property
+    def folder(self) -> Path:
+        return self._box.seen_submission / "exercises"
+
+    @property
+    def path(self) -> Path:
+        return self._box.submission / "exercises" / f"{self.stem}.py"
+
+    def _ask(self, request: dict, *args, **kwargs):
+        if why := self._box.broken_imports.get(self.stem):
+            raise why
+        if not self.path.exists():
+            raise ModuleNotFoundError(f"there is no exercises/{self.path.name}")
+        if self._caller is None:
+            caller = self._box.caller()
+            caller.seconds = IMPORT_SECONDS
+            try:
+                caller.ask({"op": "import", "lab": self.stem})
+            except Exception as error:
+                # What does not come in now does not come in for the next task either, and need not be waited for again.
+                self._box.broken_imports[self.stem] = error
+                raise
+            caller.seconds = CALL_SECONDS
+            self._caller = caller
+        return self._caller.ask(request | {"lab": self.stem}, args, kwargs)
+
+    def __getattr__(self, name: str):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        there, value = self._ask({"op": "get", "name": name})
+        if not there:
+            raise self._missing(name)
+        return value
+
+    def replace(self, name: str, function) -> None:
+        self._ask({"op": "replace", "name": name}, function)
+
+    def observe(self, program: str, *args, **kwargs):
+        return self._ask({"op": "observe", "function": program}, *args, **kwargs)
+
+    def needs_op(self, op: str) -> None:
+        self._box.provide(op)
+
+    def runs_outside_a_box(self, what: str) -> None:
+        pytest.skip(
+            f"{what} would run as your account, outside of the box. Read it, then grade this task with "
+            "pytest labs --task … --exercises …"
+        )
+
+    def close(self) -> None:
+        if self._caller is not None:
+            self._caller.close()
+
+
+IMPORT_SECONDS, CALL_SECONDS = 30.0, 60.0
+"""How long exercises in a box may take to be imported, and to answer one call."""
+
+
+def program_of(name: str):
+    """The function that `module:function` names."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
 _RUNS: dict[str, list] = {}
 
 
@@ -104,6 +208,36 @@ def _lifetime_folder() -> tempfile.TemporaryDirectory:
 def shared_folder() -> Path:
     """A temporary folder that lasts as long as this process, so that what one grading made serves the next."""
     return Path(_lifetime_folder().name)
+
+
+def visible_folder() -> Path:
+    """The part of `shared_folder()` that exercises in a box can read: inputs, never what a milestone expects."""
+    folder = shared_folder() / "visible"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def safely_loaded(path: Path) -> dict:
+    """What `torch.save` wrote, without running anything that it may hold: tensors, plain values, numpy's random states.
+
+    Raises:
+        MilestoneFailed: it holds something else.
+    """
+    import pickle
+
+    import numpy
+    import torch
+
+    numpys = [numpy._core.multiarray._reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype("uint32"))]
+    try:
+        with torch.serialization.safe_globals(numpys):
+            return torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        raise MilestoneFailed(
+            f"expected  a file of torch.save with tensors and plain values in it: {path.name}\n"
+            f"got       {str(error).splitlines()[0][:300]}\n"
+            "likely    an object of a class of its own was saved, or the file is not whole\nread      the task's docstring"
+        ) from None
 
 
 def _code_of(task: str) -> list[str]:
@@ -118,13 +252,14 @@ def _code_of(task: str) -> list[str]:
     return sources
 
 
-def launched(experiments: list, *, task: str, timeout: float = 120) -> dict:
+def launched(experiments: list, *, task: str, timeout: float = 120, box=None) -> dict:
     """Run experiments on real ranks, once for each combination of experiments and the task's code in this process.
 
     Args:
         experiments: what to run.
         task: whose functions the programs use.
         timeout: seconds.
+        box: where ranks that run somebody's exercises are started; here by default.
 
     Returns:
         The finished runs by name.
@@ -132,9 +267,19 @@ def launched(experiments: list, *, task: str, timeout: float = 120) -> dict:
     from shardlab import progress
     from shardlab.launch import launch
 
-    with_exercises = ("exercises.", "shardlab.grading.programs:", "shardlab.grading.engine_programs:")
-    sources = _code_of(task) if any(experiment.program.startswith(with_exercises) for experiment in experiments) else []
+    theirs = any(experiment.program.startswith(WITH_EXERCISES) for experiment in experiments)
+    if theirs and box is not None:
+        key = json.dumps([e.model_dump() for e in experiments])
+        if key not in box.launched:
+            folder = box.exchange / "runs" / hashlib.sha256(key.encode()).hexdigest()[:12]
+            box.launched[key] = box.launch(experiments, runs=folder, timeout=timeout)
+        return {run.name: run for run in box.launched[key]}
+    sources = _code_of(task) if theirs else []
     key = hashlib.sha256(json.dumps([[e.model_dump() for e in experiments], sources]).encode()).hexdigest()
     if key not in _RUNS:
         _RUNS[key] = launch(experiments, runs=shared_folder() / key[:12], timeout=timeout, display=progress.Quiet())
     return {run.name: run for run in _RUNS[key]}
+
+
+WITH_EXERCISES = ("exercises.", "shardlab.grading.programs:", "shardlab.grading.engine_programs:")
+"""How the names of programs begin that use exercises."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from shardlab import switch
-from shardlab.grading.milestones import Lab, MilestoneFailed, launched
+from shardlab.grading.milestones import BoxedLab, Lab, MilestoneFailed, launched, shared_folder
 from shardlab.grading.scoreboard import Milestone, render
 
 
@@ -42,6 +42,8 @@ def pytest_configure(config) -> None:
 
 
 _outcomes = pytest.StashKey[list]()
+BOX = pytest.StashKey()
+"""The box in which the exercises are, where they are not in this process."""
 
 
 def _marker(item):
@@ -61,15 +63,25 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 @pytest.fixture
-def lab(request) -> Lab:
+def lab(request):
     """The exercise module that belongs to this milestone file."""
-    return Lab(request.module.__name__.removeprefix("test_"))
+    stem, box = request.module.__name__.removeprefix("test_"), request.config.stash.get(BOX, None)
+    module = Lab(stem) if box is None else BoxedLab(stem, box)
+    yield module
+    module.close()
 
 
 @pytest.fixture
 def run_experiments(request):
     """`run_experiments(experiments)`: finished runs by name, on real ranks; equal experiments share one launch."""
-    return partial(launched, task=_marker(request.node)[0])
+    return partial(launched, task=_marker(request.node)[0], box=request.config.stash.get(BOX, None))
+
+
+@pytest.fixture
+def workspace(request) -> Path:
+    """A folder that exercises may write into, and that keeps its name from one milestone to the next."""
+    box = request.config.stash.get(BOX, None)
+    return shared_folder() if box is None else box.exchange / "work"
 
 
 @pytest.hookimpl(wrapper=True)
@@ -91,7 +103,7 @@ def pytest_runtest_makereport(item, call):
     if report.skipped:
         verdict, message = "not run", str(call.excinfo.value)
     elif report.failed:
-        verdict, message = "failed", _message(call.excinfo, task)
+        verdict, message = "failed", _message(call.excinfo, task, item.funcargs["lab"].folder if "lab" in item.funcargs else "")
         if _is_unwritten(call.excinfo.value):
             verdict = "not implemented"
         report.longrepr = message
@@ -107,21 +119,21 @@ def _is_unwritten(error: BaseException) -> bool:
     return isinstance(error, NotImplementedError) or str(getattr(error, "error", "")).startswith("NotImplementedError")
 
 
-def _message(excinfo, task: str) -> str:
+def _message(excinfo, task: str, folder) -> str:
     error = excinfo.value
     if isinstance(error, MilestoneFailed):
         return str(error)
     if _is_unwritten(error):
         return str(getattr(error, "error", error)).removeprefix("NotImplementedError: ")
-    folder = str(switch.exercises_folder() / "exercises")
+    folder = str(folder or switch.exercises_folder() / "exercises")
     # Frames of the learner's own code are what helps; the rest is ours.
     if rank_traceback := getattr(error, "rank_traceback", ""):
         got = f"rank {error.rank}, in '{error.experiment}': {error.error}"
         found = re.findall(rf'File "{re.escape(folder)}/([^"]+)", line (\d+), in (\w+)', rank_traceback)
         places = [f"{file}, line {line}, in {function}()" for file, line, function in found]
     else:
-        got = f"{type(error).__name__}: {error}"
-        places = [
+        got = f"{getattr(error, 'kind', type(error).__name__)}: {error}"
+        places = getattr(error, "places", None) or [
             f"{Path(str(entry.path)).name}, line {entry.lineno + 1}: {str(entry.statement).strip()}"
             for entry in excinfo.traceback
             if str(entry.path).startswith(folder)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
 import torch
 
-from shardlab import switch
+from shardlab import ops, switch
 from shardlab.models import load_model, load_tokenizer
 from shardlab.runs import Experiment, Run
 from shardlab.training import gather, text_rows, train, trainer_arguments
@@ -110,3 +118,95 @@ def stop_at_different_steps(experiment: Experiment, run: Run) -> dict:
         if answer and stopped == options["steps"]:
             stopped = step
     return {"stopped": gather(stopped), "kinds": gather(kinds[0])}
+
+
+# --- lab 04 -----------------------------------------------------------------------------------------------------------
+
+
+def configure_offload_with_free_bytes(folder, free: int) -> dict:
+    """Task 4.1: the configuration for states of just so many bytes on a disk where just so many are free, in `folder` alone."""
+    import shutil
+    from types import SimpleNamespace
+    from unittest import mock
+
+    create = switch.import_exercise("lab04_offload").create_offload_config
+    with mock.patch.object(shutil, "disk_usage", lambda path: SimpleNamespace(free=free if str(path) == str(folder) else 0)):
+        return create(3, optimizer_offload=True, bytes_on_disk=free, offload_device="nvme", nvme_path=folder)
+
+
+class Sum(torch.optim.Optimizer):
+    """Subtracts its gradients times a factor, and notes them. Its first step is slow, as if it allocated its moments."""
+
+    def __init__(self, parameters, factor: float):
+        super().__init__(parameters, {})
+        self.factor, self.gradients = factor, []
+        self.parameter = self.param_groups[0]["params"][0]
+        self.start = self.parameter.detach().clone()
+
+    def step(self, closure=None):
+        self.gradients.append(self.parameter.grad.clone())
+        self.parameter.data.sub_(self.factor * self.parameter.grad)
+        if len(self.gradients) == 1:
+            time.sleep(0.3)
+
+
+def compare_two_sums(size: int, steps: int, seed: int) -> dict:
+    """Task 4.4: what two optimizers were given, that subtract their gradients once and three times."""
+    made: list[Sum] = []
+
+    def optimizer(factor: float):
+        def make(parameters) -> Sum:
+            made.append(Sum(parameters, factor))
+            return made[-1]
+
+        return make
+
+    returned = switch.import_exercise("lab04_offload").compare_optimizers(optimizer(1.0), optimizer(3.0), size, steps, seed=seed)
+    first, second = made[:2]
+    return {
+        "returned": returned,
+        "same_tensor": first.parameter.data_ptr() == second.parameter.data_ptr(),
+        "first": {"start": first.start, "gradients": first.gradients},
+        "second": {"start": second.start, "gradients": second.gradients},
+    }
+
+
+def compare_adams(size: int, steps: int) -> dict:
+    """Task 4.4: DeepSpeed's Adam on the host and torch's AdamW."""
+    os.environ.update(ops.environment())  # or DeepSpeed would compile its op again, into torch's own folder
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    import shardlab.cpu_facts  # noqa: F401  # DeepSpeedCPUAdam asks about the processor each time; once is enough
+
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-8}
+    return switch.import_exercise("lab04_offload").compare_optimizers(
+        lambda p: DeepSpeedCPUAdam(p, **settings), lambda p: torch.optim.AdamW(p, **settings), size, steps
+    )
+
+
+# --- lab 06 -----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def ranks_of_torchruns(*options: tuple) -> tuple[list[str], list]:
+    """Task 6.2: rank and world size of every process that torchruns with these options start, and the torchruns' exit statuses."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        store = f"--rdzv-endpoint=127.0.0.1:{probe.getsockname()[1]}"
+    with tempfile.TemporaryDirectory() as folder:
+        seen, agents = Path(folder, "ranks"), []
+        for given in options:
+            words = [f"--{key}={value}" for key, value in given]
+            program = ["--no-python", "bash", "-c", 'echo "$RANK $WORLD_SIZE" >>"$0"', str(seen)]
+            command = [sys.executable, "-m", "torch.distributed.run", *words, store, *program]
+            agents.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+        try:
+            statuses = [agent.wait(timeout=55) for agent in agents]
+        except subprocess.TimeoutExpired:
+            statuses = ["it waited for 55 s"]
+        finally:
+            for agent in agents:
+                agent.kill()
+        return sorted(seen.read_text().splitlines()) if seen.exists() else [], statuses

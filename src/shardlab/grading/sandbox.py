@@ -1,0 +1,759 @@
+"""A box in which somebody's exercises run: no network, nothing to see but the course, limits on everything.
+
+The judging process is outside and stays there. In the box there is a supervisor. It is forked from the warm fork server, so that a
+box with torch, transformers and deepspeed loaded is there in milliseconds. It never runs an exercise itself: it forks a process
+for each milestone, and the ranks of each launch. A second process of ours watches memory, processes and disk.
+
+With bubblewrap the supervisor joins the namespaces that `bwrap` has made: its own mounts, process numbers, network and /dev/shm.
+Where the machine does not allow that, only the limits hold, and the exercises can read what this account can read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from functools import cache
+from pathlib import Path
+
+import psutil
+
+from shardlab import hardware, ops, switch
+from shardlab.grading import wire
+from shardlab.runs import Experiment, Run
+
+MEMORY = 8 * 2**30
+"""Bytes that all processes of a box may hold together."""
+DISK = 2 * 2**30
+"""Bytes that a box may leave on disk, and as many in its /tmp and its /dev/shm."""
+PROCESSES = 64
+"""How many processes may be in a box at once."""
+FILES = 20_000
+"""How many files a box may leave behind."""
+WATCH_SECONDS = 0.25
+
+BWRAP_FLAGS = (*(f"--unshare-{name}" for name in ("user", "pid", "net", "ipc", "uts")), "--die-with-parent", "--new-session")
+NAMESPACES = {"user": 0x10000000, "ipc": 0x08000000, "uts": 0x04000000, "net": 0x40000000, "pid": 0x20000000, "mnt": 0x00020000}
+DEVICES = ("null", "zero", "full", "random", "urandom")
+ETC = ("passwd", "group", "nsswitch.conf", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime")
+
+
+class BoxEnded(RuntimeError):
+    """A process of the box has gone before it answered; the message says why."""
+
+
+class TookTooLong(BoxEnded):
+    """It did not answer in time, and was ended."""
+
+
+class RemoteError(Exception):
+    """An error in somebody's exercises.
+
+    Attributes:
+        kind: the name of its type.
+        places: their own lines that it came through.
+    """
+
+    kind, places = "Exception", ()
+
+
+@cache
+def isolation() -> tuple[str, str]:
+    """How boxes are shut on this machine: ("bubblewrap", ""), or ("limits", why not bubblewrap)."""
+    if not shutil.which("bwrap"):
+        return "limits", "bubblewrap is not installed (apt-get install bubblewrap)"
+    tried = subprocess.run(
+        ["bwrap", *BWRAP_FLAGS, "--ro-bind", "/", "/", "--proc", "/proc", "true"], capture_output=True, text=True, timeout=20
+    )
+    if tried.returncode == 0:
+        return "bubblewrap", ""
+    return "limits", f"this machine does not let bubblewrap make namespaces ({tried.stderr.strip()[-200:]})"
+
+
+class Box:
+    """One box, for one submission.
+
+    Args:
+        submission: the folder that holds `exercises/`; read-only in the box.
+        exchange: a folder that judge and box both see under this path. What one side writes reaches the other with the next call.
+        visible: folders that the box may read, under the same paths.
+        kind: "bubblewrap" or "limits".
+    """
+
+    def __init__(self, submission: Path, exchange: Path, visible: tuple[Path, ...] = (), kind: str | None = None):
+        self.kind = kind or isolation()[0]
+        self.submission, self.exchange, self.visible = submission, exchange, visible
+        self.deadline: float | None = None
+        self.work = Path(tempfile.mkdtemp(prefix="shardlab-box-"))
+        inside = self.work / "exchange" if self.isolated else exchange
+        for folder in (exchange, inside, self.work / "ops", self.work / "home"):
+            folder.mkdir(parents=True, exist_ok=True)
+        self.files = Exchange(exchange, inside) if self.isolated else None
+        self.broken_imports: dict[str, Exception] = {}
+        self.launched: dict[str, list[Run]] = {}
+        self._bwrap = self._control = self._watch = self._process = None
+
+    @property
+    def isolated(self) -> bool:
+        return self.kind == "bubblewrap"
+
+    @property
+    def seen_submission(self) -> Path:
+        """The submission's folder under the name that it has in the box."""
+        return Path("/box/submission") if self.isolated else self.submission
+
+    # --- its processes -----------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        from multiprocessing import get_context
+
+        from shardlab.launch import _bare_main, warm_up
+
+        warm_up()
+        first = self._start_bwrap() if self.isolated else None
+        self._control, control = wire.pair()
+        self._watch, watch = wire.pair()
+        setup = {
+            "namespaces_of": first,
+            "submission": str(self.seen_submission),
+            "home": "/tmp" if self.isolated else str(self.work / "home"),
+            "ops": "/box/ops" if self.isolated else str(self.work / "ops"),
+            "disk": str(self.exchange),
+        }
+        self._process = get_context("forkserver").Process(target=_join, args=(control, watch, setup))
+        with _bare_main():
+            self._process.start()
+        control.close()
+        watch.close()
+
+    def _start_bwrap(self) -> int:
+        """Make the namespaces; the number of their first process."""
+        words = ["bwrap", *BWRAP_FLAGS, "--proc", "/proc", "--tmpfs", "/dev", "--hostname", "box"]
+        for name in DEVICES:
+            words += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+        for path in sorted(Path("/dev").glob("nvidia*")):
+            words += ["--dev-bind", str(path), str(path)]
+        for name, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1")):
+            words += ["--symlink", target, f"/dev/{name}"]
+        for folder in ("/dev/shm", "/tmp"):
+            words += ["--size", str(DISK), "--tmpfs", folder]
+        for name in ("bin", "sbin", "lib", "lib32", "lib64"):
+            path = Path("/", name)
+            if path.is_symlink():
+                words += ["--symlink", os.readlink(path), str(path)]
+            elif path.is_dir():
+                words += ["--ro-bind", str(path), str(path)]
+        python = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}
+        seen = ["/usr", "/sys/devices/system", *(f"/etc/{name}" for name in ETC), *map(str, sorted(python))]
+        seen += [str(hardware.ROOT / "src" / "shardlab"), *map(str, self.visible)]
+        for path in seen:
+            words += ["--ro-bind-try", path, path]
+        words += ["--bind", str(self.work / "exchange"), str(self.exchange), "--bind", str(self.work / "ops"), "/box/ops"]
+        (self.work / "hosts").write_text("127.0.0.1 localhost box\n")
+        words += ["--ro-bind", str(self.work / "hosts"), "/etc/hosts"]
+        words += ["--ro-bind", str(self.submission), "/box/submission", "--remount-ro", "/"]
+        reading, writing = os.pipe()
+        self._bwrap = subprocess.Popen(
+            [*words, "--info-fd", str(writing), "--", "sleep", "infinity"],
+            pass_fds=[writing],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            told = pipe.read()
+        if not told:
+            raise BoxEnded(f"bubblewrap could not make a box: {self._bwrap.communicate()[0]}")
+        first = json.loads(told)["child-pid"]
+        # The information comes before the mounts are made; `sleep` is the sign that they are.
+        end = time.monotonic() + 10
+        while self._bwrap.poll() is None and time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                if "sleep" in Path(f"/proc/{first}/cmdline").read_text().split("\0")[0]:
+                    return first
+                children = Path(f"/proc/{first}/task/{first}/children").read_text().split()
+                if any("sleep" in Path(f"/proc/{child}/cmdline").read_text().split("\0")[0] for child in children):
+                    return first
+            time.sleep(0.001)
+        self.close()
+        raise BoxEnded("bubblewrap could not make a box")
+
+    def _ask_supervisor(self, request: dict) -> socket.socket:
+        """A connection to a new process of the box."""
+        for attempt in (1, 2):
+            if self._process is None:
+                self._start()
+            mine, other = wire.pair()
+            try:
+                wire.send_with_end(self._control, request, other)
+                return mine
+            except OSError:
+                mine.close()
+                self.end()  # an earlier call has brought the box down
+                if attempt == 2:
+                    raise BoxEnded("the box could not be started") from None
+            finally:
+                other.close()
+
+    def why_ended(self) -> str:
+        """What the watch says, once a connection has broken off."""
+        try:
+            return wire.receive(self._watch, time.monotonic() + 2 * WATCH_SECONDS + 0.2)["why"]
+        except (wire.WireError, KeyError, AttributeError):
+            return "the process ended before it answered, by os._exit(), a signal or a crash"
+
+    def end(self) -> None:
+        """End every process of the box. The next call starts it anew; files stay."""
+        for connection in (self._control, self._watch):
+            if connection is not None:
+                connection.close()
+        if self._bwrap is not None:
+            self._bwrap.kill()
+            self._bwrap.communicate()
+        if self._process is not None:
+            self._process.join(10)
+            if self._process.is_alive():
+                self._process.kill()
+                self._process.join()
+        self._bwrap = self._control = self._watch = self._process = None
+
+    def close(self) -> None:
+        """End it, and remove what it left on disk."""
+        self.end()
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def __enter__(self) -> Box:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # --- what it is asked --------------------------------------------------------------------------------------------
+
+    def provide(self, op: str) -> None:
+        """Let the box have one of DeepSpeed's compiled ops. Loading one writes a lock beside it, so it gets a copy."""
+        ops.build(op, lambda line: None)
+        target = self.work / "ops" / op
+        if not target.exists():
+            shutil.copytree(ops.library(op).parent, target, ignore=shutil.ignore_patterns("lock"))
+
+    def limit(self, seconds: float) -> float:
+        """The moment at which something that may take so many seconds is too late, the box's own deadline considered."""
+        end = time.monotonic() + seconds
+        return end if self.deadline is None else min(end, self.deadline)
+
+    def caller(self) -> Caller:
+        """A new process that imports the exercises and calls their functions."""
+        return Caller(self, self._ask_supervisor({"run": "caller"}))
+
+    def launch(self, experiments: list[Experiment], *, runs: Path, timeout: float) -> list[Run]:
+        """Run experiments on ranks in the box, as `shardlab.launch.launch` does outside.
+
+        The results are those that the ranks' programs returned to the launcher; a record that was written into a run folder
+        by somebody else does not count.
+
+        Raises:
+            shardlab.launch.RankError, shardlab.launch.LaunchTimeout: as there.
+            BoxEnded: the box ended.
+        """
+        from shardlab.launch import LaunchTimeout, RankError
+
+        for op in dict.fromkeys(op for experiment in experiments for op in ops.needed_by(experiment.deepspeed)):
+            self.provide(op)
+        self.push()
+        seconds = self.limit(timeout) - time.monotonic()
+        connection = self._ask_supervisor({"run": "launcher"})
+        with connection:
+            try:
+                plan = {"experiments": [e.model_dump() for e in experiments], "runs": str(runs), "timeout": seconds}
+                wire.send(connection, plan, self.limit(10))
+                told = wire.receive(connection, time.monotonic() + seconds + 20)
+            except wire.WireTimeout:
+                self.end()
+                raise LaunchTimeout(f"the launch exceeded its limit of {seconds:.0f} s and was ended") from None
+            except wire.WireError:
+                why = self.why_ended()
+                self.end()
+                raise BoxEnded(why) from None
+            finally:
+                self.pull()
+        if "timeout" in told:
+            raise LaunchTimeout(str(told["timeout"]))
+        if "error" in told:
+            raise RankError(int(told["rank"]), str(told["experiment"]), str(told["error"]), str(told["traceback"]))
+        if "runs" not in told:
+            raise BoxEnded(f"the launch could not begin: {str(told.get('why'))[:500]}")
+        return [Run(runs / experiment.name, dict(record)) for experiment, record in zip(experiments, told["runs"], strict=True)]
+
+    def push(self) -> None:
+        if self.files:
+            self.files.push()
+
+    def pull(self) -> None:
+        if self.files:
+            self.files.pull()
+
+
+class Caller:
+    """A process of the box that has somebody's exercises imported."""
+
+    def __init__(self, box: Box, connection: socket.socket):
+        self.box, self.connection = box, connection
+        self.codec = wire.Codec(ask=self.ask)
+        self.seconds = 60.0
+
+    def ask(self, request: dict, args: tuple = (), kwargs: dict | None = None):
+        """Send a request and wait for its answer; functions of this side that were handed over are called meanwhile.
+
+        Raises:
+            TookTooLong: no answer within `seconds`.
+            BoxEnded: the process has gone.
+            Exception: what the exercise raised, as a built-in type where it was one, else `RemoteError`.
+        """
+        self.box.push()
+        deadline = self.box.limit(self.seconds)
+        try:
+            wire.send(self.connection, request | self._arguments(args, kwargs or {}), deadline)
+            while True:
+                told = wire.receive(self.connection, deadline)
+                if "callback" not in told:
+                    break
+                wire.send(self.connection, self._call_back(told), deadline)
+        except wire.WireTimeout:
+            self.close()
+            raise TookTooLong(f"it did not come back within {self.seconds:g} s, and was ended") from None
+        except wire.WireError as error:
+            why = self.box.why_ended() if "gone" in str(error) else str(error)
+            self.box.end()
+            raise BoxEnded(why) from None
+        finally:
+            self.box.pull()
+        if "error" in told:
+            raise _rebuilt(told["error"])
+        try:
+            return self.codec.decode(told.get("value"))
+        except wire.WireError as error:
+            raise BoxEnded(str(error)) from None
+
+    def _arguments(self, args: tuple, kwargs: dict) -> dict:
+        return {"args": self.codec.encode(list(args)), "kwargs": self.codec.encode(kwargs)}
+
+    def _call_back(self, told: dict) -> dict:
+        try:
+            function = self.codec.lent[told["callback"]]
+            args, kwargs = self.codec.decode(told["args"]), self.codec.decode(told["kwargs"])
+        except (KeyError, wire.WireError, TypeError):
+            raise wire.WireError("what came is no message") from None
+        try:
+            return {"value": self.codec.encode(function(*args, **kwargs))}
+        except Exception as error:
+            return {"error": _described(error)}
+
+    def close(self) -> None:
+        """End the process: it has nothing more to read, and the supervisor kills what does not go by itself."""
+        self.connection.close()
+
+
+def _described(error: BaseException, folder: str = "") -> dict:
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its text cannot be read)"
+    frames = traceback.extract_tb(error.__traceback__) if folder else []
+    places = [f"{Path(f.filename).name}, line {f.lineno}: {f.line}" for f in frames if f.filename.startswith(folder)]
+    return {"kinds": [kind.__name__ for kind in type(error).__mro__], "text": text[:10_000], "places": places[-20:]}
+
+
+def _rebuilt(told) -> Exception:
+    """The error that a box described: of the first built-in type among its types that takes a text."""
+    import builtins
+
+    kinds = [str(kind) for kind in told.get("kinds", [])] if isinstance(told, dict) else []
+    text = str(told.get("text", "")) if isinstance(told, dict) else ""
+    made: Exception = RemoteError(f"{kinds[0] if kinds else 'an error'}: {text}" if text else kinds[0] if kinds else "an error")
+    for kind in kinds:
+        found = getattr(builtins, kind, None)
+        if isinstance(found, type) and issubclass(found, Exception) and found is not Exception:
+            with contextlib.suppress(Exception):
+                made = found(text)
+                break
+    made.places = [str(place) for place in told.get("places", [])] if isinstance(told, dict) else []
+    made.kind = kinds[0] if kinds else "Exception"
+    return made
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+class Exchange:
+    """One folder, twice: the judge's own, and the box's. Neither side can make the other follow a link out of it."""
+
+    def __init__(self, here: Path, inside: Path):
+        self.here, self.inside = here, inside
+        self._known: dict[str, dict[Path, tuple]] = {}
+
+    def push(self) -> None:
+        """What has changed on the judge's side goes into the box."""
+        self._copy(self.here, self.inside)
+
+    def pull(self) -> None:
+        """What has changed in the box comes out.
+
+        Raises:
+            BoxEnded: more files or bytes than a box may leave.
+        """
+        self._copy(self.inside, self.here)
+
+    def _copy(self, source: Path, target: Path) -> None:
+        found: dict[Path, tuple] = {}
+        known_source = self._known.setdefault(str(source), {})
+        known_target = self._known.setdefault(str(target), {})
+        total = 0
+        for folder, _, names, folder_fd in os.fwalk(source, follow_symlinks=False):
+            relative = Path(folder).relative_to(source)
+            if relative != Path():
+                found[relative] = ("folder",)
+                if known_source.get(relative) != ("folder",):
+                    os.close(_open_folder(target, relative))
+                    known_target[relative] = ("folder",)
+            for name in names:
+                try:
+                    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder_fd)
+                except OSError:
+                    continue  # a link, a socket, or gone already
+                with os.fdopen(fd, "rb") as file:
+                    status = os.fstat(fd)
+                    if not stat.S_ISREG(status.st_mode):
+                        continue
+                    path, mark = relative / name, ("file", status.st_size, status.st_mtime_ns, status.st_ino)
+                    found[path] = mark
+                    total += status.st_size
+                    if total > DISK or len(found) > FILES:
+                        raise BoxEnded(f"more than {FILES:,} files or {DISK / 2**30:g} GiB were left behind")
+                    if known_source.get(path) != mark:
+                        known_target[path] = _write(target, path, file, status)
+        for path in sorted(set(known_source) - set(found), reverse=True):
+            _remove(target, path)
+            known_target.pop(path, None)
+        self._known[str(source)] = found
+
+
+def _open_folder(root: Path, relative: Path) -> int:
+    """A descriptor of a folder below `root`, made where it is not there. A link on the way is replaced by a folder."""
+    fd = os.open(root, os.O_DIRECTORY)
+    for part in relative.parts:
+        for _ in range(3):
+            try:
+                below = os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+                break
+            except FileNotFoundError:
+                os.mkdir(part, dir_fd=fd)
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                    raise
+                os.unlink(part, dir_fd=fd)
+        else:
+            os.close(fd)
+            raise BoxEnded(f"{relative} changes all the time")
+        os.close(fd)
+        fd = below
+    return fd
+
+
+def _write(root: Path, path: Path, source, status: os.stat_result) -> tuple:
+    folder = _open_folder(root, path.parent)
+    try:
+        try:
+            os.unlink(path.name, dir_fd=folder)
+        except FileNotFoundError:
+            pass
+        except IsADirectoryError:
+            shutil.rmtree(path.name, dir_fd=folder)
+        fd = os.open(path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=folder)
+        with os.fdopen(fd, "wb") as file:
+            left = status.st_size
+            while left and (part := source.read(min(left, 2**20))):
+                file.write(part)
+                left -= len(part)
+            file.flush()
+            os.utime(fd, ns=(status.st_mtime_ns, status.st_mtime_ns))
+            made = os.fstat(fd)
+        return ("file", made.st_size, made.st_mtime_ns, made.st_ino)
+    finally:
+        os.close(folder)
+
+
+def _remove(root: Path, path: Path) -> None:
+    folder = _open_folder(root, path.parent)
+    try:
+        os.unlink(path.name, dir_fd=folder)
+    except IsADirectoryError:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(path.name, dir_fd=folder)
+    except OSError:
+        pass
+    finally:
+        os.close(folder)
+
+
+# --- in the box -------------------------------------------------------------------------------------------------------
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, value: int) -> None:
+    _libc.prctl(option, value, 0, 0, 0)
+
+
+SET_DUMPABLE, SET_NO_NEW_PRIVILEGES, SET_SUBREAPER, DROP_FROM_BOUNDING_SET, DIE_WITH_PARENT = 4, 38, 36, 24, 1
+
+
+def _join(control: socket.socket, watch: socket.socket, setup: dict) -> None:
+    """The first process of ours: enter the namespaces, and fork the supervisor into them."""
+    _prctl(SET_SUBREAPER, 1)
+    if setup["namespaces_of"] is not None:
+        handles = [
+            (os.open(f"/proc/{setup['namespaces_of']}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC), kind)
+            for name, kind in NAMESPACES.items()
+        ]
+        for handle, kind in handles:
+            if _libc.setns(handle, kind):
+                raise OSError(ctypes.get_errno(), "cannot enter the box")
+            os.close(handle)
+    supervisor = os.fork()
+    if supervisor == 0:
+        try:
+            _supervise(control, watch, setup)
+        finally:
+            os._exit(0)
+    control.close()
+    watch.close()
+    os.waitpid(supervisor, 0)
+    _end_below(os.getpid())
+
+
+def _drop_privileges() -> None:
+    for capability in range(64):
+        _prctl(DROP_FROM_BOUNDING_SET, capability)
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    _libc.capset(header, none)
+    _prctl(SET_NO_NEW_PRIVILEGES, 1)
+
+
+def _supervise(control: socket.socket, watch: socket.socket, setup: dict) -> None:
+    keep = {control.fileno(), watch.fileno()}
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in keep:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+    nothing = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(nothing, fd)
+    os.close(nothing)
+    os.setsid()
+    os.chdir(setup["home"])
+    variables = {"HOME": setup["home"], "TMPDIR": setup["home"], "XDG_CACHE_HOME": setup["home"] + "/cache", "HF_HUB_OFFLINE": "1"}
+    kept = ("PATH", "LANG", "LC_ALL", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST")
+    variables |= {name: os.environ[name] for name in kept if name in os.environ}
+    os.environ.clear()
+    os.environ.update(variables | {"TORCH_EXTENSIONS_DIR": setup["ops"], switch.VARIABLE: setup["submission"]})
+    tempfile.tempdir = None
+    _drop_privileges()
+    _prctl(SET_DUMPABLE, 0)  # or the exercises, which run as the same user, could write into this process
+    _prctl(SET_SUBREAPER, 1)
+    _set_limits(setup)
+    # Nothing of what the fork server knows of other processes holds here.
+    import multiprocessing.resource_tracker as tracker
+
+    tracker._resource_tracker._fd = None
+
+    supervisor = os.getpid()
+    watcher = os.fork()
+    if watcher == 0:
+        control.close()
+        try:
+            _watch_over(supervisor, watch, setup["disk"])
+        finally:
+            os._exit(0)
+    watch.close()
+
+    running: dict[int, int] = {}
+
+    def reap(*_) -> None:
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG)[0]) > 0:
+                running.pop(ended, None)
+                if ended == watcher:
+                    os._exit(1)  # somebody has ended the watch; nothing goes on without it
+
+    signal.signal(signal.SIGCHLD, reap)
+    serve = {"caller": _serve_calls, "launcher": _serve_launch}
+    while (asked := wire.receive_with_end(control)) is not None:
+        request, end = asked
+        started = os.fork()
+        if started == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            control.close()
+            _prctl(DIE_WITH_PARENT, signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                os.nice(5)
+            with contextlib.suppress(BaseException):
+                serve[request["run"]](end, setup["submission"])
+            os._exit(0)
+        running[started] = started
+        end.close()
+    _end_below(supervisor)
+
+
+def _set_limits(setup: dict) -> None:
+    def limit(kind: int, value: int) -> None:
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_FSIZE, DISK)
+    limit(resource.RLIMIT_NOFILE, 4096)
+    limit(resource.RLIMIT_DATA, MEMORY + psutil.Process().memory_info().data)
+    if setup["namespaces_of"] is not None:
+        limit(resource.RLIMIT_NPROC, 16 * PROCESSES)  # threads count; it is counted for this box alone
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs short, a box goes first
+
+
+def _below(process: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(process).children(recursive=True)
+    return []
+
+
+def _end_below(process: int, *keep: int) -> None:
+    """Kill all processes below one; those of a fork bomb are stopped first, so that they cannot outrun it."""
+    while left := [p for p in _below(process) if p.pid not in keep and p.status() != psutil.STATUS_ZOMBIE]:
+        for sent in (signal.SIGSTOP, signal.SIGKILL):
+            for one in left:
+                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+                    os.kill(one.pid, sent)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0] > 0:
+                pass
+        time.sleep(0.01)
+
+
+def _watch_over(supervisor: int, connection: socket.socket, disk: str) -> None:
+    me = os.getpid()
+    _prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    checked = 0.0
+    while os.getppid() == supervisor:
+        time.sleep(WATCH_SECONDS)
+        below = [process for process in _below(supervisor) if process.pid != me]
+        why = ""
+        if len(below) > PROCESSES:
+            why = f"it started more than {PROCESSES} processes"
+        elif _held(below, exact=False) > MEMORY and _held(below, exact=True) > MEMORY:
+            why = f"it took more than {MEMORY / 2**30:g} GiB of memory"
+        elif time.monotonic() - checked > 1:
+            checked = time.monotonic()
+            if _on_disk(disk) > DISK:
+                why = f"it wrote more than {DISK / 2**30:g} GiB"
+        if why:
+            with contextlib.suppress(wire.WireError):
+                wire.send(connection, {"why": why}, time.monotonic() + 1)
+            _end_below(supervisor, me)
+
+
+def _held(processes: list[psutil.Process], *, exact: bool) -> int:
+    """Bytes of memory that processes hold. What they share with the supervisor counts again and again unless `exact`."""
+    total = 0
+    for process in processes:
+        with contextlib.suppress(psutil.Error, OSError):
+            if exact:
+                text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+                total += sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(("Pss:", "SwapPss:")))
+            else:
+                total += process.memory_info().rss
+    return total
+
+
+def _on_disk(folder: str) -> int:
+    total = 0
+    for _, _, names, fd in os.fwalk(folder, follow_symlinks=False):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(name, dir_fd=fd, follow_symlinks=False).st_blocks * 512
+    return total
+
+
+def _serve_calls(connection: socket.socket, submission: str) -> None:
+    """Call the functions of the exercises that the judge asks for, until it has gone."""
+    _prctl(SET_DUMPABLE, 1)
+    switch.use_exercises(submission)
+
+    def callback(number: int, args: tuple, kwargs: dict):
+        wire.send(connection, {"callback": number, "args": codec.encode(list(args)), "kwargs": codec.encode(kwargs)})
+        told = wire.receive(connection)
+        if "error" in told:
+            raise _rebuilt(told["error"])
+        return codec.decode(told["value"])
+
+    codec = wire.Codec(callback=callback)
+    while True:
+        message = wire.receive(connection)
+        try:
+            answer = {"value": codec.encode(_carry_out(message, codec))}
+        except BaseException as error:
+            answer = {"error": _described(error, f"{submission}/exercises")}
+        wire.send(connection, answer)
+
+
+def _carry_out(message: dict, codec: wire.Codec):
+    from shardlab.grading.milestones import program_of
+
+    args, kwargs = codec.decode(message["args"]), codec.decode(message["kwargs"])
+    match message["op"]:
+        case "import":
+            switch.import_exercise(message["lab"])
+        case "get":
+            module = switch.import_exercise(message["lab"])
+            return (True, getattr(module, message["name"])) if hasattr(module, message["name"]) else (False, None)
+        case "call":
+            return codec.lent[message["of"]](*args, **kwargs)
+        case "attribute":
+            return getattr(codec.lent[message["of"]], message["name"])
+        case "replace":
+            setattr(switch.import_exercise(message["lab"]), message["name"], args[0])
+        case "observe":
+            return program_of(message["function"])(*args, **kwargs)
+
+
+def _serve_launch(connection: socket.socket, submission: str) -> None:
+    """Launch the experiments that the judge asks for. This process runs no exercise; its ranks do."""
+    from shardlab import progress
+    from shardlab.launch import LaunchTimeout, RankError, launch
+
+    plan = wire.receive(connection)
+    try:
+        experiments = [Experiment.model_validate(experiment) for experiment in plan["experiments"]]
+        finished = launch(experiments, runs=plan["runs"], timeout=plan["timeout"], display=progress.Quiet(), start_method="fork")
+        answer = {"runs": [run.record_json for run in finished]}
+    except LaunchTimeout as error:
+        answer = {"timeout": str(error)}
+    except RankError as error:
+        answer = {"rank": error.rank, "experiment": error.experiment, "error": error.error, "traceback": error.rank_traceback}
+    except BaseException as error:
+        answer = {"why": f"{type(error).__name__}: {error}"}
+    wire.send(connection, answer)
