@@ -367,6 +367,57 @@ def _follow(number: int, folder: Path | None) -> None:
 
 
 @app.command()
+def grade(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="SUBMISSIONS…", help="Folders, .zip, .tar.gz or git bundles that hold 'exercises', or a folder full of them."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Where results, gradebook and feedback go. Started again, a batch goes on behind them.")
+    ],
+    labs: Annotated[str | None, typer.Option(help="Labs, such as 1,2; all by default.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Submissions at a time. By default half of the cores.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that the exercises of one submission may run.")] = 900,
+    limits_only: Annotated[
+        bool, typer.Option("--limits-only", help="Grade without bubblewrap, though it works here. For trying that out.")
+    ] = False,
+) -> None:
+    """Grade submissions, each in a box of its own, and write a gradebook, a feedback page each, and an overview of the class.
+
+    Of what the submissions say nothing is believed: milestones call their functions from outside of the box, and judge there.
+    """
+    from shardlab import hardware
+    from shardlab.grading import display, gradebook, graders, sandbox, submissions
+
+    chosen = graders.chosen_labs(labs)
+    found = submissions.find(paths)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; --out names a folder")
+    isolation = ("limits", "it was asked for with --limits-only") if limits_only else sandbox.isolation()
+    plan = graders.Plan(tuple(chosen), timeout, graders.course_digest(chosen), isolation)
+    if isolation[0] == "limits":
+        print(f"No isolation: {isolation[1]}. The submissions' code can read what this account can read.", file=sys.stderr)
+    interrupted, finished = False, {}
+    try:
+        finished = graders.grade_all(found, out, plan, jobs=jobs or max(1, hardware.cpu_cores() // 2), display=display.default())
+    except KeyboardInterrupt:
+        interrupted = True
+        there = graders.results_in(out)
+        finished = {name: there[name] for name, path in found.items() if graders.is_current(there.get(name), path, plan)}
+    book = gradebook.write(out, finished, [name for name in found if name not in finished])
+    print(f"{len(finished)} of {len(found)} graded\nGradebook: {book}")
+    print(f"Overview:  {out / 'overview.html'}\nFeedback:  {out / 'feedback'}")
+    if interrupted:
+        print("shardlab: interrupted; the same command goes on from here.", file=sys.stderr)
+        raise typer.Exit(130)
+    if again := [name for name, result in finished.items() if not result["whole"]]:
+        print(f"shardlab: not graded to the end: {', '.join(again)}. The same command tries them again.", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
 def matrix(
     labs: Annotated[list[str] | None, typer.Argument(help="Labs, such as lab01_baseline; all by default.")] = None,
     only: Annotated[str | None, typer.Option(help="solutions, skeletons, mutants, or a task number.")] = None,

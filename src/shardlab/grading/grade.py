@@ -16,17 +16,22 @@ from shardlab.grading.scoreboard import Milestone
 from shardlab.hardware import ROOT
 
 
-class InBox:
-    """Tells the plugin that the exercises are in a box."""
+class Grading:
+    """Tells the plugin of the box that the exercises are in, and the caller of the task that is being graded."""
 
-    def __init__(self, box):
-        self.box = box
+    def __init__(self, box, say):
+        self.box, self.say = box, say
 
     def pytest_configure(self, config) -> None:
-        config.stash[BOX] = self.box
+        if self.box is not None:
+            config.stash[BOX] = self.box
+
+    def pytest_runtest_setup(self, item) -> None:
+        if self.say and (marker := item.get_closest_marker("milestone")):
+            self.say(f"task {marker.kwargs['task']}")
 
 
-def grade(stem: str, *, exercises: Path | None = None, task: str | None = None, box=None) -> list[Milestone]:
+def grade(stem: str, *, exercises: Path | None = None, task: str | None = None, box=None, files=None, say=None) -> list[Milestone]:
     """The outcome of each milestone of a lab, as `pytest labs/<stem>` would report it.
 
     Args:
@@ -34,6 +39,8 @@ def grade(stem: str, *, exercises: Path | None = None, task: str | None = None, 
         exercises: the folder that holds the `exercises` package to grade; the one in use by default.
         task: only the milestones of this task.
         box: the `Box` that holds the exercises to grade, where nothing of them may run in this process.
+        files: the milestone files; those of the lab's folder by default.
+        say: called with the number of each task as it begins.
 
     Raises:
         ValueError: there is no such task.
@@ -47,8 +54,8 @@ def grade(stem: str, *, exercises: Path | None = None, task: str | None = None, 
         options += ["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             tests = temporary if box is None else box.exchange
-            plugins = [InBox(box)] if box else []
-            code = pytest.main([str(ROOT / "labs" / stem), *options, f"--basetemp={tests}/pytest"], plugins=plugins)
+            paths = [str(path) for path in files or [ROOT / "labs" / stem]]
+            code = pytest.main([*paths, *options, f"--basetemp={tests}/pytest"], plugins=[Grading(box, say)])
         printed = output.getvalue().strip()
         if task and code == pytest.ExitCode.USAGE_ERROR:
             raise ValueError(printed.splitlines()[-1])

@@ -148,14 +148,12 @@ class BoxedLab(Lab):
             raise ModuleNotFoundError(f"there is no exercises/{self.path.name}")
         if self._caller is None:
             caller = self._box.caller()
-            caller.seconds = IMPORT_SECONDS
             try:
                 caller.ask({"op": "import", "lab": self.stem})
             except Exception as error:
                 # What does not come in now does not come in for the next task either, and need not be waited for again.
                 self._box.broken_imports[self.stem] = error
                 raise
-            caller.seconds = CALL_SECONDS
             self._caller = caller
         return self._caller.ask(request | {"lab": self.stem}, args, kwargs)
 
@@ -185,10 +183,6 @@ class BoxedLab(Lab):
     def close(self) -> None:
         if self._caller is not None:
             self._caller.close()
-
-
-IMPORT_SECONDS, CALL_SECONDS = 30.0, 60.0
-"""How long exercises in a box may take to be imported, and to answer one call."""
 
 
 def program_of(name: str):

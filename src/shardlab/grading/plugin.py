@@ -48,7 +48,10 @@ BOX = pytest.StashKey()
 
 def _marker(item):
     marker = item.get_closest_marker("milestone")
-    return (str(marker.kwargs["task"]), int(marker.kwargs["points"])) if marker else None
+    if not marker:
+        return None
+    hidden = item.path.name.startswith("hidden_")
+    return str(marker.kwargs["task"]), 0 if hidden else int(marker.kwargs["points"]), hidden
 
 
 def pytest_collection_modifyitems(config, items) -> None:
@@ -65,7 +68,7 @@ def pytest_collection_modifyitems(config, items) -> None:
 @pytest.fixture
 def lab(request):
     """The exercise module that belongs to this milestone file."""
-    stem, box = request.module.__name__.removeprefix("test_"), request.config.stash.get(BOX, None)
+    stem, box = _stem(request.path), request.config.stash.get(BOX, None)
     module = Lab(stem) if box is None else BoxedLab(stem, box)
     yield module
     module.close()
@@ -98,7 +101,7 @@ def pytest_runtest_makereport(item, call):
     mark = _marker(item)
     if not mark or (report.when != "call" and report.passed):
         return report
-    task, points = mark
+    task, points, hidden = mark
     verdict, message = "passed", ""
     if report.skipped:
         verdict, message = "not run", str(call.excinfo.value)
@@ -109,10 +112,13 @@ def pytest_runtest_makereport(item, call):
         report.longrepr = message
     if report.when == "teardown":  # it has its line already
         item.config.stash[_outcomes].pop()
-    item.config.stash[_outcomes].append(
-        Milestone(lab=item.path.parent.name, task=task, name=item.name, points=points, verdict=verdict, message=message)
-    )
+    item.config.stash[_outcomes].append(Milestone(_stem(item.path), task, item.name, points, verdict, message, hidden))
     return report
+
+
+def _stem(path: Path) -> str:
+    """The lab of a milestone file: `test_<lab>.py`, or `hidden_<lab>.py` where a release leaves it out."""
+    return path.stem.removeprefix("test_").removeprefix("hidden_")
 
 
 def _is_unwritten(error: BaseException) -> bool:

@@ -36,7 +36,7 @@ from shardlab.runs import Experiment, Run
 
 MEMORY = 8 * 2**30
 """Bytes that all processes of a box may hold together."""
-DISK = 2 * 2**30
+DISK = 2**30
 """Bytes that a box may leave on disk, and as many in its /tmp and its /dev/shm."""
 PROCESSES = 64
 """How many processes may be in a box at once."""
@@ -95,7 +95,8 @@ class Box:
     def __init__(self, submission: Path, exchange: Path, visible: tuple[Path, ...] = (), kind: str | None = None):
         self.kind = kind or isolation()[0]
         self.submission, self.exchange, self.visible = submission, exchange, visible
-        self.deadline: float | None = None
+        self.seconds, self._used = float("inf"), 0.0
+        self.call_seconds = 60.0
         self.work = Path(tempfile.mkdtemp(prefix="shardlab-box-"))
         inside = self.work / "exchange" if self.isolated else exchange
         for folder in (exchange, inside, self.work / "ops", self.work / "home"):
@@ -251,10 +252,21 @@ class Box:
         if not target.exists():
             shutil.copytree(ops.library(op).parent, target, ignore=shutil.ignore_patterns("lock"))
 
-    def limit(self, seconds: float) -> float:
-        """The moment at which something that may take so many seconds is too late, the box's own deadline considered."""
-        end = time.monotonic() + seconds
-        return end if self.deadline is None else min(end, self.deadline)
+    @contextlib.contextmanager
+    def timed(self, seconds: float):
+        """How long something may take: so many seconds, or what is left of the box's own. What is done within counts.
+
+        Raises:
+            TookTooLong: nothing is left.
+        """
+        left = self.seconds - self._used
+        if left <= 0:
+            raise TookTooLong(f"the submission's time of {self.seconds:g} s is used up")
+        started = time.monotonic()
+        try:
+            yield min(seconds, left)
+        finally:
+            self._used += time.monotonic() - started
 
     def caller(self) -> Caller:
         """A new process that imports the exercises and calls their functions."""
@@ -275,12 +287,10 @@ class Box:
         for op in dict.fromkeys(op for experiment in experiments for op in ops.needed_by(experiment.deepspeed)):
             self.provide(op)
         self.push()
-        seconds = self.limit(timeout) - time.monotonic()
-        connection = self._ask_supervisor({"run": "launcher"})
-        with connection:
+        with self.timed(timeout) as seconds, self._ask_supervisor({"run": "launcher"}) as connection:
             try:
                 plan = {"experiments": [e.model_dump() for e in experiments], "runs": str(runs), "timeout": seconds}
-                wire.send(connection, plan, self.limit(10))
+                wire.send(connection, plan, time.monotonic() + 10)
                 told = wire.receive(connection, time.monotonic() + seconds + 20)
             except wire.WireTimeout:
                 self.end()
@@ -314,40 +324,43 @@ class Caller:
     def __init__(self, box: Box, connection: socket.socket):
         self.box, self.connection = box, connection
         self.codec = wire.Codec(ask=self.ask)
-        self.seconds = 60.0
 
     def ask(self, request: dict, args: tuple = (), kwargs: dict | None = None):
         """Send a request and wait for its answer; functions of this side that were handed over are called meanwhile.
 
         Raises:
-            TookTooLong: no answer within `seconds`.
+            TookTooLong: no answer within the box's `call_seconds`.
             BoxEnded: the process has gone.
             Exception: what the exercise raised, as a built-in type where it was one, else `RemoteError`.
         """
         self.box.push()
-        deadline = self.box.limit(self.seconds)
-        try:
-            wire.send(self.connection, request | self._arguments(args, kwargs or {}), deadline)
-            while True:
-                told = wire.receive(self.connection, deadline)
-                if "callback" not in told:
-                    break
-                wire.send(self.connection, self._call_back(told), deadline)
-        except wire.WireTimeout:
-            self.close()
-            raise TookTooLong(f"it did not come back within {self.seconds:g} s, and was ended") from None
-        except wire.WireError as error:
-            why = self.box.why_ended() if "gone" in str(error) else str(error)
-            self.box.end()
-            raise BoxEnded(why) from None
-        finally:
-            self.box.pull()
+        with self.box.timed(self.box.call_seconds) as seconds:
+            told = self._told(request | self._arguments(args, kwargs or {}), seconds)
         if "error" in told:
             raise _rebuilt(told["error"])
         try:
             return self.codec.decode(told.get("value"))
         except wire.WireError as error:
             raise BoxEnded(str(error)) from None
+
+    def _told(self, request: dict, seconds: float) -> dict:
+        deadline = time.monotonic() + seconds
+        try:
+            wire.send(self.connection, request, deadline)
+            while True:
+                told = wire.receive(self.connection, deadline)
+                if "callback" not in told:
+                    return told
+                wire.send(self.connection, self._call_back(told), deadline)
+        except wire.WireTimeout:
+            self.close()
+            raise TookTooLong(f"it did not come back within {seconds:.0f} s, and was ended") from None
+        except wire.WireError as error:
+            why = self.box.why_ended() if isinstance(error, wire.Gone) else str(error)
+            self.box.end()
+            raise BoxEnded(why) from None
+        finally:
+            self.box.pull()
 
     def _arguments(self, args: tuple, kwargs: dict) -> dict:
         return {"args": self.codec.encode(list(args)), "kwargs": self.codec.encode(kwargs)}
@@ -586,7 +599,7 @@ def _supervise(control: socket.socket, watch: socket.socket, setup: dict) -> Non
     if watcher == 0:
         control.close()
         try:
-            _watch_over(supervisor, watch, setup["disk"])
+            _watch_over(supervisor, watch, setup)
         finally:
             os._exit(0)
     watch.close()
@@ -609,8 +622,9 @@ def _supervise(control: socket.socket, watch: socket.socket, setup: dict) -> Non
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             control.close()
             _prctl(DIE_WITH_PARENT, signal.SIGKILL)
+            _prctl(SET_DUMPABLE, 1)  # the watch could not read what they hold
             with contextlib.suppress(OSError):
-                os.nice(5)
+                os.nice(10)
             with contextlib.suppress(BaseException):
                 serve[request["run"]](end, setup["submission"])
             os._exit(0)
@@ -654,39 +668,49 @@ def _end_below(process: int, *keep: int) -> None:
         time.sleep(0.01)
 
 
-def _watch_over(supervisor: int, connection: socket.socket, disk: str) -> None:
-    me = os.getpid()
+def _watch_over(supervisor: int, connection: socket.socket, setup: dict) -> None:
+    me, alone = os.getpid(), setup["namespaces_of"] is not None
     _prctl(DIE_WITH_PARENT, signal.SIGKILL)
     checked = 0.0
     while os.getppid() == supervisor:
         time.sleep(WATCH_SECONDS)
-        below = [process for process in _below(supervisor) if process.pid != me]
+        # In namespaces of its own, every process that is seen belongs to the box.
+        below = [int(name) for name in os.listdir("/proc") if name.isdigit()] if alone else [p.pid for p in _below(supervisor)]
+        below = [process for process in below if process not in (me, supervisor)]
         why = ""
         if len(below) > PROCESSES:
             why = f"it started more than {PROCESSES} processes"
-        elif _held(below, exact=False) > MEMORY and _held(below, exact=True) > MEMORY:
+        elif _held(below, supervisor) > MEMORY:
             why = f"it took more than {MEMORY / 2**30:g} GiB of memory"
         elif time.monotonic() - checked > 1:
             checked = time.monotonic()
-            if _on_disk(disk) > DISK:
+            if _on_disk(setup["disk"]) > DISK:
                 why = f"it wrote more than {DISK / 2**30:g} GiB"
         if why:
             with contextlib.suppress(wire.WireError):
                 wire.send(connection, {"why": why}, time.monotonic() + 1)
+            if alone:
+                os.kill(-1, signal.SIGKILL)  # all at once, the supervisor too, so that nothing outruns it
             _end_below(supervisor, me)
 
 
-def _held(processes: list[psutil.Process], *, exact: bool) -> int:
-    """Bytes of memory that processes hold. What they share with the supervisor counts again and again unless `exact`."""
-    total = 0
-    for process in processes:
-        with contextlib.suppress(psutil.Error, OSError):
-            if exact:
-                text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-                total += sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(("Pss:", "SwapPss:")))
-            else:
-                total += process.memory_info().rss
-    return total
+def _held(processes: list[int], supervisor: int) -> int:
+    """Bytes of memory that processes hold beyond what each shares with the supervisor that it was forked from.
+
+    Looking closer (smaps) would have to wait for processes that are just forking; a fork bomb would stop the watch. A program of
+    another kind is so counted too low; where memory runs short, the kernel ends processes of a box first.
+    """
+    with contextlib.suppress(OSError):
+        shared = _resident(supervisor)
+        return sum(max(0, _resident(process) - shared) for process in processes)
+    return 0
+
+
+def _resident(process: int) -> int:
+    with contextlib.suppress(OSError):
+        _, resident, of_files, *_ = Path(f"/proc/{process}/statm").read_text().split()
+        return (int(resident) - int(of_files)) * resource.getpagesize()
+    return 0
 
 
 def _on_disk(folder: str) -> int:
@@ -700,7 +724,6 @@ def _on_disk(folder: str) -> int:
 
 def _serve_calls(connection: socket.socket, submission: str) -> None:
     """Call the functions of the exercises that the judge asks for, until it has gone."""
-    _prctl(SET_DUMPABLE, 1)
     switch.use_exercises(submission)
 
     def callback(number: int, args: tuple, kwargs: dict):

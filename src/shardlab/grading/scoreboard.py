@@ -19,19 +19,20 @@ class Milestone:
     points: int
     verdict: str
     message: str = ""
+    hidden: bool = False
 
     @property
     def earned(self) -> int:
         return self.points if self.verdict == "passed" else 0
 
 
-def _order(task: str) -> list[int]:
+def task_order(task: str) -> list[int]:
     return [int(part) for part in task.split(".")]
 
 
 def next_step(milestones: list[Milestone]) -> str:
     """One sentence: the first task that is not passed, or that all is done."""
-    for milestone in sorted(milestones, key=lambda m: _order(m.task)):
+    for milestone in sorted(milestones, key=lambda m: task_order(m.task)):
         if milestone.verdict == "failed":
             return f"Next: task {milestone.task} fails; its message above says what came and what should have."
         if milestone.verdict == "not implemented":
@@ -49,7 +50,7 @@ def render(milestones: list[Milestone], width: int = 110) -> str:
 
     console = Console(file=io.StringIO(), width=width)
     for lab in dict.fromkeys(m.lab for m in milestones):
-        mine = sorted((m for m in milestones if m.lab == lab), key=lambda m: _order(m.task))
+        mine = sorted((m for m in milestones if m.lab == lab), key=lambda m: task_order(m.task))
         table = Table(title=lab, title_justify="left")
         for heading, justify in (("task", "right"), ("milestone", "left"), ("verdict", "left"), ("points", "right")):
             table.add_column(heading, justify=justify)

@@ -26,7 +26,11 @@ ITEMS = 1_000_000
 
 
 class WireError(RuntimeError):
-    """The other side has gone, or has sent what is no message."""
+    """The other side has sent what is no message, or nothing."""
+
+
+class Gone(WireError):
+    """The other side has closed its end, or its process has ended."""
 
 
 class WireTimeout(WireError):
@@ -269,7 +273,8 @@ def send(connection: socket.socket, message: dict, deadline: float | None = None
     """Send one message whole.
 
     Raises:
-        WireError: the other side has gone, or does not read.
+        Gone: the other side has gone.
+        WireTimeout: it does not read.
     """
     data = json.dumps(message).encode()
     rest = memoryview(struct.pack(">Q", len(data)) + data)
@@ -280,7 +285,7 @@ def send(connection: socket.socket, message: dict, deadline: float | None = None
         except BlockingIOError:
             continue
         except OSError as error:
-            raise WireError(f"the other side has gone ({error.strerror})") from None
+            raise Gone(f"the other side has gone ({error.strerror})") from None
 
 
 def receive(connection: socket.socket, deadline: float | None = None) -> dict:
@@ -288,7 +293,8 @@ def receive(connection: socket.socket, deadline: float | None = None) -> dict:
 
     Raises:
         WireTimeout: it did not come before `deadline` (of `time.monotonic()`).
-        WireError: the other side has gone, or has sent something else.
+        Gone: the other side has gone.
+        WireError: it has sent something else.
     """
     (length,) = struct.unpack(">Q", _read(connection, 8, deadline))
     if length > LIMIT:
@@ -309,9 +315,9 @@ def _read(connection: socket.socket, length: int, deadline: float | None) -> byt
         try:
             part = connection.recv(min(length - len(data), 2**20))
         except OSError as error:
-            raise WireError(f"the other side has gone ({error.strerror})") from None
+            raise Gone(f"the other side has gone ({error.strerror})") from None
         if not part:
-            raise WireError("the other side has gone")
+            raise Gone("the other side has gone")
         data += part
     return bytes(data)
 

@@ -1,0 +1,411 @@
+"""Grading many submissions: judges side by side, each with one box at a time; results that survive an interruption.
+
+OUT/results/<submission>.json     what came of each; a batch that is started again goes on behind them
+OUT/gradebook.csv, …              written by `gradebook.py` from the results alone
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+from shardlab.grading import submissions
+from shardlab.grading.scoreboard import Milestone
+from shardlab.hardware import ROOT
+
+FORMAT = 1
+HIDDEN = ROOT / "solutions" / "hidden"
+"""Milestones that a release leaves out: the same invariants with other numbers."""
+JUDGE_MEMORY = 16 * 2**30
+GRACE = 600.0
+"""Seconds that a judge may take beyond a submission's own time: its reference runs, and opening the submission."""
+
+
+class GradingError(ValueError):
+    """A batch that cannot be graded; the message says why and what to do."""
+
+
+# --- what there is to grade -------------------------------------------------------------------------------------------
+
+
+def files_of(stem: str) -> list[Path]:
+    """The milestone files of a lab: the learner's own, and the hidden ones where they are."""
+    paths = [ROOT / "labs" / stem / f"test_{stem}.py", HIDDEN / f"hidden_{stem}.py"]
+    return [path for path in paths if path.exists()]
+
+
+def milestones_of(stem: str) -> list[Milestone]:
+    """Every milestone of a lab, as a submission of which nothing is proven gets it."""
+    found = []
+    for path in files_of(stem):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for decorator in node.decorator_list if isinstance(node, ast.FunctionDef) else []:
+                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.milestone":
+                    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in decorator.keywords}
+                    found.append(
+                        Milestone(
+                            lab=stem,
+                            task=str(given["task"]),
+                            name=node.name,
+                            points=int(given.get("points", 0)),
+                            verdict="failed",
+                            message="its grading did not come to its end",
+                            hidden=path.parent == HIDDEN,
+                        )
+                    )
+    return found
+
+
+def course_digest(labs: list[str]) -> str:
+    """A digest of everything that a grade depends on besides the submission."""
+    whole = hashlib.sha256()
+    library = sorted((ROOT / "src" / "shardlab").rglob("*.py"))
+    for path in [*library, ROOT / "constraints.txt", *(path for stem in labs for path in files_of(stem))]:
+        if path.exists():
+            whole.update(str(path.relative_to(ROOT)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return whole.hexdigest()
+
+
+def chosen_labs(words: str | None) -> list[str]:
+    """The labs that "1,2" or "lab02_zero_stages" name; all by default.
+
+    Raises:
+        GradingError: there is no such lab.
+    """
+    known = sorted(path.name for path in (ROOT / "labs").glob("lab*") if files_of(path.name))
+    if not words:
+        return known
+    found = []
+    for word in words.split(","):
+        word = word.strip()
+        wanted = [stem for stem in known if stem == word or (word.isdigit() and stem.startswith(f"lab{int(word):02d}_"))]
+        if not wanted:
+            raise GradingError(f"there is no lab {word!r}; there are {', '.join(known)} (1, 2, … for short)")
+        found += wanted
+    return sorted(dict.fromkeys(found))
+
+
+# --- one submission ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all submissions of a batch are graded with.
+
+    Attributes:
+        labs: stems.
+        seconds: how long the exercises of one submission may run, all labs together.
+        call_seconds: how long they may take for one call.
+        course: `course_digest(labs)`.
+        isolation: "bubblewrap" or "limits", and why not bubblewrap.
+    """
+
+    labs: tuple[str, ...]
+    seconds: float
+    course: str
+    isolation: tuple[str, str]
+    call_seconds: float = 60.0
+
+
+def grade_submission(name: str, path: Path, plan: Plan, tell: Callable[[str], None] = lambda at: None) -> dict:
+    """Grade one submission in a box. Whatever goes wrong is in the result, and what is not proven has not passed.
+
+    Args:
+        name: of the submission.
+        path: folder, archive or bundle.
+        plan: how.
+        tell: called with what is being done.
+    """
+    from shardlab.grading.grade import grade
+    from shardlab.grading.milestones import visible_folder
+    from shardlab.grading.sandbox import Box
+
+    started = time.monotonic()
+    result = empty_result(name, path, plan)
+    proven = {}
+    work = Path(tempfile.mkdtemp(prefix="shardlab-judge-"))
+    try:
+        tell("opening")
+        opened = submissions.open_submission(path, work / "submission")
+        result |= {"digest": opened.digest, "notes": opened.notes}
+        box = Box(work / "submission", work / "exchange", (visible_folder(),), kind=plan.isolation[0])
+        box.seconds, box.call_seconds = plan.seconds, plan.call_seconds
+        with box:
+            for stem in plan.labs:
+                tell(stem)
+                for milestone in grade(stem, box=box, files=files_of(stem), say=tell):
+                    proven[milestone.lab, milestone.name] = milestone
+                shutil.rmtree(work / "exchange", ignore_errors=True)
+                (work / "exchange").mkdir()
+    except submissions.SubmissionError as error:
+        result |= {"error": str(error)}
+    except Exception as error:
+        result |= {"error": f"the grading ended: {type(error).__name__}: {str(error)[:2000]}", "whole": False}
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    for entry in result["milestones"]:
+        if milestone := proven.get((entry["lab"], entry["name"])):
+            entry |= {"verdict": milestone.verdict, "message": milestone.message}
+        elif result["error"]:
+            entry["message"] = result["error"]
+    return result | {"seconds": round(time.monotonic() - started, 2)}
+
+
+def empty_result(name: str, path: Path, plan: Plan) -> dict:
+    """The result of a submission of which nothing is proven yet."""
+    return {
+        "format": FORMAT,
+        "name": name,
+        "source": str(path),
+        "digest": "",
+        "course": plan.course,
+        "labs": list(plan.labs),
+        "isolation": list(plan.isolation),
+        "whole": True,
+        "error": "",
+        "notes": [],
+        "seconds": 0.0,
+        "graded": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "milestones": [asdict(milestone) for stem in plan.labs for milestone in milestones_of(stem)],
+    }
+
+
+# --- a judge ----------------------------------------------------------------------------------------------------------
+
+
+class _NoExercises:
+    """Keeps a judge from importing exercises by mistake: whatever is called so on its path is not to be trusted."""
+
+    def find_spec(self, name: str, path=None, target=None):
+        if name.partition(".")[0] == "exercises":
+            raise ImportError("a judge imports no exercises; they run in a box")
+
+
+def _judge(connection: Connection, lifeline: Connection, plan: Plan, log: str, work: str) -> None:
+    """A judge's life: one submission after the other, until the batch has no more or has gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tempfile.tempdir = work
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for fd in (1, 2):
+        os.dup2(file, fd)
+
+    def end_with_the_batch() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            lifeline.recv()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=end_with_the_batch, daemon=True).start()
+    sys.meta_path.insert(0, _NoExercises())
+    # This process comes from the fork server itself, which is not its child; it runs, and boxes and ranks come from it too.
+    from multiprocessing import forkserver
+
+    forkserver._forkserver.ensure_running = lambda: None
+    forkserver.ensure_running = lambda: None
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (JUDGE_MEMORY if hard < 0 else min(JUDGE_MEMORY, hard), hard))
+    while (task := connection.recv()) is not None:
+        name, path = task
+        connection.send(("done", grade_submission(name, path, plan, lambda at: connection.send(("at", at)))))
+
+
+# --- a batch ----------------------------------------------------------------------------------------------------------
+
+
+class Display:
+    """Shows nothing. What a batch tells its display."""
+
+    def begin(self, waiting: int, kept: int, judges: int) -> None: ...
+
+    def at(self, judge: int, name: str, what: str) -> None: ...
+
+    def done(self, judge: int, result: dict) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class _Judge:
+    """A judge as the batch sees it."""
+
+    def __init__(self, number: int, plan: Plan, out: Path):
+        self.number, self.plan, self.out = number, plan, out
+        self.task: tuple[str, Path] | None = None
+        self.since = 0.0
+        self._start()
+
+    def _start(self) -> None:
+        from shardlab.launch import _bare_main
+
+        context = get_context("forkserver")
+        self.connection, theirs = context.Pipe()
+        self.lifeline, watched = context.Pipe()
+        log = self.out / "logs" / f"judge-{self.number}.log"
+        work = work_folder(self.out) / f"judge-{self.number}"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        self.process = context.Process(target=_judge, args=(theirs, watched, self.plan, str(log), str(work)))
+        with _bare_main():
+            self.process.start()
+        theirs.close()
+        watched.close()
+
+    def give(self, task: tuple[str, Path]) -> None:
+        self.task, self.since = task, time.monotonic()
+        self.connection.send(task)
+
+    def again(self) -> None:
+        """Another one in its place: it has ended, or does not come back."""
+        self.stop()
+        self._start()
+
+    def stop(self) -> None:
+        self.lifeline.close()
+        self.connection.close()
+        self.process.join(10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def work_folder(out: Path) -> Path:
+    """Where judges keep what is gone when the batch is over."""
+    return (out / ".work").resolve()
+
+
+def results_in(out: Path) -> dict[str, dict]:
+    """The results in an output folder, by the submissions' names. A file that is damaged counts as not there."""
+    found = {}
+    for path in sorted((out / "results").glob("*.json")):
+        with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+            result = json.loads(path.read_text(encoding="utf-8"))
+            if result["format"] == FORMAT:
+                found[result["name"]] = result
+    return found
+
+
+def keep_result(out: Path, result: dict) -> None:
+    """Write one result so that it is there whole or not at all."""
+    path = out / "results" / f"{submissions.file_name(result['name'])}.json"
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="surrogateescape")
+    os.replace(temporary, path)
+
+
+def is_current(result: dict | None, path: Path, plan: Plan) -> bool:
+    """Whether a result is that of this very submission under this very course, so that it need not be graded again."""
+    if result is None or not result["whole"] or result["course"] != plan.course or result["labs"] != list(plan.labs):
+        return False
+    if result["isolation"][0] != plan.isolation[0] or result["source"] != str(path):
+        return False
+    return result.get("state") == state_of(path)
+
+
+def state_of(path: Path) -> str:
+    """A cheap mark of a submission's state: names, sizes and times of its files."""
+    whole = hashlib.sha256()
+    paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for each in paths:
+        with contextlib.suppress(OSError):
+            status = each.lstat()
+            whole.update(f"{os.fsencode(each)!r} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return whole.hexdigest()[:16]
+
+
+def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, display: Display | None = None) -> dict[str, dict]:
+    """Grade submissions, `jobs` at a time, and keep each result as soon as it is there.
+
+    Args:
+        found: submissions by name.
+        out: the output folder; current results in it are not made again.
+        plan: how.
+        jobs: judges.
+        display: told of the progress.
+
+    Returns:
+        The results by name, of all submissions that have one.
+    """
+    from shardlab.launch import warm_up
+
+    display = display or Display()
+    for folder in ("results", "logs"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    there = results_in(out)
+    kept = {name: there[name] for name, path in found.items() if is_current(there.get(name), path, plan)}
+    waiting = [(name, path) for name, path in found.items() if name not in kept]
+    finished = dict(kept)
+    if not waiting:
+        return finished
+    _forget_the_environment()
+    warm_up()
+    jobs = max(1, min(jobs, len(waiting)))
+    display.begin(len(waiting), len(kept), jobs)
+    judges: list[_Judge] = []
+
+    def take(judge: _Judge, result: dict) -> None:
+        name, path = judge.task
+        result |= {"state": state_of(path)}
+        judge.task = None
+        keep_result(out, result)
+        finished[name] = result
+        display.done(judge.number, result)
+
+    try:
+        judges += [_Judge(number, plan, out) for number in range(jobs)]
+        while waiting or any(judge.task for judge in judges):
+            for judge in judges:
+                if judge.task is None and waiting:
+                    judge.give(waiting.pop(0))
+                    display.at(judge.number, judge.task[0], "waiting for a judge")
+            for ready in wait([judge.connection for judge in judges if judge.task], timeout=1):
+                judge = next(judge for judge in judges if judge.connection is ready)
+                try:
+                    kind, what = judge.connection.recv()
+                except (EOFError, OSError):
+                    lost = empty_result(*judge.task, plan) | {"whole": False, "error": "the judge ended while it graded this"}
+                    take(judge, _with_reason(lost))
+                    judge.again()
+                    continue
+                if kind == "at":
+                    display.at(judge.number, judge.task[0], what)
+                else:
+                    take(judge, what)
+            for judge in judges:
+                if judge.task and time.monotonic() - judge.since > plan.seconds + GRACE:
+                    lost = empty_result(*judge.task, plan) | {"whole": False, "error": "the judge did not come back and was ended"}
+                    take(judge, _with_reason(lost))
+                    judge.again()
+    finally:
+        for judge in judges:
+            judge.stop()
+        shutil.rmtree(work_folder(out), ignore_errors=True)
+        display.end()
+    return finished
+
+
+def _with_reason(result: dict) -> dict:
+    for milestone in result["milestones"]:
+        milestone["message"] = result["error"]
+    return result
+
+
+def _forget_the_environment() -> None:
+    """Take what is nobody's business out of this process's environment before the fork server, and so every box, inherits it."""
+    kept = ("PATH", "HOME", "LANG", "TMPDIR", "TERM", "COLUMNS", "XDG_CACHE_HOME", "VIRTUAL_ENV", "TORCH_EXTENSIONS_DIR", "HF_HOME")
+    prefixes = ("LC_", "SHARDLAB_", "CUDA_", "NVIDIA_", "TORCH_CUDA_", "LD_LIBRARY_PATH", "SLURM", "PYTEST_", "CC", "CXX")
+    for name in list(os.environ):
+        if name not in kept and not name.startswith(prefixes):
+            del os.environ[name]
