@@ -33,6 +33,7 @@ import psutil
 from shardlab import hardware, ops, switch
 from shardlab.grading import wire
 from shardlab.runs import Experiment, Run
+from shardlab.tampering import WATCHED
 
 MEMORY = 8 * 2**30
 """Bytes that all processes of a box may hold together."""
@@ -104,7 +105,7 @@ class Box:
         self.files = Exchange(exchange, inside) if self.isolated else None
         self.broken_imports: dict[str, Exception] = {}
         self.launched: dict[str, list[Run]] = {}
-        self._bwrap = self._control = self._watch = self._process = None
+        self._bwrap = self._first = self._control = self._watch = self._process = None
 
     @property
     def isolated(self) -> bool:
@@ -179,7 +180,7 @@ class Box:
             told = pipe.read()
         if not told:
             raise BoxEnded(f"bubblewrap could not make a box: {self._bwrap.communicate()[0]}")
-        first = json.loads(told)["child-pid"]
+        self._first = first = json.loads(told)["child-pid"]
         # The information comes before the mounts are made; `sleep` is the sign that they are.
         end = time.monotonic() + 10
         while self._bwrap.poll() is None and time.monotonic() < end:
@@ -223,14 +224,21 @@ class Box:
             if connection is not None:
                 connection.close()
         if self._bwrap is not None:
-            self._bwrap.kill()
-            self._bwrap.communicate()
+            # With its first process a namespace ends whole; bwrap sees that, and goes too.
+            if self._bwrap.poll() is None and self._first is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._first, signal.SIGKILL)
+            try:
+                self._bwrap.communicate(timeout=5)
+            except subprocess.TimeoutExpired:
+                self._bwrap.kill()
+                self._bwrap.communicate()
         if self._process is not None:
             self._process.join(10)
             if self._process.is_alive():
                 self._process.kill()
                 self._process.join()
-        self._bwrap = self._control = self._watch = self._process = None
+        self._bwrap = self._first = self._control = self._watch = self._process = None
 
     def close(self) -> None:
         """End it, and remove what it left on disk."""
@@ -583,7 +591,7 @@ def _supervise(control: socket.socket, watch: socket.socket, setup: dict) -> Non
     kept = ("PATH", "LANG", "LC_ALL", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST")
     variables |= {name: os.environ[name] for name in kept if name in os.environ}
     os.environ.clear()
-    os.environ.update(variables | {"TORCH_EXTENSIONS_DIR": setup["ops"], switch.VARIABLE: setup["submission"]})
+    os.environ.update(variables | {"TORCH_EXTENSIONS_DIR": setup["ops"], switch.VARIABLE: setup["submission"], WATCHED: "1"})
     tempfile.tempdir = None
     _drop_privileges()
     _prctl(SET_DUMPABLE, 0)  # or the exercises, which run as the same user, could write into this process

@@ -148,7 +148,7 @@ def _entries(path: Path, opened: Opened) -> Iterator[tuple[PurePosixPath, callab
         return _in_folder(path, opened)
     if name.endswith(".bundle"):
         return _in_bundle(path, opened)
-    if zipfile.is_zipfile(path):
+    if name.endswith(".zip"):
         return _in_zip(path, opened)
     if name.endswith((".tar", ".tar.gz", ".tgz")):
         return _in_tar(path, opened)
@@ -285,7 +285,8 @@ def _keep(entries, target: Path, opened: Opened) -> None:
         else:
             found.setdefault(PurePosixPath(*parts[: at + 1]), {})[PurePosixPath(*parts[at + 1 :])] = content
     if not found:
-        raise SubmissionError("no folder `exercises` with Python files in it was found. Hand in src/exercises as it is.")
+        why = f" ({'; '.join(opened.notes[:5])})" if opened.notes else ""
+        raise SubmissionError(f"no folder `exercises` with Python files in it was found{why}. Hand in src/exercises as it is.")
     # `src/exercises` beside another one is the learner's own copy of the course.
     folders = sorted(found, key=lambda folder: (len(folder.parts) - (folder.parts[-2:-1] == ("src",)), folder))
     opened.notes += [f"{folder} was left out: {folders[0]} was graded" for folder in folders[1:]]
