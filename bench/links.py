@@ -1,6 +1,6 @@
 """What the link between GPUs moves: seconds of NCCL's collectives by size, for `shardlab.scaling`.
 
-    torchrun --nproc-per-node 4 bench/links.py --out mine.json
+torchrun --nproc-per-node 4 bench/links.py --out mine.json
 """
 
 import argparse

@@ -34,14 +34,15 @@ class Kind:
         make: called with a folder that does not exist yet; returns what is handed in.
         passes: the tasks that must pass; every other one must not.
         says: what must be in its row: a part of its error, of its notes, or of the message of a task that has not passed.
-        slow: it waits for a time limit.
+        confined: it does nothing beyond its own process, so that it can be graded without walls around it. The others are
+            never to be run outside of a box: they kill, delete and overwrite all that they can reach.
     """
 
     name: str
     make: Callable[[Path], Path]
     passes: tuple[str, ...]
     says: str = ""
-    slow: bool = False
+    confined: bool = False
 
 
 ALL, NONE = tuple(TASKS), ()
@@ -317,20 +318,20 @@ for address in (("127.0.0.1", 22), ("10.0.0.1", 80), ("1.1.1.1", 53)):
         pass"""
 
 KINDS = [
-    Kind("complete", lambda f: package(f, solution()), ALL),
-    Kind("untouched", lambda f: package(f, skeleton(solution(), f"src/exercises/{STEM}.py")), NONE, "Task 2.1"),
-    Kind("half done", lambda f: package(f, half(4)), ("2.1", "2.2", "2.3", "2.4"), "Task 2.5"),
-    Kind("syntax error", lambda f: package(f, in_front("def broken(:\n    pass")), NONE, "SyntaxError"),
-    Kind("import hangs", lambda f: package(f, in_front("import time\ntime.sleep(10**6)")), NONE, "did not come back", slow=True),
-    Kind("infinite loop", lambda f: package(f, in_task("2.5", "while True:\n    pass")), without("2.5"), "did not come back", slow=True),
-    Kind("sys.exit at import", lambda f: package(f, in_front("import sys\nsys.exit(0)")), NONE, "SystemExit"),
+    Kind("complete", lambda f: package(f, solution()), ALL, confined=True),
+    Kind("untouched", lambda f: package(f, skeleton(solution(), f"src/exercises/{STEM}.py")), NONE, "Task 2.1", confined=True),
+    Kind("half done", lambda f: package(f, half(4)), ("2.1", "2.2", "2.3", "2.4"), "Task 2.5", confined=True),
+    Kind("syntax error", lambda f: package(f, in_front("def broken(:\n    pass")), NONE, "SyntaxError", confined=True),
+    Kind("import hangs", lambda f: package(f, in_front("import time\ntime.sleep(10**6)")), NONE, "did not come back"),
+    Kind("infinite loop", lambda f: package(f, in_task("2.5", "while True:\n    pass")), without("2.5"), "did not come back", confined=True),
+    Kind("sys.exit at import", lambda f: package(f, in_front("import sys\nsys.exit(0)")), NONE, "SystemExit", confined=True),
     Kind("fork bomb", lambda f: package(f, in_front(FORK_BOMB)), NONE, "processes"),
-    Kind("50 GB allocated", lambda f: package(f, in_task("2.8", MEMORY)), without("2.8"), "MemoryError"),
+    Kind("50 GB allocated", lambda f: package(f, in_task("2.8", MEMORY)), without("2.8"), "MemoryError", confined=True),
     Kind("memory in children", lambda f: package(f, in_task("2.8", MEMORY_IN_CHILDREN)), without("2.8"), "memory"),
     Kind("full disk", lambda f: package(f, in_front(FULL_DISK)), ALL),
     Kind("files deleted", lambda f: package(f, in_front(DELETE)), without("2.3", "2.7")),
     Kind("stdout flooded", lambda f: package(f, in_front(FLOOD)), ALL),
-    Kind("wrong encoding", lambda f: package(f, solution().replace('"""', '"""Übung ', 1).encode("latin-1", "replace")), NONE, "utf-8"),
+    Kind("wrong encoding", lambda f: package(f, solution().replace('"""', '"""Übung ', 1).encode("latin-1", "replace")), NONE, "utf-8", confined=True),
     Kind("a link", with_link, NONE, "link"),
     Kind("a link in an archive", lambda f: tarred(f, {"a": link(f"exercises/{STEM}.py", str(EXERCISES / f"{STEM}.py"))}), NONE, "link"),
     Kind("a path out of the archive", lambda f: tarred(f, {f"exercises/../../../{STEM}.py": b"x = 1"}), NONE, "leads out"),
@@ -338,23 +339,23 @@ KINDS = [
     Kind("zip bomb", zip_bomb, NONE, "larger than"),
     Kind("tar bomb", tar_bomb, NONE, "MiB"),
     Kind("empty folder", lambda f: f.mkdir(parents=True) or f, NONE, "no folder `exercises`"),
-    Kind("renamed module", lambda f: package(f, solution(), "my_lab02.py"), NONE, f"no exercises/{STEM}.py"),
+    Kind("renamed module", lambda f: package(f, solution(), "my_lab02.py"), NONE, f"no exercises/{STEM}.py", confined=True),
     Kind("damaged archive", lambda f: _damaged(f), NONE, "cannot be read"),
     Kind("dead notebook", with_dead_notebook, ALL, "DeadKernelError"),
-    Kind("zip", zipped, ALL),
+    Kind("zip", zipped, ALL, confined=True),
     Kind("zip of a course", lambda f: zipped(f, "my course/src/"), ALL),
     Kind("git bundle", bundle, ALL, "commit"),
     Kind("kills what it can", lambda f: package(f, in_front(KILL)), NONE, "ended"),
     Kind("overwrites pytest", lambda f: package(f, f"{OVERWRITE_PYTEST}\n{half(0)}"), NONE),
     Kind("replaces sys.modules", lambda f: package(f, f"{SYS_MODULES}\n"), NONE),
     Kind("prints a full score at exit", lambda f: package(f, AT_EXIT), NONE, "SystemExit"),
-    Kind("os._exit(0)", lambda f: package(f, in_task("2.2", "import os\nos._exit(0)")), without("2.2"), "os._exit"),
+    Kind("os._exit(0)", lambda f: package(f, in_task("2.2", "import os\nos._exit(0)")), without("2.2"), "os._exit", confined=True),
     Kind("forged results", lambda f: package(f, FORGED), NONE, "ended"),
     Kind("forges on the wire", lambda f: package(f, ON_THE_WIRE + "\n" + half(0)), NONE),
     Kind("reads the solutions", lambda f: package(f, SOLUTIONS), NONE),
     Kind("reads its neighbours", lambda f: package(f, NEIGHBOURS), NONE),
-    Kind("equal to everything", lambda f: package(f, in_task("2.6", ALWAYS_EQUAL)), without("2.6")),
-    Kind("says not run", lambda f: package(f, in_task("2.5", "import pytest\npytest.skip('no GPU')")), without("2.5"), "Skipped"),
+    Kind("equal to everything", lambda f: package(f, in_task("2.6", ALWAYS_EQUAL)), without("2.6"), confined=True),
+    Kind("says not run", lambda f: package(f, in_task("2.5", "import pytest\npytest.skip('no GPU')")), without("2.5"), "Skipped", confined=True),
     Kind("writes into the supervisor", lambda f: package(f, in_front(SUPERVISOR)), ALL),
     Kind("looks for the network", lambda f: package(f, in_front(NETWORK)), ALL),
     Kind("Zoë's \"lab 02\" — 完成 ; rm -rf ~", lambda f: package(f, solution()), ALL),

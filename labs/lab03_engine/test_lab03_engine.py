@@ -5,7 +5,7 @@ import json
 import pytest
 
 from shardlab.grading import engine_runs
-from shardlab.grading.milestones import require, require_error, safely_loaded, shared_folder, visible_folder
+from shardlab.grading.milestones import once, require, require_error, safely_loaded, shared_folder, visible_folder
 from shardlab.runs import Experiment
 
 LECTURE = "notebooks/03_engine.ipynb"
@@ -479,14 +479,16 @@ def test_resumed_training_goes_on_as_if_never_stopped(lab, run_experiments):
     lab.DeepSpeedTrainer  # noqa: B018
     runs = never_stopped(run_experiments)
     killed = checkpoints("killed")
-    if not killed.exists():
-        plan = {"dropout": DROPOUT[2], "save_at": [2, 4], "checkpoints": str(killed), "kill_at": 6}
-        with pytest.raises(RankError) as caught:
-            run_experiments([experiment("killed", "engine_runs:train", 2, options=plan)])
-        assert caught.value.rank == 1, "the run must say which rank was killed"
-        # A save that did not come to its end, newer than the whole ones.
-        shutil.copytree(killed / "step-4", killed / "step-5")
-        (killed / "step-5" / "complete.json").unlink()
+    with once("killed") as first:
+        if first:
+            shutil.rmtree(killed, ignore_errors=True)
+            plan = {"dropout": DROPOUT[2], "save_at": [2, 4], "checkpoints": str(killed), "kill_at": 6}
+            with pytest.raises(RankError) as caught:
+                run_experiments([experiment("killed", "engine_runs:train", 2, options=plan)])
+            assert caught.value.rank == 1, "the run must say which rank was killed"
+            # A save that did not come to its end, newer than the whole ones.
+            shutil.copytree(killed / "step-4", killed / "step-5")
+            (killed / "step-5" / "complete.json").unlink()
     plans, wanted = [], {}
     for stage, source, tag, at in ((1, "stage1", "step-2", 2), (2, "killed", None, 4), (3, "stage3", "step-4", 4)):
         options = {

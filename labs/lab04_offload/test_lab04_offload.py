@@ -11,7 +11,7 @@ import pytest
 
 from shardlab import memory, ops
 from shardlab.grading import engine_runs
-from shardlab.grading.milestones import require, require_error, safely_loaded, shared_folder, visible_folder
+from shardlab.grading.milestones import once, require, require_error, safely_loaded, shared_folder, visible_folder
 from shardlab.hardware import gpu_count
 from shardlab.launch import RankError
 from shardlab.runs import Experiment
@@ -583,11 +583,13 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
         seed=11,
     )
     no_folder = visible_folder() / "offload" / "broken"
-    if not no_folder.exists():
-        shutil.copytree(reference / "step-2", no_folder / "plain", ignore=shutil.ignore_patterns("offloaded"))
-        shutil.copytree(reference / "step-2", no_folder / "lacking")
-        for rank in (0, 1):
-            (no_folder / "lacking" / "offloaded" / f"rank{rank}-group1.pt").unlink()
+    with once("broken-offload") as first:
+        if first:
+            shutil.rmtree(no_folder, ignore_errors=True)
+            shutil.copytree(reference / "step-2", no_folder / "plain", ignore=shutil.ignore_patterns("offloaded"))
+            shutil.copytree(reference / "step-2", no_folder / "lacking")
+            for rank in (0, 1):
+                (no_folder / "lacking" / "offloaded" / f"rank{rank}-group1.pt").unlink()
     refusals = [
         nvme_experiment(
             f"nvme-{tag}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -397,8 +398,14 @@ def grade(
         raise ValueError(f"{out} is a file; --out names a folder")
     isolation = ("limits", "it was asked for with --limits-only") if limits_only else sandbox.isolation()
     plan = graders.Plan(tuple(chosen), timeout, graders.course_digest(chosen), isolation)
+    if isolation[0] == "limits" and os.geteuid() == 0:
+        raise ValueError(
+            f"submissions are not graded as root without isolation ({isolation[1]}): their code could end every process and write "
+            "every file of this machine. Install bubblewrap, or grade from an ordinary account."
+        )
     if isolation[0] == "limits":
         print(f"No isolation: {isolation[1]}. The submissions' code can read what this account can read.", file=sys.stderr)
+    graders.forget_the_environment()
     interrupted, finished = False, {}
     try:
         finished = graders.grade_all(found, out, plan, jobs=jobs or max(1, hardware.cpu_cores() // 2), display=display.default())

@@ -30,7 +30,7 @@ def snapshot() -> dict[tuple[str, ...], object]:
                 if callable(value):
                     found[name, key] = value
                 if isinstance(value, type) and value.__module__ == name and module is not builtins:
-                    found |= {(name, key, entry): method for entry, method in vars(value).items() if callable(method)}
+                    found |= {(name, key, entry): it for entry, it in vars(value).items() if callable(it) or hasattr(it, "__get__")}
                 if isinstance(value, types.FunctionType):
                     found[name, key, "__code__"] = value.__code__
     return found

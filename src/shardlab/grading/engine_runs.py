@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DistributedSampler
 
-from shardlab.grading.milestones import visible_folder
+from shardlab.grading.milestones import once, visible_folder
 from shardlab.models import load_model, load_tokenizer
 from shardlab.nvme import swapped_groups, without_its_nvme_part
 from shardlab.runs import Experiment, Run, write_json
@@ -26,12 +26,13 @@ def odd_model() -> str:
     from transformers import BloomConfig, BloomForCausalLM, set_seed
 
     folder = visible_folder() / "odd-model"
-    if not folder.exists():
-        set_seed(0)
-        sizes = {"vocab_size": 1031, "hidden_size": 33, "n_layer": 1, "n_head": 3}
-        config = BloomConfig(**sizes, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=3)
-        load_tokenizer().save_pretrained(folder)
-        BloomForCausalLM(config).save_pretrained(folder)
+    with once("odd-model") as first:
+        if first:
+            set_seed(0)
+            sizes = {"vocab_size": 1031, "hidden_size": 33, "n_layer": 1, "n_head": 3}
+            config = BloomConfig(**sizes, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+            load_tokenizer().save_pretrained(folder)
+            BloomForCausalLM(config).save_pretrained(folder)
     return str(folder)
 
 

@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from shardlab.grading import submissions
+from shardlab.grading.milestones import REFERENCES
 from shardlab.grading.scoreboard import Milestone
 from shardlab.hardware import ROOT
 
@@ -196,10 +197,11 @@ class _NoExercises:
             raise ImportError("a judge imports no exercises; they run in a box")
 
 
-def _judge(connection: Connection, lifeline: Connection, plan: Plan, log: str, work: str) -> None:
+def _judge(connection: Connection, lifeline: Connection, plan: Plan, log: str, work: str, references: str) -> None:
     """A judge's life: one submission after the other, until the batch has no more or has gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     tempfile.tempdir = work
+    os.environ[REFERENCES] = references
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for fd in (1, 2):
         os.dup2(file, fd)
@@ -257,7 +259,9 @@ class _Judge:
         work = work_folder(self.out) / f"judge-{self.number}"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        self.process = context.Process(target=_judge, args=(theirs, watched, self.plan, str(log), str(work)))
+        # What needs nobody's exercises is run once for all judges.
+        references = os.environ.get(REFERENCES) or str(work.parent / "references")
+        self.process = context.Process(target=_judge, args=(theirs, watched, self.plan, str(log), str(work), references))
         with _bare_main():
             self.process.start()
         theirs.close()
@@ -349,7 +353,6 @@ def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, d
     finished = dict(kept)
     if not waiting:
         return finished
-    _forget_the_environment()
     warm_up()
     jobs = max(1, min(jobs, len(waiting)))
     display.begin(len(waiting), len(kept), jobs)
@@ -402,8 +405,8 @@ def _with_reason(result: dict) -> dict:
     return result
 
 
-def _forget_the_environment() -> None:
-    """Take what is nobody's business out of this process's environment before the fork server, and so every box, inherits it."""
+def forget_the_environment() -> None:
+    """Take what is nobody's business out of this process's environment, before the fork server and so every box inherits it."""
     kept = ("PATH", "HOME", "LANG", "TMPDIR", "TERM", "COLUMNS", "XDG_CACHE_HOME", "VIRTUAL_ENV", "TORCH_EXTENSIONS_DIR", "HF_HOME")
     prefixes = ("LC_", "SHARDLAB_", "CUDA_", "NVIDIA_", "TORCH_CUDA_", "LD_LIBRARY_PATH", "SLURM", "PYTEST_", "CC", "CXX")
     for name in list(os.environ):

@@ -1,0 +1,117 @@
+"""Hidden milestones of lab 01: the same invariants with other texts and numbers."""
+
+import pytest
+from test_lab01_baseline import IGNORED, model, tokenizer  # noqa: F401  (fixtures)
+
+from shardlab.runs import Experiment
+
+QUESTION = "When did the mill at Orvik burn down?"
+CONTEXT = (
+    "The mill at Orvik was built by two sisters. It burned down in 1907 and was never built again. Its wheel lies in the river. "
+    "Visitors find a plate with the names of those who worked there."
+)
+
+
+@pytest.mark.milestone(task="1.1")
+def test_another_prompt(lab):
+    for question, context in ((QUESTION, CONTEXT), ("\tWho?", "Nobody. \n"), ("Is 3 > 2 ?", "It  is.")):
+        assert lab.format_prompt(question, context) == f"Question: {question.strip()} Context: {context.strip()} Answer:"
+
+
+@pytest.mark.milestone(task="1.2")
+def test_another_long_prompt(lab, tokenizer):  # noqa: F811
+    whole = tokenizer(f"Question: {QUESTION} Context: {CONTEXT} Answer:")["input_ids"]
+    assert list(lab.encode_prompt(tokenizer, QUESTION, CONTEXT, len(whole) + 3)) == whole
+    for budget in (len(whole) - 5, len(whole) - 20):
+        text = tokenizer.decode(lab.encode_prompt(tokenizer, QUESTION, CONTEXT, budget))
+        assert len(tokenizer(text)["input_ids"]) <= budget
+        assert text.startswith(f"Question: {QUESTION} Context: The mill") and text.endswith("Answer:")
+
+
+@pytest.mark.milestone(task="1.3")
+def test_another_answer(lab, tokenizer):  # noqa: F811
+    example = lab.encode_example(tokenizer, QUESTION, CONTEXT, "in 1907", 400)
+    ids, labels = list(example["input_ids"]), list(example["labels"])
+    taught = [token for token in labels if token != IGNORED]
+    assert len(ids) == len(labels) and labels[-len(taught) :] == taught == ids[-len(taught) :]
+    assert tokenizer.decode(taught) == f" in 1907{tokenizer.eos_token}"
+
+
+@pytest.mark.milestone(task="1.4")
+def test_another_batch(lab):
+    rows = [{"input_ids": list(range(20, 20 + n)), "labels": [IGNORED, *range(21, 20 + n)]} for n in (7, 2, 11, 5)]
+    batch = lab.collate(rows, 9)
+    for number, row in enumerate(rows):
+        n = len(row["input_ids"])
+        assert batch["input_ids"][number].tolist() == row["input_ids"] + [9] * (11 - n)
+        assert batch["attention_mask"][number].tolist() == [1] * n + [0] * (11 - n)
+        assert batch["labels"][number].tolist() == row["labels"] + [IGNORED] * (11 - n)
+
+
+@pytest.mark.milestone(task="1.5")
+def test_other_overrides(lab, tmp_path):
+    got = lab.training_arguments(str(tmp_path), num_train_epochs=7, weight_decay=0.5, gradient_accumulation_steps=9)
+    assert (got.num_train_epochs, got.weight_decay, got.gradient_accumulation_steps) == (7, 0.5, 9)
+    assert (got.learning_rate, got.per_device_eval_batch_size, got.save_total_limit) == (5e-5, 8, 1)
+
+
+@pytest.mark.milestone(task="1.6")
+def test_another_model_comes_back(lab, run_experiments):
+    lab.save_and_reload  # noqa: B018
+    plan = Experiment(
+        name="other-seed",
+        program="shardlab.grading.programs:save_round_trip",
+        ranks=3,
+        micro_batch=1,
+        accumulation=1,
+        steps=3,
+        learning_rate=3e-3,
+        max_tokens=40,
+        train_examples=18,
+        evaluate=False,
+        seed=77,
+    )
+    (run,) = run_experiments([plan], timeout=90).values()
+    got = run.results
+    assert got["difference"] <= 1e-6 and not got["same_object"] and got["tied"] and got["tokenizer"]
+
+
+@pytest.mark.milestone(task="1.7")
+def test_other_prompts(lab, tokenizer, model):  # noqa: F811
+    prompts = [tokenizer(text)["input_ids"] for text in ("The crew of the", "In 1832 the bridge over the river was")]
+    alone = [lab.generate_answers(model, tokenizer, [prompt], max_new_tokens=5)[0] for prompt in prompts]
+    assert lab.generate_answers(model, tokenizer, prompts, max_new_tokens=5) == alone
+    assert lab.generate_answers(model, tokenizer, prompts[::-1], max_new_tokens=5) == alone[::-1]
+
+
+@pytest.mark.milestone(task="1.8")
+def test_another_log(lab):
+    history = [
+        {"loss": 4.0, "epoch": 0.5, "step": 10},
+        {"eval_loss": 3.5, "eval_samples_per_second": 11.0, "epoch": 1.0, "step": 20},
+        {"loss": 2.0, "epoch": 3.0, "step": 60},
+        {"eval_loss": 1.5, "eval_samples_per_second": 13.0, "epoch": 3.0, "step": 60},
+        {"train_runtime": 9.0, "train_samples_per_second": 31.0, "train_loss": 3.0, "epoch": 3.0, "step": 60},
+    ]
+    assert lab.summarise_training(history) == {
+        "final_train_loss": 2.0,
+        "eval_losses": {1.0: 3.5, 3.0: 1.5},
+        "train_samples_per_second": 31.0,
+        "eval_samples_per_second": 13.0,
+        "steps_per_epoch": 20,
+    }
+
+
+@pytest.mark.milestone(task="1.9")
+def test_other_samples(lab, tmp_path):
+    path = tmp_path / "samples.csv"
+    samples = [("gpu3", 50), ("gpu1", 7), ("gpu3", 150), ("gpu1", 9), ("host", 1000)]
+    path.write_text(
+        "seconds,device,used_bytes\n" + "".join(f"{at},{name},{used * 2**20}\n" for at, (name, used) in enumerate(samples))
+    )
+    got = lab.memory_table(path)
+    assert {name: (row["peak"], row["mean"], row["minimum"]) for name, row in got.items()} == {
+        "gpu3": (150.0, 100.0, 50.0),
+        "gpu1": (9.0, 8.0, 7.0),
+        "host": (1000.0, 1000.0, 1000.0),
+    }

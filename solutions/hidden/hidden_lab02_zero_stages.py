@@ -1,0 +1,134 @@
+"""Hidden milestones of lab 02: the same invariants with other numbers, so that nobody passes by knowing the published ones."""
+
+import copy
+import json
+import random
+
+import pytest
+import test_lab02_zero_stages as public
+
+from shardlab import memory
+from shardlab.grading.engine_runs import odd_model
+from shardlab.runs import Run
+
+
+def numbers(task: str) -> random.Random:
+    return random.Random(f"hidden {task}")
+
+
+@pytest.mark.milestone(task="2.1")
+def test_configuration_follows_its_arguments(lab):
+    draw = numbers("2.1")
+    for _ in range(6):
+        stage, micro, accumulation, world = draw.randint(1, 3), draw.randint(1, 9), draw.randint(1, 9), draw.randint(2, 9)
+        rate, clipping = draw.choice((3e-4, 7e-5, 2e-3)), draw.choice((0.0, 0.3, 2.0))
+        given = {"micro_batch": micro, "accumulation": accumulation, "world_size": world, "learning_rate": rate}
+        made = lab.create_deepspeed_config(stage, precision="bf16", optimizer="AdamW", clipping=clipping, **given)
+        assert made["train_batch_size"] == micro * accumulation * world
+        assert made["train_micro_batch_size_per_gpu"] == micro and made["gradient_accumulation_steps"] == accumulation
+        assert made["gradient_clipping"] == clipping and made["zero_optimization"]["stage"] == stage
+        assert made["optimizer"]["params"]["lr"] == rate
+        assert made["bf16"]["enabled"] is True and made["fp16"]["enabled"] is False
+    for bad in ({"stage": -1}, {"stage": 7}, {"stage": 2, "precision": "int8"}, {"stage": 2, "micro_batch": -3}):
+        with pytest.raises(ValueError):
+            lab.create_deepspeed_config(**bad)
+
+
+@pytest.mark.milestone(task="2.2")
+def test_other_bad_configurations_are_refused(lab):
+    check = lab.check_deepspeed_config
+    bad = [
+        ({"gradient_cliping": 1.0}, 2, True, "gradient_cliping"),
+        ({"zero_optimization": {"stage": 9}}, 2, True, "9"),
+        ({"train_batch_size": 18, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}, 3, False, "12"),
+        ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, 4, True, "offload_param"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, 2, False, "lr"),
+    ]
+    for config, world, trainer, named in bad:
+        with pytest.raises(ValueError, match=named):
+            check(copy.deepcopy(config), world_size=world, with_trainer=trainer)
+    good = {"train_batch_size": 30, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}
+    check(good | {"zero_optimization": {"stage": 3}}, world_size=5, with_trainer=False)
+
+
+@pytest.mark.milestone(task="2.3")
+def test_another_configuration_survives_a_file(lab, tmp_path):
+    config = {"optimizer": {"type": "AdamW", "params": {"lr": 3e-7, "betas": [0.9, 0.95]}}, "bf16": {"enabled": True}, "x": None}
+    lab.save_config(config, tmp_path / "other name.json")
+    assert json.loads((tmp_path / "other name.json").read_text()) == config
+    assert lab.load_config(tmp_path / "other name.json") == config
+
+
+@pytest.mark.milestone(task="2.4")
+def test_another_experiment_gets_its_configuration(lab):
+    plain = public.text_experiment("long", ranks=4, micro_batch=3, seed=5, max_tokens=96)
+    made = lab.with_deepspeed(plain, public.zero_config(3, "bf16"), "ZeRO-3 + offload")
+    assert made.deepspeed == public.zero_config(3, "bf16") and made.method == "ZeRO-3 + offload" and made.name.startswith("long-")
+    assert made.name != lab.with_deepspeed(plain, public.zero_config(1), "ZeRO-1").name
+    same = {"name", "method", "deepspeed"}
+    assert made.model_dump(exclude=same) == plain.model_dump(exclude=same) and plain.deepspeed is None
+
+
+@pytest.mark.milestone(task="2.5")
+def test_shards_of_other_sizes(lab):
+    draw = numbers("2.5")
+    for _ in range(12):
+        groups = [[draw.randint(1, 5000) for _ in range(draw.randint(1, 6))] for _ in range(draw.randint(1, 3))]
+        ranks, stage = draw.randint(2, 17), draw.randint(1, 3)
+        wanted = memory.sharded_elements(groups, ranks, stage)
+        assert lab.shard_elements(stage, groups, ranks) == wanted, f"{groups} on {ranks} ranks, stage {stage}"
+
+
+@pytest.mark.milestone(task="2.6")
+def test_bytes_that_three_ranks_hold(lab, run_experiments):
+    lab.replace("shard_elements", lambda stage, groups, ranks: memory.sharded_elements(groups, ranks, stage))
+    plans = [
+        public.text_experiment(
+            f"three-zero{stage}", deepspeed=public.zero_config(stage), model=odd_model(), ranks=3, steps=2, seed=3
+        )
+        for stage in (1, 2, 3)
+    ]
+    for stage, run in enumerate(run_experiments(plans).values(), start=1):
+        states = run.states()
+        for held in states["ranks"]:
+            got = lab.state_bytes(stage, states["groups"], 3, "fp32")
+            assert got == {kind: held[kind] for kind in ("parameters", "gradients", "optimizer")}, f"stage {stage}"
+
+
+@pytest.mark.milestone(task="2.7")
+def test_row_of_another_run(lab, tmp_path):
+    lab.replace(
+        "state_bytes", lambda stage, groups, ranks, precision: {"parameters": 7 * stage, "gradients": ranks, "optimizer": 0}
+    )
+    plan = public.text_experiment("other", ranks=5, deepspeed=public.zero_config(3), method="three", precision="fp32")
+    run = Run.create(plan, tmp_path)
+    run.start()
+    for step, (loss, speed) in enumerate(((9.0, 2.0), (8.0, 50.0), (8.5, 70.0), (4.0, 60.0), (5.0, 65.0)), start=1):
+        run.log_step(step=step, loss=loss, samples_per_second=speed, steps=5)
+    ranks = [{"parameters": p, "gradients": 1, "optimizer": o} for p, o in ((5, 5), (9, 2), (4, 9), (1, 1), (8, 4))]
+    run.write_states({"parameters": 10, "groups": [[10]], "ranks": ranks})
+    run.finish()
+    got = lab.comparison_row(Run.read(run.folder))
+    assert (got["first_loss"], got["last_loss"], got["ranks"], got["method"]) == (9.0, 5.0, 5, "three")
+    assert (got["measured"], got["predicted"]) == (14, 26)
+    assert got["samples_per_second"] == run.samples_per_second()
+
+
+@pytest.mark.milestone(task="2.8")
+def test_other_models_and_devices(lab):
+    draw = numbers("2.8")
+
+    def bytes_of(stage: int, parameters: int, ranks: int) -> float:
+        parts = ((2, stage >= 3), (2, stage >= 2), (12, stage >= 1))
+        return sum(each * parameters / (ranks if sharded else 1) for each, sharded in parts)
+
+    for _ in range(20):
+        parameters, ranks = 1000 * 2 ** draw.randint(3, 12), 2 ** draw.randint(1, 5)
+        other = draw.choice((0, parameters))
+        device = int(parameters * draw.uniform(1, 18)) + other
+        fits = [stage for stage in range(4) if bytes_of(stage, parameters, ranks) + other <= device]
+        if fits:
+            assert lab.choose_stage(parameters, ranks, device, other) == fits[0], (parameters, ranks, device, other)
+        else:
+            with pytest.raises(ValueError):
+                lab.choose_stage(parameters, ranks, device, other)

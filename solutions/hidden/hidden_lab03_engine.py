@@ -1,0 +1,112 @@
+"""Hidden milestones of lab 03: other seeds, other accumulations, three ranks."""
+
+import json
+
+import pytest
+import torch
+from test_lab03_engine import config, experiment
+from torch.utils.data import DistributedSampler
+
+from shardlab.grading import engine_runs
+from shardlab.grading.milestones import shared_folder, visible_folder
+
+
+def other_run(run_experiments):
+    """Six steps with another seed, without anybody's code; a checkpoint and the weights after step 3."""
+    options = {"dropout": 0.2, "save_at": [3], "checkpoints": str(visible_folder() / "engine" / "other")}
+    options |= {"weights_at": 3, "weights": str(shared_folder() / "other.pt")}
+    return run_experiments([experiment("other", "engine_runs:train", 1, seed=41, options=options)])["other"]
+
+
+@pytest.mark.milestone(task="3.1")
+def test_engine_of_three_ranks(lab, run_experiments):
+    lab.initialize_deepspeed  # noqa: B018
+    plan = experiment("three", "engine_programs:initialize", 1, ranks=3, deepspeed=config(1, ranks=3, clipping=0.25), seed=8)
+    got = run_experiments([plan])["three"].results
+    assert (got["stage"], got["clipping"], got["workers"]) == (1, 0.25, 0) and not got["config_changed"]
+    rows = [sorted(number for batch in share for number in batch) for share in got["seen"]]
+    assert sorted(sum(rows, [])) == list(range(24)) and [len(share) for share in rows] == [8, 8, 8]
+
+
+@pytest.mark.milestone(task="3.2")
+def test_losses_of_three_ranks(lab, run_experiments):
+    lab.DeepSpeedTrainer  # noqa: B018
+    plan = experiment("steps", "engine_programs:train_steps", 2, ranks=3, accumulation=2, steps=4, seed=12)
+    got = run_experiments([plan])["steps"].results
+    wanted = engine_runs.plain_losses(plan)
+    assert max(abs(a - b) for a, b in zip(got["losses"], wanted, strict=True)) <= 1e-5, (got["losses"], wanted)
+
+
+@pytest.mark.milestone(task="3.3")
+def test_epoch_without_accumulation(lab, run_experiments):
+    lab.DeepSpeedTrainer  # noqa: B018
+    got = run_experiments([experiment("single", "engine_programs:train_epochs", 2, accumulation=1, steps=24, seed=6)])[
+        "single"
+    ].results
+
+    def order(epoch: int) -> list[int]:
+        sampler = DistributedSampler(range(24), 2, 0)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    rows = {name: [n for batch in got[name]["seen"][0] for n in batch] for name in ("first", "second", "resumed")}
+    assert rows == {"first": order(0), "second": order(1), "resumed": order(1)[4:]}
+    assert [samples for _, samples, _ in got["first"]["told"]] == [4, 8, 12, 16, 20, 24]
+
+
+@pytest.mark.milestone(task="3.4")
+def test_evaluation_on_three_ranks(lab, run_experiments):
+    from shardlab.grading.engine_programs import masked_rows
+
+    lab.DeepSpeedTrainer  # noqa: B018
+    plan = experiment("three-evaluate", "engine_programs:evaluate", 2, ranks=3, options={"dropout": 0.5}, seed=0, max_tokens=40)
+    got = run_experiments([plan])["three-evaluate"].results
+    wanted = engine_runs.mean_losses(masked_rows(plan))[0]
+    assert all(abs(loss - wanted) < 1e-4 for losses in got["losses"] for loss in losses), (got["losses"], wanted)
+
+
+@pytest.mark.milestone(task="3.5")
+def test_checkpoint_of_three_ranks(lab, run_experiments):
+    lab.DeepSpeedTrainer  # noqa: B018
+    run = run_experiments([experiment("three-save", "engine_programs:save", 1, ranks=3, seed=2)], timeout=60)["three-save"]
+    folder = run.folder / "checkpoints" / "step-1"
+    manifest = json.loads((folder / "complete.json").read_text())
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != "complete.json"}
+    assert manifest["ranks"] == 3 and manifest["files"] == sizes and len(sizes) >= 4
+
+
+@pytest.mark.milestone(task="3.6")
+def test_another_run_goes_on(lab, run_experiments):
+    lab.DeepSpeedTrainer  # noqa: B018
+    whole = other_run(run_experiments)
+    options = {"dropout": 0.2, "checkpoints": str(visible_folder() / "engine" / "other"), "tag": "step-3", "broken": "step-9"}
+    run = run_experiments([experiment("other-resumed", "engine_programs:load", 1, seed=41, options=options)])["other-resumed"]
+    assert run.results["position"]["global_steps"] == 3
+    assert max(abs(a - b) for a, b in zip(run.losses(), whole.losses()[3:], strict=True)) <= 1e-5
+
+
+@pytest.mark.milestone(task="3.7")
+def test_other_broken_checkpoints(lab, tmp_path):
+    folder = tmp_path / "step-123"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "deep" / "er" / "x.pt").write_bytes(b"x" * 11)
+    manifest = {"ranks": 5, "universal": False, "files": {"deep/er/x.pt": 11}}
+    (folder / "complete.json").write_text(json.dumps(manifest))
+    assert lab.check_checkpoint(folder, 5) == manifest
+    with pytest.raises(ValueError, match="5"):
+        lab.check_checkpoint(folder, 4)
+    (folder / "deep" / "er" / "x.pt").write_bytes(b"x" * 12)
+    with pytest.raises(ValueError, match="x.pt"):
+        lab.check_checkpoint(folder, 5)
+
+
+@pytest.mark.milestone(task="3.8")
+def test_another_model_is_consolidated(lab, run_experiments, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    lab.consolidate  # noqa: B018
+    other_run(run_experiments)
+    lab.consolidate(visible_folder() / "engine" / "other" / "step-3", engine_runs.odd_model(), tmp_path / "model")
+    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
+    weights = torch.load(shared_folder() / "other.pt", weights_only=True)
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())

@@ -1,0 +1,88 @@
+"""Hidden milestones of lab 04: the same invariants with other numbers."""
+
+import random
+from math import ceil
+
+import pytest
+
+from shardlab import memory
+
+
+def numbers(task: str) -> random.Random:
+    return random.Random(f"hidden {task}")
+
+
+@pytest.mark.milestone(task="4.1")
+def test_other_offload_configurations(lab, tmp_path):
+    made = lab.create_offload_config(3, optimizer_offload=True, pin_memory=False)
+    assert made == {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": False}}}
+    made = lab.create_offload_config(
+        3,
+        optimizer_offload=True,
+        param_offload=True,
+        offload_device="nvme",
+        nvme_path=tmp_path,
+        largest_parameter=77,
+        aio={"block_size": 4096},
+    )
+    assert made["zero_optimization"]["offload_param"]["buffer_size"] == 77 and made["aio"]["block_size"] == 4096
+    assert made["aio"]["queue_depth"] == 8
+    for bad in ({"stage": 5}, {"stage": 1, "param_offload": True}, {"stage": 2, "offload_device": "tape"}):
+        with pytest.raises(ValueError):
+            lab.create_offload_config(**bad)
+
+
+@pytest.mark.milestone(task="4.2")
+def test_bytes_of_other_sizes(lab):
+    draw = numbers("4.2")
+    for _ in range(12):
+        stage, ranks, precision = draw.randint(1, 3), draw.randint(2, 9), draw.choice(("fp32", "bf16"))
+        groups = [[draw.randint(1, 4000) for _ in range(draw.randint(1, 5))] for _ in range(draw.randint(1, 3))]
+        what = {"optimizer_offload": draw.random() < 0.7, "param_offload": stage == 3 and draw.random() < 0.5}
+        model = memory.engine_bytes(
+            stage, groups, ranks, precision=precision, accumulates=False,
+            offload_optimizer=what["optimizer_offload"], offload_param=what["param_offload"],
+        )  # fmt: skip
+        got = lab.offload_bytes(stage, groups, ranks, precision, **what)
+        assert got == {"device": model.device, "host": model.host}, (stage, groups, ranks, precision, what)
+
+
+@pytest.mark.milestone(task="4.3")
+def test_other_bytes_on_disk(lab):
+    draw = numbers("4.3")
+    for _ in range(10):
+        ranks = draw.randint(1, 5)
+        groups = [[draw.randint(1, 900_000) for _ in range(draw.randint(1, 3))] for _ in range(2)]
+        wanted = 0
+        for group in groups:
+            size = 4 * sum(ceil(parameter / ranks) for parameter in group)
+            wanted += 3 * 1024 * ceil(size / 1024) if size >= 2**20 else 0
+        assert lab.swapped_bytes(groups, ranks) == wanted, (groups, ranks)
+
+
+@pytest.mark.milestone(task="4.4")
+def test_other_optimizers(lab):
+    seen = lab.observe("shardlab.grading.programs:compare_two_sums", 33, 6, 99)
+    first, second = seen["first"]["gradients"], seen["second"]["gradients"]
+    assert len(first) == len(second) == 6 and all((a == b).all() for a, b in zip(first, second))
+    assert abs(seen["returned"]["largest_difference"] - (2 * sum(first)).abs().max().item()) < 1e-4
+
+
+@pytest.mark.milestone(task="4.5")
+def test_other_step_times(lab):
+    a, b = lab.fit_step_time([1, 3, 9], [1.5, 2.5, 5.5])
+    assert abs(a - 0.5) < 1e-9 and abs(b - 1.0) < 1e-9
+    plain, offloaded = (0.2, 0.1), (0.22, 1.3)
+    assert abs(lab.share_kept(6, plain, offloaded) - 1.3 / 2.62) < 1e-9
+    for share in (0.33, 0.5, 0.85):
+        wanted = next(k for k in range(1, 10_000) if (0.2 * k + 0.1) / (0.22 * k + 1.3) >= share)
+        assert lab.accumulation_for(share, plain, offloaded) == wanted
+    assert lab.accumulation_for(0.95, plain, offloaded) is None
+
+
+@pytest.mark.milestone(task="4.6")
+def test_other_limits(lab):
+    limits = {"ranks": 3, "device_bytes": 5_000, "host_bytes": 90_000}
+    assert lab.largest_model(lambda n: {"device": 4 * n, "host": 0}, **limits) == 1250
+    assert lab.largest_model(lambda n: {"device": n, "host": 16 * n}, **limits) == 1875
+    assert lab.largest_model(lambda n: {"device": 6_000, "host": n}, **limits) == 0
