@@ -1,10 +1,10 @@
-"""How long does a class take to grade, and does it come out right? A hundred submissions to lab 02, of every kind that the tests know.
+"""How long does a class take to grade, and does it come out right? A hundred submissions to lab 02, of all kinds that tests know.
 
     python bench/grading.py --count 100 --out class.json
 
 It grades them with `shardlab grade`, kills the batch in the middle, starts it again, and compares the gradebook with that of a
-batch that nobody disturbed. Then it grades complete submissions alone, for the number a minute. The submissions are hostile: without
-bubblewrap it refuses.
+batch that nobody disturbed. Then it grades complete submissions alone, for the number a minute. The submissions are hostile:
+without bubblewrap it refuses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shardlab.grading import sandbox
 from shardlab.hardware import ROOT
 
 sys.path.insert(0, str(ROOT / "tests"))
-import submission_kinds as made  # noqa: E402
+import submission_kinds as made
 
 
 def command(folder: Path, out: Path, jobs: int) -> list[str]:

@@ -14,9 +14,11 @@ import pytest
 from shardlab import switch
 from shardlab.authoring import stems, tasks
 from shardlab.grading.grade import grade
+from shardlab.grading.gradebook import tasks_of
+from shardlab.grading.graders import files_of, milestones_of
 from shardlab.grading.matrix import Mutant, MutantError, mutants
 from shardlab.grading.milestones import Lab, MilestoneFailed, require, require_error
-from shardlab.grading.scoreboard import VERDICTS, Milestone, next_step, render, render_html
+from shardlab.grading.scoreboard import VERDICTS, Milestone, next_step, render, render_board, render_html
 from shardlab.hardware import ROOT
 
 USAGE_ERROR = pytest.ExitCode.USAGE_ERROR
@@ -499,3 +501,103 @@ def test_check_in_a_notebook_shows_the_message_as_text():
     assert "1.1 failed" in page and "(0/10)" in page
     for verdict in VERDICTS:
         assert f"1.1 {verdict}" in render_html([Milestone("lab01_x", "1.1", "test_does_it", 10, verdict)])
+
+
+# --- tasks that wait for others ---------------------------------------------------------------------------------------
+
+
+def waiting(submission, tmp_path, *words) -> dict[str, dict]:
+    """The milestones of lab 01 that need no ranks, by task."""
+    result = tmp_path / "milestones.json"
+    options = ["--exercises", submission, "--milestones-json", result, "-k", "not two_ranks", *words]
+    run_pytest(ROOT / "labs" / "lab01_baseline", *options)
+    return {entry["task"]: entry for entry in json.loads(result.read_text())}
+
+
+def test_failure_that_comes_from_another_task_says_so(submission, tmp_path):
+    path = submission / "exercises" / "lab01_baseline.py"
+    unwritten = 'raise NotImplementedError("Task 1.1: complete format_prompt()")'
+    path.write_text(re.sub(r"# BEGIN SOLUTION 1\.1\n.*?# END SOLUTION", unwritten, path.read_text(), flags=re.DOTALL))
+    found = waiting(submission, tmp_path)
+    assert (found["1.1"]["verdict"], found["1.1"]["waits_for"]) == ("not implemented", "")
+    for task in ("1.2", "1.3"):
+        assert (found[task]["verdict"], found[task]["waits_for"]) == ("failed", "1.1")
+        assert len(found[task]["message"].splitlines()) == 1
+    assert found["1.4"]["verdict"] == "passed"
+    milestones = [Milestone(**entry) for entry in found.values()]
+    assert next_step(milestones).startswith("Next: task 1.1")
+    text = " ".join(render(milestones, width=200).split())
+    assert text.count("it uses task 1.1, which comes first") == 2
+    assert "it uses task 1.1" in render_board(milestones)
+
+
+def test_task_alone_that_waits_for_another_names_it(submission, tmp_path):
+    path = submission / "exercises" / "lab01_baseline.py"
+    unwritten = 'raise NotImplementedError("Task 1.1: complete format_prompt()")'
+    path.write_text(re.sub(r"# BEGIN SOLUTION 1\.1\n.*?# END SOLUTION", unwritten, path.read_text(), flags=re.DOTALL))
+    found = waiting(submission, tmp_path, "--task", "1.2")
+    assert found["1.2"]["waits_for"] == "1.1"
+    assert next_step([Milestone(**found["1.2"])]) == "Next: task 1.1; task 1.2 uses it."
+
+
+# --- hidden milestones ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stem", stems())
+def test_hidden_milestones_guard_tasks_that_there_are(stem):
+    hidden = [m for m in milestones_of(stem) if m.hidden]
+    assert hidden and {m.task for m in hidden} <= set(tasks(solution(stem)))
+    assert not sum(m.points for m in hidden) and sum(m.points for m in milestones_of(stem)) == 100
+    assert len({m.name for m in milestones_of(stem)}) == len(milestones_of(stem)), "results are kept by name"
+
+
+def test_published_numbers_learnt_by_heart_earn_nothing(submission):
+    """Task 2.8 as a table of the published cases, and 2.5 with the published number of ranks."""
+    path = submission / "exercises" / "lab02_zero_stages.py"
+    table = (
+        "gib = 2**30\n"
+        "    known = {9 * gib: 0, 6 * gib: 2 if other_bytes else 1, 3 * gib: 2, round(2.5 * gib): 3, 16000: 3}\n"
+        "    if device_bytes not in known:\n        raise ValueError('10.3 GiB are missing')\n    return known[device_bytes]\n"
+    )
+    path.write_text(re.sub(r"# BEGIN SOLUTION 2\.8\n.*?# END SOLUTION\n", lambda _: table, path.read_text(), flags=re.DOTALL))
+    stem = "lab02_zero_stages"
+    found = grade(stem, exercises=submission, task="2.8", files=files_of(stem))
+    assert [(m.hidden, m.verdict) for m in sorted(found, key=lambda m: m.hidden)] == [(False, "passed"), (True, "failed")]
+    (task,) = tasks_of({"milestones": [vars(m) for m in found]})
+    assert (task.verdict, task.earned, task.points) == ("failed", 0, 15)
+
+
+def test_solutions_pass_the_hidden_milestones():
+    for stem in ("lab01_baseline", "lab02_zero_stages"):
+        found = [m for m in grade(stem, exercises=switch.SOLUTIONS, files=files_of(stem)) if m.hidden]
+        assert found and {m.verdict for m in found} == {"passed"}, [m for m in found if m.verdict != "passed"]
+
+
+def test_skeletons_earn_nothing_from_hidden_milestones():
+    stem = "lab02_zero_stages"
+    found = grade(stem, exercises=switch.LEARNER, files=files_of(stem))
+    assert {m.verdict for m in found} == {"not implemented"}
+
+
+def test_verdict_of_a_task_is_that_of_its_weakest_milestone():
+    def task(*verdicts):
+        rows = [
+            {
+                "lab": "lab",
+                "task": "1.1",
+                "name": str(at),
+                "points": 0 if at else 10,
+                "verdict": verdict,
+                "message": "",
+                "hidden": bool(at),
+            }
+            for at, verdict in enumerate(verdicts)
+        ]
+        (found,) = tasks_of({"milestones": rows})
+        return found.verdict, found.earned
+
+    assert task("passed") == task("passed", "passed") == ("passed", 10)
+    assert task("passed", "failed") == ("failed", 0)
+    assert task("passed", "not run") == ("not run", 0), "what did not run has not passed"
+    assert task("failed", "passed") == ("failed", 0)
+    assert task("not run", "passed") == ("not run", 0)

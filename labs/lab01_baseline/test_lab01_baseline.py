@@ -49,7 +49,7 @@ def test_prompt_has_the_course_format(lab):
     )
 
 
-@pytest.mark.milestone(task="1.2", points=10)
+@pytest.mark.milestone(task="1.2", points=10, needs=("1.1",))
 def test_long_prompt_loses_context_only(lab, tokenizer):
     read = "lab 01, task 1.2"
     whole = tokenizer(lab.format_prompt(QUESTION, CONTEXT))["input_ids"]
@@ -121,7 +121,7 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
     )
 
 
-@pytest.mark.milestone(task="1.3", points=15)
+@pytest.mark.milestone(task="1.3", points=15, needs=("1.1", "1.2"))
 def test_labels_teach_only_the_answer(lab, tokenizer, model):
     import torch
 

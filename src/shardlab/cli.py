@@ -55,6 +55,13 @@ LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.")]
 Runs = Annotated[Path, typer.Option(help="Folder for the run folders.")]
 
 
+def _require_solutions(why: str) -> None:
+    from shardlab import switch
+
+    if not switch.SOLUTIONS.is_dir():
+        raise ValueError(f"{why}, and this is a release for learners: it has none.")
+
+
 def _given(**options) -> dict:
     return {name: value for name, value in options.items() if value is not None}
 
@@ -87,6 +94,7 @@ def demo(
     if list_methods:
         console.print("\n".join(METHODS), highlight=False)
         return
+    _require_solutions("the demo trains with the reference solutions")
     warm_up()
     settings = default_settings(data, model) | _given(
         ranks=ranks,
@@ -243,6 +251,7 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace exercises that somebody has worked on.")] = False,
 ) -> None:
     """For authors: write skeletons and notebooks again from solutions/."""
+    _require_solutions("skeletons and notebooks are made from the solutions")
     from shardlab import authoring
 
     if check:
@@ -425,6 +434,20 @@ def grade(
 
 
 @app.command()
+def release(
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    labs: Annotated[str | None, typer.Option(help="Labs, such as 1,2,3; all by default.")] = None,
+) -> None:
+    """Write the course as learners get it: no solutions, no mutants, no hidden milestones; with a manifest of hashes."""
+    from shardlab import release as releases
+    from shardlab.grading.graders import chosen_labs
+
+    manifest = releases.make(target, chosen_labs(labs))
+    print(f"{target}: {', '.join(manifest['labs'])}; {len(manifest['files'])} files, hashes in {releases.MANIFEST}")
+    print(f"Try it: cd {target} && make doctor && make grade")
+
+
+@app.command()
 def matrix(
     labs: Annotated[list[str] | None, typer.Argument(help="Labs, such as lab01_baseline; all by default.")] = None,
     only: Annotated[str | None, typer.Option(help="solutions, skeletons, mutants, or a task number.")] = None,
@@ -432,6 +455,7 @@ def matrix(
     """For authors: prove that solutions pass, skeletons fail, and each mutant fails its own milestone and no other."""
     from shardlab.grading.matrix import prove
 
+    _require_solutions("the matrix needs the solutions")
     lines = prove(
         labs, only=only, say=lambda line: print(f"{line.stem}  {line.variant}: {line.problem or 'as it should'}", flush=True)
     )

@@ -135,6 +135,8 @@ def examine(build_ops: bool = False, say: Callable[[str], None] = print) -> Iter
     yield _hub()
     yield _caches(ops_too=None not in (torch, deepspeed))
     yield _slurm()
+    yield _isolation()
+    yield _course()
     yield _disk()
     yield _memory()
     for op in ops.OPS:
@@ -616,6 +618,29 @@ def _slurm() -> Finding:
     return Finding(
         "Slurm", "works", slurm.command("sbatch", "--version").strip() + (", the local cluster" if slurm.is_local() else "")
     )
+
+
+def _isolation() -> Finding:
+    """Only `shardlab grade` needs it."""
+    from shardlab.grading import sandbox
+
+    kind, why = sandbox.isolation()
+    if kind == "bubblewrap":
+        return Finding("isolation", "works", "submissions can be graded in boxes of their own")
+    return Finding("isolation", "not here", f"only `shardlab grade` needs it: {why}", "sudo apt install bubblewrap")
+
+
+def _course() -> Finding:
+    """A release carries the hashes of its files."""
+    from shardlab import release
+
+    changed = release.changed()
+    if changed is None:
+        return Finding("course files", "works", "the course itself, with its solutions")
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        return Finding("course files", "fails", f"not as released: {', '.join(changed[:3])}{more}", "unpack the release again")
+    return Finding("course files", "works", "as released")
 
 
 def _disk() -> Finding:

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 from shardlab import hardware, report, switch
-from shardlab.grading.scoreboard import Milestone, render_html
+from shardlab.grading.scoreboard import Milestone, render_board, render_html
 from shardlab.runs import Run
 
 RUNS = Path(os.environ.get("SHARDLAB_RUNS", hardware.ROOT / "runs"))
@@ -90,6 +90,17 @@ def outcomes(task: str) -> list[Milestone]:
 def check(task: str) -> None:
     """Check one task: the same milestone that `pytest labs` runs, shown below the cell."""
     _display(render_html(outcomes(task)))
+
+
+def scoreboard(stem: str) -> None:
+    """All milestones of a lab as `pytest labs` reports them: verdicts, points, and what to do next."""
+    from shardlab.grading.grade import grade
+
+    if not (hardware.ROOT / "labs" / stem).is_dir():
+        known = ", ".join(sorted(path.name for path in (hardware.ROOT / "labs").glob("lab*")))
+        raise ValueError(f"there is no lab '{stem}'; there are: {known}")
+    switch.use_exercises(switch.exercises_folder())
+    _display(render_board(grade(stem)))
 
 
 def show(runs: list[Run] | Run, *, plots: bool = True) -> None:

@@ -161,7 +161,7 @@ def grade_submission(name: str, path: Path, plan: Plan, tell: Callable[[str], No
         shutil.rmtree(work, ignore_errors=True)
     for entry in result["milestones"]:
         if milestone := proven.get((entry["lab"], entry["name"])):
-            entry |= {"verdict": milestone.verdict, "message": milestone.message}
+            entry |= {"verdict": milestone.verdict, "message": milestone.message, "waits_for": milestone.waits_for}
         elif result["error"]:
             entry["message"] = result["error"]
     return result | {"seconds": round(time.monotonic() - started, 2)}

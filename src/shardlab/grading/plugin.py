@@ -29,7 +29,7 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
-    config.addinivalue_line("markers", "milestone(task, points): a graded milestone of a lab")
+    config.addinivalue_line("markers", "milestone(task, points, needs): a graded milestone of a lab; `needs`: tasks that it uses")
     if config.getoption("--solutions") and config.getoption("--exercises"):
         raise pytest.UsageError("--solutions and --exercises name two packages; give one of them")
     chosen = config.getoption("--exercises") or (switch.SOLUTIONS if config.getoption("--solutions") else None)
@@ -107,18 +107,41 @@ def pytest_runtest_makereport(item, call):
         verdict, message = "not run", str(call.excinfo.value)
     elif report.failed:
         verdict, message = "failed", _message(call.excinfo, task, item.funcargs["lab"].folder if "lab" in item.funcargs else "")
-        if _is_unwritten(call.excinfo.value):
+        if _is_unwritten(call.excinfo.value) and _names_task(call.excinfo.value) in ("", task):
             verdict = "not implemented"
+        report.longrepr = message
+    waits_for = ""
+    if verdict == "failed" and (waits_for := _comes_first(item, call.excinfo.value, task)):
+        message = f"Task {task} uses task {waits_for}, which has not passed. Look at that one first; then check this one again."
         report.longrepr = message
     if report.when == "teardown":  # it has its line already
         item.config.stash[_outcomes].pop()
-    item.config.stash[_outcomes].append(Milestone(_stem(item.path), task, item.name, points, verdict, message, hidden))
+    item.config.stash[_outcomes].append(Milestone(_stem(item.path), task, item.name, points, verdict, message, hidden, waits_for))
     return report
 
 
 def _stem(path: Path) -> str:
     """The lab of a milestone file: `test_<lab>.py`, or `hidden_<lab>.py` where a release leaves it out."""
     return path.stem.removeprefix("test_").removeprefix("hidden_")
+
+
+def _names_task(error: BaseException) -> str:
+    """The task whose skeleton raised this; nothing if it was not one."""
+    found = re.search(r"\bTask (\d+\.\d+): ", str(getattr(error, "error", error)))
+    return found[1] if found and _is_unwritten(error) else ""
+
+
+def _comes_first(item, error: BaseException, task: str) -> str:
+    """The task that this one uses and that has not passed, as far as the outcomes so far or the error show."""
+    if other := _names_task(error):
+        return other
+    if isinstance(error, SyntaxError | ImportError):
+        return ""  # of the whole file, and no other task's fault
+    needs = item.get_closest_marker("milestone").kwargs.get("needs", ())
+    open_ = [
+        m.task for m in item.config.stash[_outcomes] if m.task in needs and m.lab == _stem(item.path) and m.verdict != "passed"
+    ]
+    return open_[0] if open_ else ""
 
 
 def _is_unwritten(error: BaseException) -> bool:

@@ -8,10 +8,17 @@ from dataclasses import dataclass
 
 VERDICTS = {"passed": "green", "failed": "red", "not implemented": "yellow", "not run": "blue"}
 
+COLOURS = {"passed": "#2e7d32", "failed": "#c62828", "not implemented": "#b26a00", "not run": "#1565c0"}
+
 
 @dataclass
 class Milestone:
-    """The outcome of one milestone test."""
+    """The outcome of one milestone test.
+
+    Attributes:
+        hidden: it is not in a release, and guards the points of its task's other milestone.
+        waits_for: the task that it uses and that has not passed, so that its own failure says nothing.
+    """
 
     lab: str
     task: str
@@ -20,6 +27,7 @@ class Milestone:
     verdict: str
     message: str = ""
     hidden: bool = False
+    waits_for: str = ""
 
     @property
     def earned(self) -> int:
@@ -33,6 +41,8 @@ def task_order(task: str) -> list[int]:
 def next_step(milestones: list[Milestone]) -> str:
     """One sentence: the first task that is not passed, or that all is done."""
     for milestone in sorted(milestones, key=lambda m: task_order(m.task)):
+        if milestone.verdict == "failed" and milestone.waits_for not in ("", *(m.task for m in milestones)):
+            return f"Next: task {milestone.waits_for}; task {milestone.task} uses it."
         if milestone.verdict == "failed":
             return f"Next: task {milestone.task} fails; its message above says what came and what should have."
         if milestone.verdict == "not implemented":
@@ -56,6 +66,7 @@ def render(milestones: list[Milestone], width: int = 110) -> str:
             table.add_column(heading, justify=justify)
         for m in mine:
             reason = f": {m.message.splitlines()[0]}" if m.verdict == "not run" and m.message else ""
+            reason = f"; it uses task {m.waits_for}, which comes first" if m.waits_for else reason
             table.add_row(m.task, m.name.removeprefix("test_").replace("_", " "), m.verdict + reason, f"{m.earned}/{m.points}")
         table.add_section()
         table.add_row("", "", "", f"{sum(m.earned for m in mine)}/{sum(m.points for m in mine)}")
@@ -66,13 +77,35 @@ def render(milestones: list[Milestone], width: int = 110) -> str:
 
 def render_html(milestones: list[Milestone]) -> str:
     """The outcome of one check in a notebook."""
-    colours = {"passed": "#2e7d32", "failed": "#c62828", "not implemented": "#b26a00", "not run": "#1565c0"}
     blocks = []
     for m in milestones:
         message = f"<pre style='margin:4px 0 0 0'>{html.escape(m.message)}</pre>" if m.message else ""
         blocks.append(
-            f"<div style='border-left:4px solid {colours[m.verdict]};padding:2px 10px;margin:4px 0'>"
-            f"<b style='color:{colours[m.verdict]}'>{m.task} {m.verdict}</b> "
+            f"<div style='border-left:4px solid {COLOURS[m.verdict]};padding:2px 10px;margin:4px 0'>"
+            f"<b style='color:{COLOURS[m.verdict]}'>{m.task} {m.verdict}</b> "
             f"{html.escape(m.name.removeprefix('test_').replace('_', ' '))} ({m.earned}/{m.points}){message}</div>"
         )
     return "".join(blocks)
+
+
+def render_board(milestones: list[Milestone]) -> str:
+    """The scoreboard for a notebook: a line a task, the messages folded behind those that failed, points, what to do next."""
+    rows = []
+    for lab in dict.fromkeys(m.lab for m in milestones):
+        mine = sorted((m for m in milestones if m.lab == lab), key=lambda m: task_order(m.task))
+        rows.append(f"<tr><th colspan=4 style='text-align:left'>{html.escape(lab)}</th></tr>")
+        for m in mine:
+            verdict = f"<b style='color:{COLOURS[m.verdict]}'>{m.verdict}</b>"
+            if m.waits_for:
+                verdict += f"; it uses task {m.waits_for}, which comes first"
+            elif m.message and m.verdict != "not implemented":
+                first, *rest = m.message.splitlines()
+                verdict += f"<details><summary>{html.escape(first)}</summary><pre>{html.escape(chr(10).join(rest))}</pre></details>"
+            title = html.escape(m.name.removeprefix("test_").replace("_", " "))
+            cells = (m.task, title, verdict, f"{m.earned}/{m.points}")
+            rows.append("<tr>" + "".join(f"<td style='text-align:left;vertical-align:top'>{cell}</td>" for cell in cells) + "</tr>")
+        total = f"{sum(m.earned for m in mine)}/{sum(m.points for m in mine)}"
+        rows.append(
+            f"<tr><td></td><td style='text-align:left'>{html.escape(next_step(mine))}</td><td></td><td><b>{total}</b></td></tr>"
+        )
+    return f"<table>{''.join(rows)}</table>"
