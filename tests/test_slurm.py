@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -49,7 +50,9 @@ def site(tmp_path):
 
 
 def settings_of(name: str, **changes) -> JobSettings:
-    return JobSettings(exercises="/home/ada/my exercises" if name == "grading" else None, **changes)
+    given = {"exercises": "/home/ada/my exercises"} if name == "grading" else {}
+    given |= {"arguments": ["/home/ada/a class", "--out", "/home/ada/out"], "parts": 3} if name == "class" else {}
+    return JobSettings(**given, **changes)
 
 
 CASES = [(name, kind, launcher) for kind in SITES for name in batch.SCRIPTS for launcher in ("torchrun",)]
@@ -100,6 +103,7 @@ def test_slurm_refuses_what_cannot_run(slurm_cluster, site):
         ("multi-node", {"time": "soon"}, "soon"),
         ("multi-node", {"time": "0:00:00"}, "needs some"),
         ("grading", {}, "--exercises"),
+        ("class", {}, "shardlab grade"),
         ("multinode", {}, "there are baseline"),
     ],
 )
@@ -412,3 +416,50 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(tmp_path):
     run = Run.read(run.folder)
     assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4] and max(run.losses()) < 50
     assert run.record_json["earlier"][0]["steps"] == 2
+
+
+# --- a class ----------------------------------------------------------------------------------------------------------
+
+
+def handed_in(folder, count: int):
+    for number in range(count):
+        package = folder / f"learner {number}" / "exercises"
+        package.mkdir(parents=True)
+        shutil.copy(batch.ROOT / "src" / "exercises" / "lab02_zero_stages.py", package)
+    return folder
+
+
+def grading(folder, out) -> list[str]:
+    words = ["grade", str(folder), "--out", str(out), "--labs", "2", "--slurm", "--jobs", "2"]
+    return [sys.executable, "-m", "shardlab.cli", *words]
+
+
+def needs_walls() -> None:
+    from shardlab.grading import sandbox
+
+    if sandbox.isolation()[0] != "bubblewrap":
+        pytest.skip(sandbox.isolation()[1])
+
+
+def test_a_class_is_graded_in_an_array_job(slurm_cluster, tmp_path):
+    needs_walls()
+    out = tmp_path / "graded here"
+    done = subprocess.run(grading(handed_in(tmp_path / "a class", 3), out), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "3 of 3 graded" in done.stdout, done.stdout + done.stderr
+    rows = (out / "gradebook.csv").read_text().splitlines()
+    assert len(rows) == 4 and all(row.split(",")[1:3] == ["0", "100"] for row in rows[1:])
+    assert not (out / ".work").exists()
+
+
+def test_interrupted_grading_cancels_its_jobs(slurm_cluster, tmp_path):
+    needs_walls()
+    process = subprocess.Popen(grading(handed_in(tmp_path / "class", 4), tmp_path / "out"), stdout=subprocess.PIPE, text=True)
+    assert "4 submissions to grade" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    end = time.monotonic() + 60
+    while (left := slurm.command("squeue", "--noheader", "--name=shardlab-class").strip()) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert not left
+    assert "not graded yet" in (tmp_path / "out" / "gradebook.csv").read_text()

@@ -24,9 +24,10 @@ SCRIPTS = {
     "multi-node": "one method on several nodes: preflight, checkpoints, goes on after a lost node or the time limit",
     "jupyter": "JupyterLab on a compute node",
     "grading": "the milestones of a folder of exercises",
+    "class": "a class of submissions as an array job; `shardlab grade --slurm` submits it",
 }
 SWEEP = ["baseline", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
-ONE_NODE = {"baseline", "zero-sweep", "multi-gpu", "jupyter", "grading"}
+ONE_NODE = {"baseline", "zero-sweep", "multi-gpu", "jupyter", "grading", "class"}
 
 
 class BatchError(ValueError):
@@ -45,7 +46,10 @@ class JobSettings(BaseModel):
     launcher: Literal["torchrun", "deepspeed", "srun"] = "torchrun"
     exercises: str | None = Field(None, description="for grading: the folder that holds `exercises/`")
     solutions: bool = False
-    arguments: list[str] = Field([], description="options of `shardlab run`, such as --method ZeRO-2")
+    parts: int = Field(1, ge=1, description="for class: jobs of the array")
+    arguments: list[str] = Field(
+        [], description="options of `shardlab run`, such as --method ZeRO-2; for class, of `shardlab grade`"
+    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def _checked(name: str, settings: JobSettings, site: Site) -> tuple[int, int, in
         raise BatchError(f"--nodes {nodes}: '{name}' runs on one node; several are for multi-node")
     if nodes > site.max_nodes:
         raise BatchError(f"--nodes {nodes}: {site.name} lets a job have {site.max_nodes} (max_nodes in the site profile)")
-    wanted = {"baseline": 1, "jupyter": 1, "grading": 1}.get(name, site.gpus_per_node)
+    wanted = {"baseline": 1, "jupyter": 1, "grading": 1, "class": 1}.get(name, site.gpus_per_node)
     gpus = settings.gpus_per_node if settings.gpus_per_node is not None else min(wanted, site.gpus_per_node)
     if gpus < 0 or gpus > site.gpus_per_node:
         raise BatchError(
@@ -90,7 +94,7 @@ def _checked(name: str, settings: JobSettings, site: Site) -> tuple[int, int, in
             f"--ranks-per-node {ranks}: with {site.cores_per_task} cores each (cores_per_task in the site profile) "
             f"they need more than a node's {site.cores_per_node}"
         )
-    time = settings.time or {"baseline": "30:00", "jupyter": "4:00:00", "grading": "30:00"}.get(name, "1:00:00")
+    time = settings.time or {"baseline": "30:00", "jupyter": "4:00:00", "grading": "30:00", "class": "4:00:00"}.get(name, "1:00:00")
     try:
         asked = minutes(time)
     except ValueError as error:
@@ -101,6 +105,8 @@ def _checked(name: str, settings: JobSettings, site: Site) -> tuple[int, int, in
         if settings.time:
             raise BatchError(f"--time {time}: {site.name} ends jobs after {site.max_time} (max_time in the site profile)")
         time = site.max_time
+    if name == "class" and not settings.arguments:
+        raise BatchError("'class' is submitted by: shardlab grade SUBMISSIONS… --out DIR --slurm")
     if name == "grading" and not settings.exercises:
         raise BatchError("--exercises is missing: the folder that holds the 'exercises' package to grade")
     return nodes, gpus, ranks, time
@@ -114,7 +120,7 @@ def directives(name: str, settings: JobSettings, site: Site) -> list[Directive]:
     """
     nodes, gpus, ranks, time = _checked(name, settings, site)
     folder = run_root(site)
-    log = folder / ("%x-%A_%a.out" if name == "zero-sweep" else "%x-%j.out")
+    log = folder / ("%x-%A_%a.out" if name in ("zero-sweep", "class") else "%x-%j.out")
     found = [
         Directive("The name in squeue, and in the name of the log.", f"--job-name=shardlab-{name}"),
         Directive("How many nodes. Not a range: the run's global batch rests on it.", f"--nodes={nodes}"),
@@ -135,6 +141,8 @@ def directives(name: str, settings: JobSettings, site: Site) -> list[Directive]:
     found.append(Directive("After this time Slurm ends the job. Shorter jobs start sooner.", f"--time={time}"))
     if name == "zero-sweep":
         found.append(Directive("One job a method, two at a time, so that others get nodes too.", f"--array=0-{len(SWEEP) - 1}%2"))
+    if name == "class":
+        found.append(Directive("One job a share of the class.", f"--array=0-{settings.parts - 1}"))
     if name == "multi-node":
         found += [
             Directive("Where a node is lost, Slurm puts the job back into the queue.", "--requeue"),
@@ -228,6 +236,7 @@ def render(name: str, settings: JobSettings, site: Site) -> str:
         ranks=ranks,
         launcher=settings.launcher,
         methods=SWEEP,
+        parts=settings.parts,
         exercises=settings.exercises,
         container=_container(site),
         prefix=Path(sys.prefix),

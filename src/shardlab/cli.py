@@ -390,6 +390,10 @@ def grade(
     labs: Annotated[str | None, typer.Option(help="Labs, such as 1,2; all by default.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Submissions at a time. By default half of the cores.")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that the exercises of one submission may run.")] = 900,
+    on_slurm: Annotated[
+        bool, typer.Option("--slurm", help="Grade in an array job of --jobs jobs (4 by default), each one submission at a time.")
+    ] = False,
+    part: Annotated[str | None, typer.Option(help="K/N: only this share, and no gradebook. What the jobs of the array do.")] = None,
     limits_only: Annotated[
         bool, typer.Option("--limits-only", help="Grade without bubblewrap, though it works here. For trying that out.")
     ] = False,
@@ -402,6 +406,7 @@ def grade(
     from shardlab.grading import display, gradebook, graders, sandbox, submissions
 
     chosen = graders.chosen_labs(labs)
+    paths = [path.absolute() for path in paths]
     found = submissions.find(paths)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out names a folder")
@@ -414,20 +419,36 @@ def grade(
         )
     if isolation[0] == "limits":
         print(f"No isolation: {isolation[1]}. The submissions' code can read what this account can read.", file=sys.stderr)
-    graders.forget_the_environment()
+    if part:
+        found = graders.part_of(found, part)
     interrupted, finished = False, {}
     try:
-        finished = graders.grade_all(found, out, plan, jobs=jobs or max(1, hardware.cpu_cores() // 2), display=display.default())
+        if on_slurm:
+            words = [*map(str, paths), "--out", str(out.absolute()), "--labs", ",".join(chosen)]
+            words += ["--timeout", str(timeout), *(["--limits-only"] if limits_only else [])]
+            finished = graders.grade_on_cluster(found, out, plan, words, parts=jobs or 4, display=display.Lines())
+        else:
+            graders.forget_the_environment()
+            finished = graders.grade_all(
+                found, out, plan, jobs=jobs or max(1, hardware.cpu_cores() // 2), display=display.default()
+            )
     except KeyboardInterrupt:
         interrupted = True
         there = graders.results_in(out)
         finished = {name: there[name] for name, path in found.items() if graders.is_current(there.get(name), path, plan)}
+    if part:
+        raise typer.Exit(130 if interrupted else 0)
     book = gradebook.write(out, finished, [name for name in found if name not in finished])
     print(f"{len(finished)} of {len(found)} graded\nGradebook: {book}")
     print(f"Overview:  {out / 'overview.html'}\nFeedback:  {out / 'feedback'}")
     if interrupted:
         print("shardlab: interrupted; the same command goes on from here.", file=sys.stderr)
         raise typer.Exit(130)
+    if missing := [name for name in found if name not in finished]:
+        print(
+            f"shardlab: not graded: {', '.join(missing)}. Look into the job's log; the same command tries again.", file=sys.stderr
+        )
+        raise typer.Exit(1)
     if again := [name for name, result in finished.items() if not result["whole"]]:
         print(f"shardlab: not graded to the end: {', '.join(again)}. The same command tries them again.", file=sys.stderr)
         raise typer.Exit(1)

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -23,6 +24,8 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+
+import psutil
 
 from shardlab.grading import submissions
 from shardlab.grading.milestones import REFERENCES
@@ -286,8 +289,18 @@ class _Judge:
 
 
 def work_folder(out: Path) -> Path:
-    """Where judges keep what is gone when the batch is over."""
-    return (out / ".work").resolve()
+    """Where the judges of this process keep what is gone when it is."""
+    return (out / ".work" / f"{platform.node()}-{os.getpid()}").resolve()
+
+
+def _remove_work(out: Path) -> None:
+    """Remove this process's own, and what processes of this machine left that were killed."""
+    for folder in (out / ".work").glob(f"{platform.node()}-*"):
+        number = folder.name.rpartition("-")[2]
+        if folder == work_folder(out) or not (number.isdigit() and psutil.pid_exists(int(number))):
+            shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (out / ".work").rmdir()
 
 
 def results_in(out: Path) -> dict[str, dict]:
@@ -394,9 +407,70 @@ def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, d
     finally:
         for judge in judges:
             judge.stop()
-        shutil.rmtree(work_folder(out), ignore_errors=True)
+        _remove_work(out)
         display.end()
     return finished
+
+
+def grade_on_cluster(found: dict[str, Path], out: Path, plan: Plan, words: list[str], *, parts: int, display: Display) -> dict:
+    """Grade submissions in an array job, whose jobs write into `out`, and wait for it. Ctrl-C cancels it.
+
+    Args:
+        found: submissions by name.
+        out: the output folder, which all nodes see.
+        plan: how, to know which results are current.
+        words: the arguments of `shardlab grade` for each job of the array.
+        parts: its jobs.
+        display: told of the progress.
+
+    Returns:
+        The current results by name.
+
+    Raises:
+        shardlab.slurm.SlurmError, shardlab.batch.BatchError: the job was refused.
+    """
+    from shardlab import batch, slurm
+
+    def current() -> dict[str, dict]:
+        there = results_in(out)
+        return {name: there[name] for name, path in found.items() if is_current(there.get(name), path, plan)}
+
+    for folder in ("results", "logs"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    shown = current()
+    waiting = len(found) - len(shown)
+    if not waiting:
+        return shown
+    parts = min(parts, waiting)
+    number, _ = batch.submit("class", batch.JobSettings(parts=parts, arguments=words), batch.site_in_use())
+    display.begin(waiting, len(shown), parts)
+    try:
+        while True:
+            over = not slurm.command("squeue", "--noheader", "--jobs", str(number)).strip()
+            for name, result in current().items():
+                if name not in shown:
+                    display.done(0, result)
+                    shown[name] = result
+            if over or len(shown) == len(found):
+                return shown
+            time.sleep(1)
+    except BaseException:
+        slurm.cancel(number)
+        raise
+    finally:
+        display.end()
+
+
+def part_of(found: dict[str, Path], part: str) -> dict[str, Path]:
+    """One share of the submissions: "0/3" is every third, from the first.
+
+    Raises:
+        GradingError: it is not of that form.
+    """
+    number, _, parts = part.partition("/")
+    if not (number.isdigit() and parts.isdigit() and int(number) < int(parts)):
+        raise GradingError(f"--part {part}: it is K/N, with K from 0 to N - 1")
+    return {name: found[name] for name in sorted(found)[int(number) :: int(parts)]}
 
 
 def _with_reason(result: dict) -> dict:
