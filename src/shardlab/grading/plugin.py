@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from shardlab import switch
-from shardlab.grading.milestones import BoxedLab, Lab, MilestoneFailed, launched, shared_folder
+from shardlab.grading.milestones import BoxedLab, BoxEnded, Lab, MilestoneFailed, launched, shared_folder
 from shardlab.grading.scoreboard import Milestone, render
 
 
@@ -92,6 +92,8 @@ def pytest_runtest_call(item):
     mark = _marker(item)
     if mark and "lab" in item.funcargs and (message := item.funcargs["lab"].unwritten(mark[0])):
         raise NotImplementedError(message)
+    if mark and mark[2] and _open_tasks(item, {mark[0]}):
+        raise MilestoneFailed("The task's own milestone has not passed, so this one was not looked at.")
     return (yield)
 
 
@@ -135,13 +137,16 @@ def _comes_first(item, error: BaseException, task: str) -> str:
     """The task that this one uses and that has not passed, as far as the outcomes so far or the error show."""
     if other := _names_task(error):
         return other
-    if isinstance(error, SyntaxError | ImportError):
+    if isinstance(error, SyntaxError | ImportError | BoxEnded):
         return ""  # of the whole file, and no other task's fault
-    needs = item.get_closest_marker("milestone").kwargs.get("needs", ())
-    open_ = [
-        m.task for m in item.config.stash[_outcomes] if m.task in needs and m.lab == _stem(item.path) and m.verdict != "passed"
-    ]
+    open_ = _open_tasks(item, set(item.get_closest_marker("milestone").kwargs.get("needs", ())))
     return open_[0] if open_ else ""
+
+
+def _open_tasks(item, tasks: set[str]) -> list[str]:
+    """Those of some tasks of the lab that have been judged and have not passed."""
+    judged = item.config.stash[_outcomes]
+    return [m.task for m in judged if m.task in tasks and m.lab == _stem(item.path) and m.verdict != "passed"]
 
 
 def _is_unwritten(error: BaseException) -> bool:
@@ -167,7 +172,9 @@ def _message(excinfo, task: str, folder) -> str:
             for entry in excinfo.traceback
             if str(entry.path).startswith(folder)
         ]
-    likely = "it returned something of another form than its docstring says"
+    likely = getattr(error, "likely", "it returned something of another form than its docstring says")
+    if isinstance(error, BoxEnded):
+        got = str(error)
     if places:
         likely = f"the last line of yours that ran: {places[-1]}"
     return "\n".join(

@@ -32,6 +32,7 @@ import psutil
 
 from shardlab import hardware, ops, switch
 from shardlab.grading import wire
+from shardlab.grading.milestones import BoxEnded, TookTooLong, program_of
 from shardlab.runs import Experiment, Run
 from shardlab.tampering import WATCHED
 
@@ -49,14 +50,6 @@ BWRAP_FLAGS = (*(f"--unshare-{name}" for name in ("user", "pid", "net", "ipc", "
 NAMESPACES = {"user": 0x10000000, "ipc": 0x08000000, "uts": 0x04000000, "net": 0x40000000, "pid": 0x20000000, "mnt": 0x00020000}
 DEVICES = ("null", "zero", "full", "random", "urandom")
 ETC = ("passwd", "group", "nsswitch.conf", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime")
-
-
-class BoxEnded(RuntimeError):
-    """A process of the box has gone before it answered; the message says why."""
-
-
-class TookTooLong(BoxEnded):
-    """It did not answer in time, and was ended."""
 
 
 class RemoteError(Exception):
@@ -752,8 +745,6 @@ def _serve_calls(connection: socket.socket, submission: str) -> None:
 
 
 def _carry_out(message: dict, codec: wire.Codec):
-    from shardlab.grading.milestones import program_of
-
     args, kwargs = codec.decode(message["args"]), codec.decode(message["kwargs"])
     match message["op"]:
         case "import":
