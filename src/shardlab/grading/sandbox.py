@@ -1,7 +1,7 @@
 """A box in which somebody's exercises run: no network, nothing to see but the course, limits on everything.
 
 The judging process is outside and stays there. In the box there is a supervisor. It is forked from the warm fork server, so that a
-box with torch, transformers and deepspeed loaded is there in milliseconds. It never runs an exercise itself: it forks a process
+box with torch, transformers and deepspeed loaded answers within a second. It never runs an exercise itself: it forks a process
 for each milestone, and the ranks of each launch. A second process of ours watches memory, processes and disk.
 
 With bubblewrap the supervisor joins the namespaces that `bwrap` has made: its own mounts, process numbers, network and /dev/shm.
