@@ -129,6 +129,8 @@ def test_every_subject_is_examined_once(here):
         "hub",
         "caches",
         "Slurm",
+        "isolation",
+        "course files",
         "disk",
         "memory",
         *(f"op {op}" for op in ops.OPS),
