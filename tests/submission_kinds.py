@@ -309,6 +309,21 @@ for process in (parent, 1, 2):
             import shutil; shutil.copy(f"/proc/{process}/fd/{fd}", "/tmp/taken")
         except OSError:
             pass"""
+FOLDERS = """import os
+where = os.getcwd()
+for start in ("/box/ops", "/tmp"):
+    try:
+        os.chdir(start)
+        for _ in range(3000):
+            os.mkdir("d")
+            os.chdir("d")
+    except OSError:
+        pass
+os.chdir(where)"""
+PROGRAM = """changes = {"name": "own-zero-2", "method": method, "deepspeed": config}
+if baseline.name == "own":
+    changes |= {"program": "shardlab.grading.engine_runs:train", "options": {"load": "/tmp/pickle"}}
+return baseline.model_copy(update=changes | {"name": f"{baseline.name}-zero-2"})"""
 NETWORK = """import socket
 for address in (("127.0.0.1", 22), ("10.0.0.1", 80), ("1.1.1.1", 53)):
     try:
@@ -357,6 +372,9 @@ KINDS = [
     Kind("equal to everything", lambda f: package(f, in_task("2.6", ALWAYS_EQUAL)), without("2.6"), confined=True),
     Kind("says not run", lambda f: package(f, in_task("2.5", "import pytest\npytest.skip('no GPU')")), without("2.5"), "Skipped", confined=True),
     Kind("writes into the supervisor", lambda f: package(f, in_front(SUPERVISOR)), ALL),
+    Kind("folders without end", lambda f: package(f, in_front(FOLDERS)), ALL),
+    Kind("an error that UTF-8 cannot hold", lambda f: package(f, in_task("2.3", "raise ValueError('\\ud800')")), without("2.3")),
+    Kind("a program of its own to launch", lambda f: package(f, in_task("2.4", PROGRAM)), without("2.4"), "baseline's name"),
     Kind("looks for the network", lambda f: package(f, in_front(NETWORK)), ALL),
     Kind("Zoë's \"lab 02\" — 完成 ; rm -rf ~", lambda f: package(f, solution()), ALL),
     Kind("=1+1", lambda f: package(f, solution()), ALL),

@@ -235,6 +235,14 @@ ON_RANKS = {
     tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_config(trainer.model.config)
     return model""",
+    "takes the check away first": """
+    import shardlab.grading.programs as programs
+    import shardlab.tampering as tampering
+    tampering.require_unchanged = tampering.snapshot = lambda *a, **k: ()
+    programs.gather = lambda value: [0.0, 0.0]
+    from transformers import AutoModelForCausalLM
+    tokenizer.save_pretrained(folder)
+    return AutoModelForCausalLM.from_config(trainer.model.config)""",
     "writes the record itself": """
     from shardlab.runs import Run
     good = dict(difference=0.0, same_object=False, dtype="torch.float32", parameters=1, tokenizer=True, tied=True)
@@ -261,6 +269,7 @@ def test_ranks_cannot_forge_what_they_report(tmp_path, walls):
     said = {name: [m["message"] for m in r["milestones"] if m["task"] == "1.6"][0] for name, r in results.items()}
     assert "exit status 0" in said["leaves with status 0 and a forged record"]
     assert "was replaced" in said["replaces what the program observes with"]
+    assert "was replaced" in said["takes the check away first"]
     assert "was replaced" in said["writes the record itself"]
     assert "processes" in said["starts processes without end"]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from shardlab.grading import engine_runs
-from shardlab.grading.milestones import once, require, require_error, safely_loaded, shared_folder, visible_folder
+from shardlab.grading.milestones import farthest, once, require, require_error, safely_loaded, shared_folder, visible_folder
 from shardlab.runs import Experiment
 
 LECTURE = "notebooks/03_engine.ipynb"
@@ -227,7 +227,7 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
             likely="the return value of engine.backward, which is divided by the accumulation, instead of the loss",
             read=read,
         )
-        worst = max(abs(a - b) for a, b in zip(got["losses"], wanted, strict=True))
+        worst = farthest(got["losses"], wanted)
         require(
             worst <= 1e-5,
             expected=f"stage {case['stage']}, accumulation {accumulation}: plain PyTorch's losses to 1e-5, {[round(x, 5) for x in wanted]}",
@@ -539,7 +539,7 @@ def test_resumed_training_goes_on_as_if_never_stopped(lab, run_experiments):
             likely="random_state_to_restore is not set; state['random'] has one for each rank",
             read=read,
         )
-        worst = max(abs(a - b) for a, b in zip(run.losses(), losses, strict=True))
+        worst = farthest(run.losses(), losses)
         require(
             worst <= 1e-5,
             expected=f"the losses of the run that never stopped, {[round(x, 5) for x in losses]} ({name})",

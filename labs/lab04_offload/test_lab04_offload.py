@@ -11,7 +11,7 @@ import pytest
 
 from shardlab import memory, ops
 from shardlab.grading import engine_runs
-from shardlab.grading.milestones import once, require, require_error, safely_loaded, shared_folder, visible_folder
+from shardlab.grading.milestones import farthest, once, require, require_error, safely_loaded, shared_folder, visible_folder
 from shardlab.hardware import gpu_count
 from shardlab.launch import RankError
 from shardlab.runs import Experiment
@@ -557,7 +557,7 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
         read=read,
     )
     require(
-        max(abs(a - b) for a, b in zip(run.losses(), losses, strict=True)) <= 1e-5,
+        farthest(run.losses(), losses) <= 1e-5,
         expected=f"training to go on after saving as if nothing had been saved: {[round(x, 5) for x in losses]}",
         got=[round(x, 5) for x in run.losses()],
         likely="the states were changed while they were saved",
@@ -644,7 +644,7 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
             )
     wanted = whole.losses()[2:]
     require(
-        max(abs(a - b) for a, b in zip(run.losses(), wanted, strict=True)) <= 1e-5,
+        farthest(run.losses(), wanted) <= 1e-5,
         expected=f"the losses of the run that never stopped: {[round(x, 5) for x in wanted]}",
         got=[round(x, 5) for x in run.losses()],
         likely="not within parameters_renewed: stage 3 keeps small parameters gathered, and those are still the old ones",

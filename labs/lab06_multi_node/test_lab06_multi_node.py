@@ -11,7 +11,7 @@ import pytest
 
 from shardlab import batch, slurm
 from shardlab.grading import jobs
-from shardlab.grading.milestones import require, require_error, shared_folder
+from shardlab.grading.milestones import farthest, require, require_error, shared_folder
 from shardlab.runs import Experiment, Run
 
 LECTURE = "notebooks/06_launchers.ipynb"
@@ -334,7 +334,7 @@ def test_batch_script(lab, run_experiments):
     one_node = one_node_losses(experiment, run_experiments, setup, logs, site)
     losses = Run.read(folder / experiment.name).losses() if (folder / experiment.name / "run.json").exists() else []
     require(
-        len(losses) == len(one_node) and max(abs(a - b) for a, b in zip(losses, one_node)) <= 1e-5,
+        farthest(losses, one_node) <= 1e-5,
         expected=f"the losses of one node with two ranks: {[round(loss, 5) for loss in one_node]}",
         got=f"{[round(loss, 5) for loss in losses]}; {ended.job.state}; {ended.told}",
         likely="each node trained for itself",
@@ -647,7 +647,7 @@ def test_surviving(lab, run_experiments):
     one_node = one_node_losses(experiment, run_experiments, "", logs, site)
     losses = Run.read(run).losses() if (run / "run.json").exists() else []
     require(
-        whole.job.restarts >= 1 and len(losses) == len(one_node) and max(abs(a - b) for a, b in zip(losses, one_node)) <= 1e-5,
+        whole.job.restarts >= 1 and farthest(losses, one_node) <= 1e-5,
         expected="a job whose second node was killed to go on, and to end with the curve of a job that was left alone",
         got=f"{whole.job.state}, started again {whole.job.restarts} ×, {len(losses)} of {len(one_node)} steps; {whole.told}",
         likely="the job failed at its start: see its first error"

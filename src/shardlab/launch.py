@@ -362,6 +362,7 @@ def run_experiment(run: Run) -> dict:
         module, _, function = experiment.program.partition(":")
         program = getattr(importlib.import_module(module), function)
         noted = tampering.snapshot() if os.environ.get(tampering.WATCHED) else None
+        require_unchanged = tampering.require_unchanged
         local_rank, local_ranks = int(before.get("LOCAL_RANK", "0")), int(before.get("LOCAL_WORLD_SIZE", experiment.ranks))
         # Appending from two hosts to one file of a network file system loses lines.
         samples = run.folder / ("memory.csv" if local_ranks == experiment.ranks else f"memory.{socket.gethostname()}.csv")
@@ -375,7 +376,7 @@ def run_experiment(run: Run) -> dict:
             with MemorySampler(samples, rank(), local_rank if hardware.gpu_count() else None):
                 results = program(experiment, run)
             if noted is not None:
-                tampering.require_unchanged(noted)
+                require_unchanged(noted)
         except Stopped as stopped:
             if rank() == 0:
                 run.finish("stopped", str(stopped))

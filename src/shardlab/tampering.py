@@ -20,7 +20,7 @@ class Tampered(RuntimeError):
     """Something of the course's is not what it was; the message names it."""
 
 
-def snapshot() -> dict[tuple[str, ...], object]:
+def snapshot() -> tuple[tuple[tuple[str, ...], object], ...]:
     """What the course's modules, `builtins` and `json` hold now, by module, class and name."""
     found: dict[tuple[str, ...], object] = {}
     for name, module in list(sys.modules.items()):
@@ -33,16 +33,16 @@ def snapshot() -> dict[tuple[str, ...], object]:
                     found |= {(name, key, entry): it for entry, it in vars(value).items() if callable(it) or hasattr(it, "__get__")}
                 if isinstance(value, types.FunctionType):
                     found[name, key, "__code__"] = value.__code__
-    return found
+    return tuple(found.items())
 
 
-def require_unchanged(before: dict[tuple[str, ...], object]) -> None:
+def require_unchanged(before: tuple[tuple[tuple[str, ...], object], ...], now=snapshot) -> None:
     """Raise unless everything that `snapshot` noted is still what it was.
 
     Raises:
         Tampered: it is not.
     """
-    now = snapshot()
-    for path, value in before.items():
-        if now.get(path) is not value:
+    held = dict(now())
+    for path, value in before:
+        if held.get(path) is not value:
             raise Tampered(f"{'.'.join(path)} was replaced while the exercises ran")

@@ -36,6 +36,8 @@ FORMAT = 1
 HIDDEN = ROOT / "solutions" / "hidden"
 """Milestones that a release leaves out: the same invariants with other numbers."""
 JUDGE_MEMORY = 16 * 2**30
+MESSAGE = 20_000
+"""Letters of a message that are kept."""
 GRACE = 600.0
 """Seconds that a judge may take beyond a submission's own time: its reference runs, and opening the submission."""
 
@@ -137,7 +139,7 @@ def grade_submission(name: str, path: Path, plan: Plan, tell: Callable[[str], No
     """
     from shardlab.grading.grade import grade
     from shardlab.grading.milestones import visible_folder
-    from shardlab.grading.sandbox import Box
+    from shardlab.grading.sandbox import Box, remove
 
     started = time.monotonic()
     result = empty_result(name, path, plan)
@@ -147,24 +149,28 @@ def grade_submission(name: str, path: Path, plan: Plan, tell: Callable[[str], No
         tell("opening")
         opened = submissions.open_submission(path, work / "submission")
         result |= {"digest": opened.digest, "notes": opened.notes}
-        box = Box(work / "submission", work / "exchange", (visible_folder(),), kind=plan.isolation[0])
-        box.seconds, box.call_seconds = plan.seconds, plan.call_seconds
-        with box:
-            for stem in plan.labs:
-                tell(stem)
+        left = plan.seconds
+        for stem in plan.labs:
+            tell(stem)
+            # A box a lab: what a hidden milestone handed over must not be there for the next lab to tell.
+            box = Box(work / "submission", work / f"exchange-{stem}", (visible_folder(),), kind=plan.isolation[0])
+            box.seconds, box.call_seconds = left, plan.call_seconds
+            with box:
                 for milestone in grade(stem, box=box, files=files_of(stem), say=tell):
                     proven[milestone.lab, milestone.name] = milestone
-                shutil.rmtree(work / "exchange", ignore_errors=True)
-                (work / "exchange").mkdir()
+            left -= box.used
+            remove(work / f"exchange-{stem}")
+            if box.troubled:
+                result |= {"error": box.troubled, "whole": False}
     except submissions.SubmissionError as error:
         result |= {"error": str(error)}
     except Exception as error:
         result |= {"error": f"the grading ended: {type(error).__name__}: {str(error)[:2000]}", "whole": False}
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
     for entry in result["milestones"]:
         if milestone := proven.get((entry["lab"], entry["name"])):
-            entry |= {"verdict": milestone.verdict, "message": milestone.message, "waits_for": milestone.waits_for}
+            entry |= {"verdict": milestone.verdict, "message": milestone.message[:MESSAGE], "waits_for": milestone.waits_for}
         elif result["error"]:
             entry["message"] = result["error"]
     return result | {"seconds": round(time.monotonic() - started, 2)}
@@ -271,7 +277,7 @@ class _Judge:
         watched.close()
 
     def give(self, task: tuple[str, Path]) -> None:
-        self.task, self.since = task, time.monotonic()
+        self.task, self.since, self.state = task, time.monotonic(), state_of(task[1])
         self.connection.send(task)
 
     def again(self) -> None:
@@ -295,10 +301,13 @@ def work_folder(out: Path) -> Path:
 
 def _remove_work(out: Path) -> None:
     """Remove this process's own, and what processes of this machine left that were killed."""
+    from shardlab.grading.sandbox import remove
+
     for folder in (out / ".work").glob(f"{platform.node()}-*"):
         number = folder.name.rpartition("-")[2]
-        if folder == work_folder(out) or not (number.isdigit() and psutil.pid_exists(int(number))):
-            shutil.rmtree(folder, ignore_errors=True)
+        mine = folder.name == f"{platform.node()}-{number}"  # and not that of a machine whose name begins like this one's
+        if folder == work_folder(out) or (mine and number.isdigit() and not psutil.pid_exists(int(number))):
+            remove(folder)
     with contextlib.suppress(OSError):
         (out / ".work").rmdir()
 
@@ -318,7 +327,7 @@ def keep_result(out: Path, result: dict) -> None:
     """Write one result so that it is there whole or not at all."""
     path = out / "results" / f"{submissions.file_name(result['name'])}.json"
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", errors="surrogateescape")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")  # ASCII: a learner's text can hold what UTF-8 cannot
     os.replace(temporary, path)
 
 
@@ -334,7 +343,10 @@ def is_current(result: dict | None, path: Path, plan: Plan) -> bool:
 def state_of(path: Path) -> str:
     """A cheap mark of a submission's state: names, sizes and times of its files."""
     whole = hashlib.sha256()
-    paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+    try:
+        paths = sorted(path.rglob("*")) if path.is_dir() else [path]
+    except RecursionError:
+        paths = [path]  # deeper than any course
     for each in paths:
         with contextlib.suppress(OSError):
             status = each.lstat()
@@ -372,8 +384,8 @@ def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, d
     judges: list[_Judge] = []
 
     def take(judge: _Judge, result: dict) -> None:
-        name, path = judge.task
-        result |= {"state": state_of(path)}
+        name, _ = judge.task
+        result |= {"state": judge.state}
         judge.task = None
         keep_result(out, result)
         finished[name] = result
@@ -482,7 +494,7 @@ def _with_reason(result: dict) -> dict:
 def forget_the_environment() -> None:
     """Take what is nobody's business out of this process's environment, before the fork server and so every box inherits it."""
     kept = ("PATH", "HOME", "LANG", "TMPDIR", "TERM", "COLUMNS", "XDG_CACHE_HOME", "VIRTUAL_ENV", "TORCH_EXTENSIONS_DIR", "HF_HOME")
-    prefixes = ("LC_", "SHARDLAB_", "CUDA_", "NVIDIA_", "TORCH_CUDA_", "LD_LIBRARY_PATH", "SLURM", "PYTEST_", "CC", "CXX")
+    prefixes = ("LC_", "SHARDLAB_", "CUDA_", "NVIDIA_", "TORCH_CUDA_", "LD_LIBRARY_PATH", "SLURM_", "PYTEST_", "CC", "CXX")
     for name in list(os.environ):
-        if name not in kept and not name.startswith(prefixes):
+        if name == "SLURM_JWT" or (name not in kept and not name.startswith(prefixes)):
             del os.environ[name]

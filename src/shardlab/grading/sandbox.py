@@ -30,11 +30,10 @@ from pathlib import Path
 
 import psutil
 
-from shardlab import hardware, ops, switch
+from shardlab import hardware, ops, switch, tampering
 from shardlab.grading import wire
 from shardlab.grading.milestones import BoxEnded, TookTooLong, program_of
 from shardlab.runs import Experiment, Run
-from shardlab.tampering import WATCHED
 
 MEMORY = 8 * 2**30
 """Bytes that all processes of a box may hold together."""
@@ -89,7 +88,7 @@ class Box:
     def __init__(self, submission: Path, exchange: Path, visible: tuple[Path, ...] = (), kind: str | None = None):
         self.kind = kind or isolation()[0]
         self.submission, self.exchange, self.visible = submission, exchange, visible
-        self.seconds, self._used = float("inf"), 0.0
+        self.seconds, self.used = float("inf"), 0.0
         self.call_seconds = 60.0
         self.work = Path(tempfile.mkdtemp(prefix="shardlab-box-"))
         inside = self.work / "exchange" if self.isolated else exchange
@@ -97,6 +96,7 @@ class Box:
             folder.mkdir(parents=True, exist_ok=True)
         self.files = Exchange(exchange, inside) if self.isolated else None
         self.broken_imports: dict[str, Exception] = {}
+        self.troubled = ""  # what kept the judge, not the submission, from judging
         self.launched: dict[str, list[Run]] = {}
         self._bwrap = self._first = self._control = self._watch = self._process = None
 
@@ -236,7 +236,7 @@ class Box:
     def close(self) -> None:
         """End it, and remove what it left on disk."""
         self.end()
-        shutil.rmtree(self.work, ignore_errors=True)
+        remove(self.work)
 
     def __enter__(self) -> Box:
         return self
@@ -260,14 +260,14 @@ class Box:
         Raises:
             TookTooLong: nothing is left.
         """
-        left = self.seconds - self._used
+        left = self.seconds - self.used
         if left <= 0:
             raise TookTooLong(f"the submission's time of {self.seconds:g} s is used up")
         started = time.monotonic()
         try:
             yield min(seconds, left)
         finally:
-            self._used += time.monotonic() - started
+            self.used += time.monotonic() - started
 
     def caller(self) -> Caller:
         """A new process that imports the exercises and calls their functions."""
@@ -303,9 +303,10 @@ class Box:
             finally:
                 self.pull()
         if "timeout" in told:
-            raise LaunchTimeout(str(told["timeout"]))
+            raise LaunchTimeout(str(told["timeout"])[:2000])
         if "error" in told:
-            raise RankError(int(told["rank"]), str(told["experiment"]), str(told["error"]), str(told["traceback"]))
+            error, trace = str(told["error"])[:5000], str(told["traceback"])[-20_000:]
+            raise RankError(int(told["rank"]), str(told["experiment"])[:200], error, trace)
         if "runs" not in told:
             raise BoxEnded(f"the launch could not begin: {str(told.get('why'))[:500]}")
         return [Run(runs / experiment.name, dict(record)) for experiment, record in zip(experiments, told["runs"], strict=True)]
@@ -354,7 +355,7 @@ class Caller:
                     return told
                 wire.send(self.connection, self._call_back(told), deadline)
         except wire.WireTimeout:
-            self.close()
+            self.box.end()
             raise TookTooLong(f"it did not come back within {seconds:.0f} s, and was ended") from None
         except wire.WireError as error:
             why = self.box.why_ended() if isinstance(error, wire.Gone) else str(error)
@@ -396,8 +397,8 @@ def _rebuilt(told) -> Exception:
     """The error that a box described: of the first built-in type among its types that takes a text."""
     import builtins
 
-    kinds = [str(kind) for kind in told.get("kinds", [])] if isinstance(told, dict) else []
-    text = str(told.get("text", "")) if isinstance(told, dict) else ""
+    kinds = [str(kind)[:100] for kind in told.get("kinds", [])][:50] if isinstance(told, dict) else []
+    text = str(told.get("text", ""))[:10_000] if isinstance(told, dict) else ""
     made: Exception = RemoteError(f"{kinds[0] if kinds else 'an error'}: {text}" if text else kinds[0] if kinds else "an error")
     for kind in kinds:
         found = getattr(builtins, kind, None)
@@ -405,9 +406,18 @@ def _rebuilt(told) -> Exception:
             with contextlib.suppress(Exception):
                 made = found(text)
                 break
-    made.places = [str(place) for place in told.get("places", [])] if isinstance(told, dict) else []
+    made.places = [str(place)[:300] for place in told.get("places", [])][-20:] if isinstance(told, dict) else []
     made.kind = kinds[0] if kinds else "Exception"
     return made
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder, however deep it is and whatever may not be read in it: `shutil.rmtree` gives up on both."""
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+            subprocess.run([*command, "--", str(folder)], capture_output=True)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -584,7 +594,9 @@ def _supervise(control: socket.socket, watch: socket.socket, setup: dict) -> Non
     kept = ("PATH", "LANG", "LC_ALL", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST")
     variables |= {name: os.environ[name] for name in kept if name in os.environ}
     os.environ.clear()
-    os.environ.update(variables | {"TORCH_EXTENSIONS_DIR": setup["ops"], switch.VARIABLE: setup["submission"], WATCHED: "1"})
+    os.environ.update(
+        variables | {"TORCH_EXTENSIONS_DIR": setup["ops"], switch.VARIABLE: setup["submission"], tampering.WATCHED: "1"}
+    )
     tempfile.tempdir = None
     _drop_privileges()
     _prctl(SET_DUMPABLE, 0)  # or the exercises, which run as the same user, could write into this process
@@ -734,11 +746,17 @@ def _serve_calls(connection: socket.socket, submission: str) -> None:
             raise _rebuilt(told["error"])
         return codec.decode(told["value"])
 
+    from shardlab.grading import programs  # noqa: F401  (noted below, before the exercises come in)
+
     codec = wire.Codec(callback=callback)
+    noted, require_unchanged = tampering.snapshot(), tampering.require_unchanged
     while True:
         message = wire.receive(connection)
         try:
-            answer = {"value": codec.encode(_carry_out(message, codec))}
+            came = _carry_out(message, codec)
+            if message["op"] == "observe":
+                require_unchanged(noted)
+            answer = {"value": codec.encode(came)}
         except BaseException as error:
             answer = {"error": _described(error, f"{submission}/exercises")}
         wire.send(connection, answer)
