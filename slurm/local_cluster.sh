@@ -235,6 +235,8 @@ up() {
         for node in "${nodes[@]}"; do address_of[$node]=127.0.0.1; hostname_of[$node]=$(hostname -s); done
     fi
     write_configuration
+    # Nothing here uses control groups; but slurmd looks for them, and does not start where there are none, unless it is told which.
+    say "CgroupPlugin=cgroup/v1" >"$state/cgroup.conf"
     export SLURM_CONF=$state/slurm.conf
 
     (umask 077 && head -c 1024 /dev/urandom >"$state/munge.key")

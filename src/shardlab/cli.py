@@ -385,10 +385,12 @@ def grade(
         ),
     ],
     out: Annotated[
-        Path, typer.Option(help="Where results, gradebook and feedback go. Started again, a batch goes on behind them.")
+        Path, typer.Option(help="Where results, gradebook and feedback go. Run again, the command skips what is graded already.")
     ],
     labs: Annotated[str | None, typer.Option(help="Labs, such as 1,2; all by default.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Submissions at a time. By default half of the cores.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Submissions at a time. By default half of the cores, and no more than memory allows.")
+    ] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that the exercises of one submission may run.")] = 900,
     on_slurm: Annotated[
         bool, typer.Option("--slurm", help="Grade in an array job of --jobs jobs (4 by default), each one submission at a time.")
@@ -402,7 +404,6 @@ def grade(
 
     Of what the submissions say nothing is believed: milestones call their functions from outside of the box, and judge there.
     """
-    from shardlab import hardware
     from shardlab.grading import display, gradebook, graders, sandbox, submissions
 
     chosen = graders.chosen_labs(labs)
@@ -412,6 +413,7 @@ def grade(
         raise ValueError(f"{out} is a file; --out names a folder")
     isolation = ("limits", "it was asked for with --limits-only") if limits_only else sandbox.isolation()
     plan = graders.Plan(tuple(chosen), timeout, graders.course_digest(chosen), isolation)
+    graders.require_same_labs(out, plan)
     if isolation[0] == "limits" and os.geteuid() == 0:
         raise ValueError(
             f"submissions are not graded as root without isolation ({isolation[1]}): their code could end every process and write "
@@ -429,20 +431,20 @@ def grade(
             finished = graders.grade_on_cluster(found, out, plan, words, parts=jobs or 4, display=display.Lines())
         else:
             graders.forget_the_environment()
-            finished = graders.grade_all(
-                found, out, plan, jobs=jobs or max(1, hardware.cpu_cores() // 2), display=display.default()
-            )
+            finished = graders.grade_all(found, out, plan, jobs=jobs or graders.judges_that_fit(), display=display.default())
     except KeyboardInterrupt:
         interrupted = True
         there = graders.results_in(out)
         finished = {name: there[name] for name, path in found.items() if graders.is_current(there.get(name), path, plan)}
     if part:
         raise typer.Exit(130 if interrupted else 0)
-    book = gradebook.write(out, finished, [name for name in found if name not in finished])
+    # Those that were not named this time keep their rows.
+    others = {name: result for name, result in graders.results_in(out).items() if name not in found}
+    book = gradebook.write(out, others | finished, [name for name in found if name not in finished])
     print(f"{len(finished)} of {len(found)} graded\nGradebook: {book}")
     print(f"Overview:  {out / 'overview.html'}\nFeedback:  {out / 'feedback'}")
     if interrupted:
-        print("shardlab: interrupted; the same command goes on from here.", file=sys.stderr)
+        print("shardlab: interrupted; run the same command again, and it skips what is graded.", file=sys.stderr)
         raise typer.Exit(130)
     if missing := [name for name in found if name not in finished]:
         print(
@@ -470,15 +472,18 @@ def release(
 
 @app.command()
 def matrix(
-    labs: Annotated[list[str] | None, typer.Argument(help="Labs, such as lab01_baseline; all by default.")] = None,
+    labs: Annotated[list[str] | None, typer.Argument(help="Labs, such as 1 or lab01_baseline; all by default.")] = None,
     only: Annotated[str | None, typer.Option(help="solutions, skeletons, mutants, or a task number.")] = None,
 ) -> None:
     """For authors: prove that solutions pass, skeletons fail, and each mutant fails its own milestone and no other."""
+    from shardlab.grading.graders import chosen_labs
     from shardlab.grading.matrix import prove
 
     _require_solutions("the matrix needs the solutions")
     lines = prove(
-        labs, only=only, say=lambda line: print(f"{line.stem}  {line.variant}: {line.problem or 'as it should'}", flush=True)
+        chosen_labs(",".join(labs or [])),
+        only=only,
+        say=lambda line: print(f"{line.stem}  {line.variant}: {line.problem or 'as it should'}", flush=True),
     )
     wrong = [line for line in lines if line.problem]
     print(f"{len(lines)} variants, {len(wrong)} not as they should be")

@@ -273,8 +273,12 @@ def _first_error(result, logs: Path, runs: list[Run], codes: list[int | None]) -
     at = _current(runs)
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
     hint = " (out of memory, perhaps)" if code == -signal.SIGKILL else ""
-    output = "\n".join(log.read_text(errors="replace")[-2000:] for log in logs.glob(f"**/{rank}/stderr.log"))
-    return RankError(rank, at.name, f"the process was {how}{hint}", output)
+    output = "\n".join(log.read_text(errors="replace") for log in logs.glob(f"**/{rank}/stderr.log"))
+    if code in (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS):
+        # A library in C says why, and ends the process; then Python prints where it was.
+        said = [line.strip() for line in output.partition("Fatal Python error")[0].splitlines() if line.strip()]
+        hint = f"; it said last: {said[-1][:200]}" if said else ""
+    return RankError(rank, at.name, f"the process was {how}{hint}", output[-2000:])
 
 
 def _current(runs: list[Run]) -> Run:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardlab.hardware import ROOT
 
+LOCAL_CLUSTER = "local_cluster.sh"
 START_ONE = f"{ROOT / 'slurm' / 'local_cluster.sh'} up"
 PENDING, RUNNING = (
     {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"},
@@ -36,9 +39,33 @@ def environment() -> dict[str, str]:
     return os.environ | {"SLURM_CONF": str(configuration)}
 
 
+_elsewhere: Callable[..., str] | None = None
+_none_there: Callable[[], str] = str
+
+
+@contextlib.contextmanager
+def elsewhere(run: Callable[..., str], none_there: Callable[[], str]):
+    """Let Slurm's commands be those beside a local cluster that this process does not see.
+
+    Args:
+        run: called as `command` is, without `cwd`; also with `local_cluster.sh` and its arguments.
+        none_there: says why there can be no such cluster; nothing if there can.
+    """
+    global _elsewhere, _none_there
+    _elsewhere, _none_there = run, none_there
+    try:
+        yield
+    finally:
+        _elsewhere, _none_there = None, str
+
+
+def is_elsewhere() -> bool:
+    return _elsewhere is not None
+
+
 def is_local() -> bool:
     """Whether the Slurm in use is the one that `slurm/local_cluster.sh` started."""
-    return environment().get("SLURM_CONF") == str(local_state() / "slurm.conf")
+    return _elsewhere is not None or environment().get("SLURM_CONF") == str(local_state() / "slurm.conf")
 
 
 def command(*words: str, seconds: float = 30, text: str | None = None, cwd: Path | None = None) -> str:
@@ -47,6 +74,8 @@ def command(*words: str, seconds: float = 30, text: str | None = None, cwd: Path
     Raises:
         SlurmError: it is not installed, it failed, or it did not answer.
     """
+    if _elsewhere is not None:
+        return _elsewhere(*words, seconds=seconds, text=text)
     if not shutil.which(words[0]):
         raise SlurmError(
             f"there is no {words[0]} here: Slurm is not installed "
@@ -66,8 +95,29 @@ def command(*words: str, seconds: float = 30, text: str | None = None, cwd: Path
     return done.stdout
 
 
+def local_cluster(*words: str) -> str:
+    """Run `slurm/local_cluster.sh`; what it prints.
+
+    Raises:
+        SlurmError: it failed; the message is its last line.
+    """
+    if _elsewhere is not None:
+        return _elsewhere(LOCAL_CLUSTER, *words, seconds=90)
+    script = ROOT / "slurm" / LOCAL_CLUSTER
+    try:
+        done = subprocess.run([script, *words], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=90)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{LOCAL_CLUSTER} {' '.join(words)} did not end within 90 s") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
+        raise SlurmError(said[-1])
+    return done.stdout
+
+
 def missing() -> str | None:
     """Why no job can be submitted from here, with the remedy; None if one can."""
+    if _elsewhere is not None:
+        return _none_there() or None
     try:
         command("scontrol", "ping", seconds=10)
     except SlurmError as error:

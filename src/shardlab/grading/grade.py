@@ -51,7 +51,16 @@ def grade(stem: str, *, exercises: Path | None = None, task: str | None = None, 
         options = ["--milestones-json", str(result)]
         options += ["--exercises", str(exercises or switch.exercises_folder())] if box is None else []
         options += ["--task", task] if task else []
-        options += ["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml")]
+        options += [
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:unraisableexception",
+            f"--rootdir={ROOT}",
+            "-c",
+            str(ROOT / "pyproject.toml"),
+        ]
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             tests = temporary if box is None else box.exchange
             paths = [str(path) for path in files or [ROOT / "labs" / stem]]

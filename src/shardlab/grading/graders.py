@@ -35,7 +35,8 @@ from shardlab.hardware import ROOT
 FORMAT = 1
 HIDDEN = ROOT / "solutions" / "hidden"
 """Milestones that a release leaves out: the same invariants with other numbers."""
-JUDGE_MEMORY = 16 * 2**30
+JUDGE_MEMORY = 6 * 2**30
+"""Bytes that a judge may take beyond what it begins with."""
 MESSAGE = 20_000
 """Letters of a message that are kept."""
 GRACE = 600.0
@@ -80,7 +81,8 @@ def milestones_of(stem: str) -> list[Milestone]:
 def course_digest(labs: list[str]) -> str:
     """A digest of everything that a grade depends on besides the submission."""
     whole = hashlib.sha256()
-    library = sorted((ROOT / "src" / "shardlab").rglob("*.py"))
+    folders = (ROOT / "src" / "shardlab", ROOT / "slurm")
+    library = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     for path in [*library, ROOT / "constraints.txt", *(path for stem in labs for path in files_of(stem))]:
         if path.exists():
             whole.update(str(path.relative_to(ROOT)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
@@ -147,7 +149,7 @@ def grade_submission(name: str, path: Path, plan: Plan, tell: Callable[[str], No
     work = Path(tempfile.mkdtemp(prefix="shardlab-judge-"))
     try:
         tell("opening")
-        opened = submissions.open_submission(path, work / "submission")
+        opened = submissions.open_apart(path, work / "submission")
         result |= {"digest": opened.digest, "notes": opened.notes}
         left = plan.seconds
         for stem in plan.labs:
@@ -227,8 +229,8 @@ def _judge(connection: Connection, lifeline: Connection, plan: Plan, log: str, w
 
     forkserver._forkserver.ensure_running = lambda: None
     forkserver.ensure_running = lambda: None
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    resource.setrlimit(resource.RLIMIT_DATA, (JUDGE_MEMORY if hard < 0 else min(JUDGE_MEMORY, hard), hard))
+    hard, memory = resource.getrlimit(resource.RLIMIT_DATA)[1], psutil.Process().memory_info().data + JUDGE_MEMORY
+    resource.setrlimit(resource.RLIMIT_DATA, (memory if hard < 0 else min(memory, hard), hard))
     while (task := connection.recv()) is not None:
         name, path = task
         connection.send(("done", grade_submission(name, path, plan, lambda at: connection.send(("at", at)))))
@@ -323,6 +325,18 @@ def results_in(out: Path) -> dict[str, dict]:
     return found
 
 
+def require_same_labs(out: Path, plan: Plan) -> None:
+    """A folder holds the grades of one choice of labs: a row for each learner, a column for each task.
+
+    Raises:
+        GradingError: there are grades of another one in it.
+    """
+    other = {tuple(result["labs"]) for result in results_in(out).values()} - {plan.labs}
+    if other:
+        held, wanted = ", ".join(sorted(other)[0]), ", ".join(plan.labs)
+        raise GradingError(f"{out} holds grades of {held}, and you ask for {wanted}. Give those another --out.")
+
+
 def keep_result(out: Path, result: dict) -> None:
     """Write one result so that it is there whole or not at all."""
     path = out / "results" / f"{submissions.file_name(result['name'])}.json"
@@ -352,6 +366,14 @@ def state_of(path: Path) -> str:
             status = each.lstat()
             whole.update(f"{os.fsencode(each)!r} {status.st_size} {status.st_mtime_ns}\n".encode())
     return whole.hexdigest()[:16]
+
+
+def judges_that_fit() -> int:
+    """How many judges this machine has cores and memory for: two cores each, and what a box and its judge usually take at most."""
+    from shardlab import hardware
+    from shardlab.grading.sandbox import MEMORY
+
+    return max(1, min(hardware.cpu_cores() // 2, psutil.virtual_memory().available // (MEMORY + 2 * 2**30)))
 
 
 def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, display: Display | None = None) -> dict[str, dict]:

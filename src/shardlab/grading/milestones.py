@@ -127,9 +127,6 @@ class Lab:
         """Have one of DeepSpeed's compiled ops ready where the exercises are."""
         ops.build(op)
 
-    def runs_outside_a_box(self, what: str) -> None:
-        """What follows runs something that the exercises have made as this account. Somebody else's is not run so."""
-
     def close(self) -> None:
         for name, function in self._replaced.items():
             setattr(switch.import_exercise(self.stem), name, function)
@@ -198,12 +195,6 @@ class BoxedLab(Lab):
     def needs_op(self, op: str) -> None:
         self._box.provide(op)
 
-    def runs_outside_a_box(self, what: str) -> None:
-        pytest.skip(
-            f"{what} would run as your account, outside of the box. Read it, then grade this task with "
-            "pytest labs --task … --exercises …"
-        )
-
     def close(self) -> None:
         if self._caller is not None:
             self._caller.close()
@@ -232,19 +223,28 @@ def shared_folder() -> Path:
         folder = Path(os.environ[REFERENCES])
         folder.mkdir(parents=True, exist_ok=True)
         return folder
-    return Path(_lifetime_folder().name)
+    return own_folder()
 
 
 REFERENCES = "SHARDLAB_REFERENCES"
 
 
+def own_folder() -> Path:
+    """A folder of this process alone, for what its exercises make."""
+    return Path(_lifetime_folder().name)
+
+
 @contextlib.contextmanager
-def once(name: str):
-    """Do something once in the shared folder: `with once("killed") as first:` is true for the first, and others wait for it."""
+def once(name: str, folder: Path | None = None):
+    """Do something once in a folder, by default the shared one.
+
+    `with once("killed") as first:` is true for the first who comes, and the others wait until it is done.
+    """
     from filelock import FileLock
 
-    with FileLock(shared_folder() / f".{name}.lock"):
-        done = shared_folder() / f".{name}.done"
+    folder = folder or shared_folder()
+    with FileLock(folder / f".{name}.lock"):
+        done = folder / f".{name}.done"
         yield not done.exists()
         done.touch()
 
@@ -257,26 +257,96 @@ def visible_folder() -> Path:
 
 
 def safely_loaded(path: Path) -> dict:
-    """What `torch.save` wrote, without running anything that it may hold: tensors, plain values, numpy's random states.
+    """What `torch.save` wrote, without running anything that it may hold: tensors and plain values.
 
     Raises:
         MilestoneFailed: it holds something else.
     """
     import pickle
 
-    import numpy
     import torch
 
-    numpys = [numpy._core.multiarray._reconstruct, numpy.ndarray, numpy.dtype, type(numpy.dtype("uint32"))]
     try:
-        with torch.serialization.safe_globals(numpys):
-            return torch.load(path, weights_only=True, map_location="cpu")
+        return torch.load(path, weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
         raise MilestoneFailed(
             f"expected  a file of torch.save with tensors and plain values in it: {path.name}\n"
             f"got       {str(error).splitlines()[0][:300]}\n"
             "likely    an object of a class of its own was saved, or the file is not whole\nread      the task's docstring"
         ) from None
+
+
+def saved_weights(folder: Path, base_model: str, *, read: str) -> dict:
+    """The weights in a model folder, read as what they are: JSON and safetensors. Nothing else in the folder is looked at.
+
+    Args:
+        folder: what `save_pretrained` wrote, with its tokenizer.
+        base_model: the model whose shape and tokenizer it must have.
+        read: where the lab explains it.
+
+    Returns:
+        fp32 tensors by the parameters' names, each shared tensor once.
+
+    Raises:
+        MilestoneFailed: it is not a model of this shape that plain transformers can load.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from shardlab.models import load_tokenizer, model_config
+
+    def json_in(name: str) -> dict:
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            found = error
+        require(
+            isinstance(found, dict),
+            expected=f"a {name} in the folder",
+            got=f"{type(found).__name__}: {found}",
+            likely="save_pretrained left out, or a state dict saved without its configuration",
+            read=read,
+        )
+        return found
+
+    wanted = model_config(base_model).to_dict()
+    shape = ("model_type", "vocab_size", "hidden_size", "n_layer", "n_head")
+    config = json_in("config.json")
+    require(
+        [config.get(name) for name in shape] == [wanted[name] for name in shape] and config.get("tie_word_embeddings", True),
+        expected=f"the configuration of {', '.join(f'{name} {wanted[name]}' for name in shape)}, its output layer tied",
+        got=", ".join(f"{name} {config.get(name)}" for name in (*shape, "tie_word_embeddings")),
+        likely="another model saved, or lm_head handled by itself",
+        read=read,
+    )
+    try:
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        require(
+            False,
+            expected="the weights in model.safetensors",
+            got=f"{type(error).__name__}: {error}",
+            likely="model.save_pretrained under ZeRO-3 writes empty shards; or weights saved in another way",
+            read=read,
+        )
+    types = sorted({str(weight.dtype) for weight in weights.values()})
+    require(
+        types == ["torch.float32"],
+        expected="fp32 weights",
+        got=", ".join(types) or "none",
+        likely="the model's half-precision copy instead of the master weights",
+        read=read,
+    )
+    tokenizer = load_tokenizer(base_model)
+    vocabulary = json_in("tokenizer.json").get("model", {}) if (folder / "tokenizer.json").exists() else {}
+    require(
+        vocabulary == json.loads(tokenizer.backend_tokenizer.to_str())["model"],
+        expected="the tokenizer in the folder",
+        got="none that can be read" if not vocabulary else "another one",
+        likely="the tokenizer's save_pretrained left out: load_tokenizer(base_model).save_pretrained(folder)",
+        read=read,
+    )
+    return {name if name.startswith("transformer.") else f"transformer.{name}": weight for name, weight in weights.items()}
 
 
 def _code_of(task: str) -> list[str]:
@@ -317,13 +387,14 @@ def launched(experiments: list, *, task: str, timeout: float = 120, box=None) ->
     sources = _code_of(task) if theirs else []
     key = hashlib.sha256(json.dumps([[e.model_dump() for e in experiments], sources]).encode()).hexdigest()
     if key not in _RUNS:
-        folder = shared_folder() / key[:12]
-        with once(key[:12]) as first:
+        place = own_folder() if theirs else shared_folder()
+        folder = place / key[:12]
+        with once(key[:12], place) as first:
             if first:
                 try:
                     launch(experiments, runs=folder, timeout=timeout, display=progress.Quiet())
                 except LaunchError as error:
-                    if box is None:
+                    if box is None or any("kill_at" in experiment.options for experiment in experiments):
                         raise
                     box.troubled = f"a run without anybody's exercises failed: {str(error).splitlines()[0]}"
                     pytest.skip(box.troubled)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from shardlab import switch
-from shardlab.grading.milestones import BoxedLab, BoxEnded, Lab, MilestoneFailed, launched, shared_folder
+from shardlab import slurm, switch
+from shardlab.grading.milestones import BoxedLab, BoxEnded, Lab, MilestoneFailed, launched, own_folder
 from shardlab.grading.scoreboard import Milestone, render
 
 
@@ -84,7 +84,20 @@ def run_experiments(request):
 def workspace(request) -> Path:
     """A folder that exercises may write into, and that keeps its name from one milestone to the next."""
     box = request.config.stash.get(BOX, None)
-    return shared_folder() if box is None else box.exchange / "work"
+    return own_folder() if box is None else box.exchange / "work"
+
+
+@pytest.fixture
+def slurm_beside_exercises(request):
+    """For milestones whose jobs run what the exercises wrote: with exercises in a box, the Slurm in use is one in that box."""
+    box = request.config.stash.get(BOX, None)
+    if box is None:
+        yield
+    else:
+        from shardlab.grading.sandbox import why_no_slurm
+
+        with slurm.elsewhere(box.slurm, why_no_slurm):
+            yield
 
 
 @pytest.hookimpl(wrapper=True)

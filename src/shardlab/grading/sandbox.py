@@ -2,7 +2,8 @@
 
 The judging process is outside and stays there. In the box there is a supervisor. It is forked from the warm fork server, so that a
 box with torch, transformers and deepspeed loaded answers within a second. It never runs an exercise itself: it forks a process
-for each milestone, and the ranks of each launch. A second process of ours watches memory, processes and disk.
+for each milestone, and the ranks of each launch. Another process of ours, which nothing in the box can see, watches memory,
+processes and disk.
 
 With bubblewrap the supervisor joins the namespaces that `bwrap` has made: its own mounts, process numbers, network and /dev/shm.
 Where the machine does not allow that, only the limits hold, and the exercises can read what this account can read.
@@ -13,19 +14,24 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
+import io
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from functools import cache
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import psutil
@@ -43,12 +49,24 @@ PROCESSES = 64
 """How many processes may be in a box at once."""
 FILES = 20_000
 """How many files a box may leave behind."""
+DEPTH = 50
+"""How deep its folders may be."""
+RECORD = 16 * 2**20
+"""Bytes of a file in JSON that the judge reads."""
 WATCH_SECONDS = 0.25
 
-BWRAP_FLAGS = (*(f"--unshare-{name}" for name in ("user", "pid", "net", "ipc", "uts")), "--die-with-parent", "--new-session")
-NAMESPACES = {"user": 0x10000000, "ipc": 0x08000000, "uts": 0x04000000, "net": 0x40000000, "pid": 0x20000000, "mnt": 0x00020000}
+ADDRESS = "10.77.0.1"
+USER = "1000"
+"""The number, in a box, of whoever grades. Root among numbers without any right would keep Slurm from starting."""
+BWRAP_FLAGS = (
+    *(f"--unshare-{name}" for name in ("user", "pid", "net", "ipc", "uts")),
+    "--disable-userns",
+    *("--uid", USER, "--gid", USER, "--die-with-parent", "--new-session"),
+)
+NS_GET_USERNS, USER_NAMESPACE = 0xB701, 0x10000000
+NAMESPACES = {"ipc": 0x08000000, "uts": 0x04000000, "net": 0x40000000, "pid": 0x20000000, "mnt": 0x00020000}
 DEVICES = ("null", "zero", "full", "random", "urandom")
-ETC = ("passwd", "group", "nsswitch.conf", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime")
+ETC = ("nsswitch.conf", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "alternatives", "localtime")
 
 
 class RemoteError(Exception):
@@ -76,7 +94,7 @@ def isolation() -> tuple[str, str]:
 
 
 class Box:
-    """One box, for one submission.
+    """One box, for one lab of one submission.
 
     Args:
         submission: the folder that holds `exercises/`; read-only in the box.
@@ -98,7 +116,8 @@ class Box:
         self.broken_imports: dict[str, Exception] = {}
         self.troubled = ""  # what kept the judge, not the submission, from judging
         self.launched: dict[str, list[Run]] = {}
-        self._bwrap = self._first = self._control = self._watch = self._process = None
+        self._killed_for_memory = 0
+        self._bwrap = self._first = self._control = self._watch = self._process = self._beside_slurm = None
 
     @property
     def isolated(self) -> bool:
@@ -117,6 +136,7 @@ class Box:
         from shardlab.launch import _bare_main, warm_up
 
         warm_up()
+        self._killed_for_memory = _killed_for_memory()
         first = self._start_bwrap() if self.isolated else None
         self._control, control = wire.pair()
         self._watch, watch = wire.pair()
@@ -135,7 +155,7 @@ class Box:
 
     def _start_bwrap(self) -> int:
         """Make the namespaces; the number of their first process."""
-        words = ["bwrap", *BWRAP_FLAGS, "--proc", "/proc", "--tmpfs", "/dev", "--hostname", "box"]
+        words = ["bwrap", *BWRAP_FLAGS, "--proc", "/proc", "--size", "65536", "--tmpfs", "/dev", "--hostname", "box"]
         for name in DEVICES:
             words += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
         for path in sorted(Path("/dev").glob("nvidia*")):
@@ -152,13 +172,20 @@ class Box:
                 words += ["--ro-bind", str(path), str(path)]
         python = {Path(sys.prefix), Path(sys.base_prefix), Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}
         seen = ["/usr", "/sys/devices/system", *(f"/etc/{name}" for name in ETC), *map(str, sorted(python))]
-        seen += [str(hardware.ROOT / "src" / "shardlab"), *map(str, self.visible)]
+        # A Python of a cluster's module may need libraries of other modules.
+        seen += [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path.startswith("/")]
+        seen += [str(hardware.ROOT / "src" / "shardlab"), str(hardware.ROOT / "slurm"), *map(str, self.visible)]
         for path in seen:
             words += ["--ro-bind-try", path, path]
-        words += ["--bind", str(self.work / "exchange"), str(self.exchange), "--bind", str(self.work / "ops"), "/box/ops"]
-        (self.work / "hosts").write_text("127.0.0.1 localhost box\n")
-        words += ["--ro-bind", str(self.work / "hosts"), "/etc/hosts"]
-        words += ["--ro-bind", str(self.submission), "/box/submission", "--remount-ro", "/"]
+        words += ["--bind", str(self.work / "exchange"), str(self.exchange), "--ro-bind", str(self.work / "ops"), "/box/ops"]
+        own = {"hosts": f"127.0.0.1 localhost\n{ADDRESS} box\n", "group": f"box:x:{USER}:\n"}
+        own |= {"passwd": f"box:x:{USER}:{USER}::/tmp:/bin/bash\n"}
+        for name, text in own.items():
+            (self.work / name).write_text(text)
+            words += ["--ro-bind", str(self.work / name), f"/etc/{name}"]
+        words += ["--ro-bind", str(self.submission), "/box/submission"]
+        # Without this, settings of the kernel could be written where the box belongs to root.
+        words += [word for place in ("/dev", "/proc", "/") for word in ("--remount-ro", place)]
         reading, writing = os.pipe()
         self._bwrap = subprocess.Popen(
             [*words, "--info-fd", str(writing), "--", "sleep", "infinity"],
@@ -172,7 +199,8 @@ class Box:
         with os.fdopen(reading) as pipe:
             told = pipe.read()
         if not told:
-            raise BoxEnded(f"bubblewrap could not make a box: {self._bwrap.communicate()[0]}")
+            self.troubled = f"bubblewrap could not make a box: {self._bwrap.communicate()[1].strip()[-300:]}"
+            raise BoxEnded(self.troubled)
         self._first = first = json.loads(told)["child-pid"]
         # The information comes before the mounts are made; `sleep` is the sign that they are.
         end = time.monotonic() + 10
@@ -184,8 +212,9 @@ class Box:
                 if any("sleep" in Path(f"/proc/{child}/cmdline").read_text().split("\0")[0] for child in children):
                     return first
             time.sleep(0.001)
-        self.close()
-        raise BoxEnded("bubblewrap could not make a box")
+        self.end()
+        self.troubled = "bubblewrap did not make a box within 10 s"
+        raise BoxEnded(self.troubled)
 
     def _ask_supervisor(self, request: dict) -> socket.socket:
         """A connection to a new process of the box."""
@@ -200,12 +229,15 @@ class Box:
                 mine.close()
                 self.end()  # an earlier call has brought the box down
                 if attempt == 2:
-                    raise BoxEnded("the box could not be started") from None
+                    self.troubled = "the box could not be started"
+                    raise BoxEnded(self.troubled) from None
             finally:
                 other.close()
 
     def why_ended(self) -> str:
         """What the watch says, once a connection has broken off."""
+        if self._killed_for_memory and _killed_for_memory() > self._killed_for_memory:
+            self.troubled = "this machine ran out of memory while it graded; grade fewer at a time (--jobs)"
         try:
             return wire.receive(self._watch, time.monotonic() + 2 * WATCH_SECONDS + 0.2)["why"]
         except (wire.WireError, KeyError, AttributeError):
@@ -231,7 +263,7 @@ class Box:
             if self._process.is_alive():
                 self._process.kill()
                 self._process.join()
-        self._bwrap = self._first = self._control = self._watch = self._process = None
+        self._bwrap = self._first = self._control = self._watch = self._process = self._beside_slurm = None
 
     def close(self) -> None:
         """End it, and remove what it left on disk."""
@@ -247,7 +279,7 @@ class Box:
     # --- what it is asked --------------------------------------------------------------------------------------------
 
     def provide(self, op: str) -> None:
-        """Let the box have one of DeepSpeed's compiled ops. Loading one writes a lock beside it, so it gets a copy."""
+        """Let the box have one of DeepSpeed's compiled ops."""
         ops.build(op, lambda line: None)
         target = self.work / "ops" / op
         if not target.exists():
@@ -270,8 +302,32 @@ class Box:
             self.used += time.monotonic() - started
 
     def caller(self) -> Caller:
-        """A new process that imports the exercises and calls their functions."""
+        """A new process that carries out requests; the exercises come in with the first request that needs them."""
         return Caller(self, self._ask_supervisor({"run": "caller"}))
+
+    def slurm(self, *words: str, seconds: float = 30, text: str | None = None) -> str:
+        """Run one of Slurm's commands in the box, beside a cluster of the box's own, which the first command starts.
+
+        Raises:
+            shardlab.slurm.SlurmError: as `shardlab.slurm.command`.
+        """
+        from shardlab.slurm import LOCAL_CLUSTER, SlurmError
+
+        for op in ops.needed_by({}):
+            self.provide(op)
+        try:
+            if self._beside_slurm is None:
+                caller = self.caller()  # it never imports the exercises
+                caller.ask({"op": "observe", "function": "shardlab.slurm:local_cluster"}, ("up",), {}, 120)
+                self._beside_slurm = caller
+            if words[0] == LOCAL_CLUSTER:
+                return self._beside_slurm.ask({"op": "observe", "function": "shardlab.slurm:local_cluster"}, words[1:], {}, 120)
+            request = {"op": "observe", "function": "shardlab.slurm:command"}
+            return str(self._beside_slurm.ask(request, words, {"seconds": seconds, "text": text}, seconds + 10))
+        except BoxEnded:
+            raise
+        except RuntimeError as error:
+            raise SlurmError(str(error)) from None
 
     def launch(self, experiments: list[Experiment], *, runs: Path, timeout: float) -> list[Run]:
         """Run experiments on ranks in the box, as `shardlab.launch.launch` does outside.
@@ -320,23 +376,42 @@ class Box:
             self.files.pull()
 
 
+@cache
+def why_no_slurm() -> str:
+    """What keeps a cluster from starting in a box on this machine, tried in one without exercises; nothing if it starts."""
+    from shardlab.slurm import SlurmError
+
+    if isolation()[0] != "bubblewrap":
+        return "jobs of the exercises need bubblewrap around them"
+    with tempfile.TemporaryDirectory() as temporary:
+        nobody = Path(temporary, "nobody")
+        (nobody / "exercises").mkdir(parents=True)
+        (nobody / "exercises" / "__init__.py").touch()
+        with Box(nobody, Path(temporary, "exchange")) as box:
+            try:
+                box.slurm("scontrol", "ping")
+            except (SlurmError, BoxEnded) as error:
+                return f"no Slurm starts in a box here: {error}"
+    return ""
+
+
 class Caller:
-    """A process of the box that has somebody's exercises imported."""
+    """A process of the box that carries out the judge's requests."""
 
     def __init__(self, box: Box, connection: socket.socket):
         self.box, self.connection = box, connection
         self.codec = wire.Codec(ask=self.ask)
 
-    def ask(self, request: dict, args: tuple = (), kwargs: dict | None = None):
+    def ask(self, request: dict, args: tuple = (), kwargs: dict | None = None, seconds: float | None = None):
         """Send a request and wait for its answer; functions of this side that were handed over are called meanwhile.
 
         Raises:
-            TookTooLong: no answer within the box's `call_seconds`.
+            TookTooLong: no answer within `seconds`, by default the box's `call_seconds`.
             BoxEnded: the process has gone.
             Exception: what the exercise raised, as a built-in type where it was one, else `RemoteError`.
         """
         self.box.push()
-        with self.box.timed(self.box.call_seconds) as seconds:
+        with self.box.timed(seconds or self.box.call_seconds) as seconds:
             told = self._told(request | self._arguments(args, kwargs or {}), seconds)
         if "error" in told:
             raise _rebuilt(told["error"])
@@ -379,8 +454,17 @@ class Caller:
             return {"error": _described(error)}
 
     def close(self) -> None:
-        """End the process: it has nothing more to read, and the supervisor kills what does not go by itself."""
+        """Let the process go: it has nothing more to read. One that does not go ends with its box."""
         self.connection.close()
+
+
+def _killed_for_memory() -> int:
+    """How many processes the kernel of this machine has ended because memory ran out."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def _described(error: BaseException, folder: str = "") -> dict:
@@ -449,6 +533,8 @@ class Exchange:
         total = 0
         for folder, _, names, folder_fd in os.fwalk(source, follow_symlinks=False):
             relative = Path(folder).relative_to(source)
+            if len(relative.parts) > DEPTH:
+                raise BoxEnded(f"folders are {DEPTH} deep")
             if relative != Path():
                 found[relative] = ("folder",)
                 if known_source.get(relative) != ("folder",):
@@ -468,6 +554,8 @@ class Exchange:
                     total += status.st_size
                     if total > DISK or len(found) > FILES:
                         raise BoxEnded(f"more than {FILES:,} files or {DISK / 2**30:g} GiB were left behind")
+                    if path.suffix in (".json", ".jsonl") and status.st_size > RECORD:
+                        raise BoxEnded(f"{path} is larger than {RECORD // 2**20} MiB")
                     if known_source.get(path) != mark:
                         known_target[path] = _write(target, path, file, status)
         for path in sorted(set(known_source) - set(found), reverse=True):
@@ -480,22 +568,25 @@ def _open_folder(root: Path, relative: Path) -> int:
     """A descriptor of a folder below `root`, made where it is not there. A link on the way is replaced by a folder."""
     fd = os.open(root, os.O_DIRECTORY)
     for part in relative.parts:
-        for _ in range(3):
-            try:
-                below = os.open(part, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
-                break
-            except FileNotFoundError:
-                os.mkdir(part, dir_fd=fd)
-            except OSError as error:
-                if error.errno not in (errno.ELOOP, errno.ENOTDIR):
-                    raise
-                os.unlink(part, dir_fd=fd)
-        else:
+        try:
+            below = _open_below(fd, part)
+        finally:
             os.close(fd)
-            raise BoxEnded(f"{relative} changes all the time")
-        os.close(fd)
         fd = below
     return fd
+
+
+def _open_below(fd: int, name: str) -> int:
+    for _ in range(3):
+        try:
+            return os.open(name, os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=fd)
+        except FileNotFoundError:
+            os.mkdir(name, dir_fd=fd)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
+            os.unlink(name, dir_fd=fd)
+    raise BoxEnded(f"{name} changes all the time")
 
 
 def _write(root: Path, path: Path, source, status: os.stat_result) -> tuple:
@@ -507,7 +598,8 @@ def _write(root: Path, path: Path, source, status: os.stat_result) -> tuple:
             pass
         except IsADirectoryError:
             shutil.rmtree(path.name, dir_fd=folder)
-        fd = os.open(path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644, dir_fd=folder)
+        mode = 0o644 | status.st_mode & 0o111
+        fd = os.open(path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=folder)
         with os.fdopen(fd, "wb") as file:
             left = status.st_size
             while left and (part := source.read(min(left, 2**20))):
@@ -547,27 +639,93 @@ SET_DUMPABLE, SET_NO_NEW_PRIVILEGES, SET_SUBREAPER, DROP_FROM_BOUNDING_SET, DIE_
 
 
 def _join(control: socket.socket, watch: socket.socket, setup: dict) -> None:
-    """The first process of ours: enter the namespaces, and fork the supervisor into them."""
+    """The first process of ours: fork the supervisor into the namespaces, and watch over all that is in them.
+
+    This process enters all of them but that of the process numbers, which holds for children alone. So nothing in the box can
+    see it, stop it or end it.
+    """
     _prctl(SET_SUBREAPER, 1)
-    if setup["namespaces_of"] is not None:
-        handles = [
-            (os.open(f"/proc/{setup['namespaces_of']}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC), kind)
-            for name, kind in NAMESPACES.items()
-        ]
-        for handle, kind in handles:
-            if _libc.setns(handle, kind):
-                raise OSError(ctypes.get_errno(), "cannot enter the box")
-            os.close(handle)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs short, a box goes first
+    # A baseline, since /proc shows this process no more once the box's mounts are entered.
+    first, loaded = setup["namespaces_of"], _resident(os.getpid())
+    if first is not None:
+        handles = {name: os.open(f"/proc/{first}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in (*NAMESPACES, "user")}
+        # With --disable-userns, what is in the box belongs to one user namespace, and runs in another below that.
+        owner = fcntl.ioctl(handles["net"], NS_GET_USERNS)
+        for handle, kind in [(owner, USER_NAMESPACE), *((handles[name], kind) for name, kind in NAMESPACES.items())]:
+            _enter(handle, kind)
+        _add_address()
+        _enter(handles["user"], USER_NAMESPACE)
+    ours, telling = os.pipe()
     supervisor = os.fork()
     if supervisor == 0:
         try:
-            _supervise(control, watch, setup)
+            watch.close()
+            os.close(ours)
+            _supervise(control, setup | {"ours": telling})
         finally:
             os._exit(0)
     control.close()
-    watch.close()
-    os.waitpid(supervisor, 0)
-    _end_below(os.getpid())
+    os.close(telling)
+    os.set_blocking(ours, False)
+    why = "the watch over its memory, processes and files failed"
+    try:
+        why = _watch_over(supervisor, first, loaded, ours, setup["disk"])
+    except OSError:
+        time.sleep(WATCH_SECONDS)
+        if os.waitpid(supervisor, os.WNOHANG)[0]:
+            why = ""  # the box was ended while it was looked at
+    finally:
+        if why:
+            with contextlib.suppress(wire.WireError):
+                wire.send(watch, {"why": why}, time.monotonic() + 1)
+        if first is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(first, signal.SIGKILL)  # with its first process the namespace ends whole, so that nothing outruns it
+        else:
+            _end_below(os.getpid())
+
+
+def _watch_over(supervisor: int, first: int | None, loaded: int, ours: int, disk: str) -> str:
+    """Wait until the supervisor ends, or a limit is broken: which one; nothing if none was."""
+    checked, told, hiding, hid = 0.0, b"", set(), set()
+    while os.waitpid(supervisor, os.WNOHANG)[0] == 0:
+        time.sleep(WATCH_SECONDS)
+        with contextlib.suppress(BlockingIOError):
+            told += os.read(ours, 2**16)
+        # In namespaces of its own, every process that is seen belongs to the box.
+        in_box = [int(name) for name in os.listdir("/proc") if name.isdigit()] if first is not None else None
+        seen = in_box if in_box is not None else [process.pid for process in _below(supervisor)]
+        if len(seen) > PROCESSES:
+            return f"it started more than {PROCESSES} processes"
+        bytes_held, hiding = _held(seen, loaded)
+        if bytes_held > MEMORY:
+            return f"it took more than {MEMORY / 2**30:g} GiB of memory"
+        # A process hides its files for a moment while it is made; ours may.
+        hiding -= set(map(int, told.split()))
+        if first is not None and hiding & hid:
+            return "one of its processes hides what it has open"
+        hid = hiding
+        if time.monotonic() - checked > 1:
+            checked = time.monotonic()
+            if why := _too_much_on_disk(disk):
+                return why
+    return ""
+
+
+def _enter(handle: int, kind: int) -> None:
+    if _libc.setns(handle, kind):
+        raise OSError(ctypes.get_errno(), "cannot enter the box")
+    os.close(handle)
+
+
+def _add_address() -> None:
+    """Give the box's loopback a second address: Slurm does not start on a machine that has 127.0.0.1 alone."""
+    set_address = 0x8916  # SIOCSIFADDR
+    request = struct.pack("16sH2x4s8x", b"lo:1", socket.AF_INET, socket.inet_aton(ADDRESS))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket, contextlib.suppress(OSError):
+        fcntl.ioctl(any_socket, set_address, request)
 
 
 def _drop_privileges() -> None:
@@ -578,10 +736,9 @@ def _drop_privileges() -> None:
     _prctl(SET_NO_NEW_PRIVILEGES, 1)
 
 
-def _supervise(control: socket.socket, watch: socket.socket, setup: dict) -> None:
-    keep = {control.fileno(), watch.fileno()}
+def _supervise(control: socket.socket, setup: dict) -> None:
     for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in keep:
+        if fd > 2 and fd not in (control.fileno(), setup["ours"]):
             with contextlib.suppress(OSError):
                 os.close(fd)
     nothing = os.open("/dev/null", os.O_RDWR)
@@ -591,12 +748,20 @@ def _supervise(control: socket.socket, watch: socket.socket, setup: dict) -> Non
     os.setsid()
     os.chdir(setup["home"])
     variables = {"HOME": setup["home"], "TMPDIR": setup["home"], "XDG_CACHE_HOME": setup["home"] + "/cache", "HF_HUB_OFFLINE": "1"}
-    kept = ("PATH", "LANG", "LC_ALL", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST")
+    kept = (
+        "PATH",
+        "LD_LIBRARY_PATH",
+        "LANG",
+        "LC_ALL",
+        "DS_ACCELERATOR",
+        "TOKENIZERS_PARALLELISM",
+        "CUDA_VISIBLE_DEVICES",
+        "TORCH_CUDA_ARCH_LIST",
+    )
     variables |= {name: os.environ[name] for name in kept if name in os.environ}
     os.environ.clear()
-    os.environ.update(
-        variables | {"TORCH_EXTENSIONS_DIR": setup["ops"], switch.VARIABLE: setup["submission"], tampering.WATCHED: "1"}
-    )
+    ours = {"TORCH_EXTENSIONS_DIR": setup["home"] + "/ops", switch.VARIABLE: setup["submission"], tampering.WATCHED: "1"}
+    os.environ.update(variables | ours)
     tempfile.tempdir = None
     _drop_privileges()
     _prctl(SET_DUMPABLE, 0)  # or the exercises, which run as the same user, could write into this process
@@ -607,26 +772,13 @@ def _supervise(control: socket.socket, watch: socket.socket, setup: dict) -> Non
 
     tracker._resource_tracker._fd = None
 
-    supervisor = os.getpid()
-    watcher = os.fork()
-    if watcher == 0:
-        control.close()
-        try:
-            _watch_over(supervisor, watch, setup)
-        finally:
-            os._exit(0)
-    watch.close()
-
-    running: dict[int, int] = {}
-
     def reap(*_) -> None:
         with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG)[0]) > 0:
-                running.pop(ended, None)
-                if ended == watcher:
-                    os._exit(1)  # somebody has ended the watch; nothing goes on without it
+            while os.waitpid(-1, os.WNOHANG)[0] > 0:
+                pass
 
     signal.signal(signal.SIGCHLD, reap)
+    os.write(setup["ours"], b"%d " % os.getpid())
     serve = {"caller": _serve_calls, "launcher": _serve_launch}
     while (asked := wire.receive_with_end(control)) is not None:
         request, end = asked
@@ -634,16 +786,19 @@ def _supervise(control: socket.socket, watch: socket.socket, setup: dict) -> Non
         if started == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             control.close()
+            os.close(setup["ours"])
             _prctl(DIE_WITH_PARENT, signal.SIGKILL)
-            _prctl(SET_DUMPABLE, 1)  # the watch could not read what they hold
+            if request["run"] == "caller":
+                _prctl(SET_DUMPABLE, 1)  # the watch could not look at the files that it has open
             with contextlib.suppress(OSError):
                 os.nice(10)
             with contextlib.suppress(BaseException):
-                serve[request["run"]](end, setup["submission"])
+                serve[request["run"]](end, setup)
             os._exit(0)
-        running[started] = started
+        if request["run"] == "launcher":
+            os.write(setup["ours"], b"%d " % started)
         end.close()
-    _end_below(supervisor)
+    _end_below(os.getpid())
 
 
 def _set_limits(setup: dict) -> None:
@@ -657,9 +812,9 @@ def _set_limits(setup: dict) -> None:
     limit(resource.RLIMIT_NOFILE, 4096)
     limit(resource.RLIMIT_DATA, MEMORY + psutil.Process().memory_info().data)
     if setup["namespaces_of"] is not None:
-        limit(resource.RLIMIT_NPROC, 16 * PROCESSES)  # threads count; it is counted for this box alone
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs short, a box goes first
+        # Threads count. Since Linux 5.14 they are counted for each box alone; before, all of this account's would be.
+        if tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) >= (5, 14):
+            limit(resource.RLIMIT_NPROC, 16 * PROCESSES)
 
 
 def _below(process: int) -> list[psutil.Process]:
@@ -668,9 +823,9 @@ def _below(process: int) -> list[psutil.Process]:
     return []
 
 
-def _end_below(process: int, *keep: int) -> None:
+def _end_below(process: int) -> None:
     """Kill all processes below one; those of a fork bomb are stopped first, so that they cannot outrun it."""
-    while left := [p for p in _below(process) if p.pid not in keep and p.status() != psutil.STATUS_ZOMBIE]:
+    while left := [p for p in _below(process) if p.status() != psutil.STATUS_ZOMBIE]:
         for sent in (signal.SIGSTOP, signal.SIGKILL):
             for one in left:
                 with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
@@ -681,62 +836,72 @@ def _end_below(process: int, *keep: int) -> None:
         time.sleep(0.01)
 
 
-def _watch_over(supervisor: int, connection: socket.socket, setup: dict) -> None:
-    me, alone = os.getpid(), setup["namespaces_of"] is not None
-    _prctl(DIE_WITH_PARENT, signal.SIGKILL)
-    checked = 0.0
-    while os.getppid() == supervisor:
-        time.sleep(WATCH_SECONDS)
-        # In namespaces of its own, every process that is seen belongs to the box.
-        below = [int(name) for name in os.listdir("/proc") if name.isdigit()] if alone else [p.pid for p in _below(supervisor)]
-        below = [process for process in below if process not in (me, supervisor)]
-        why = ""
-        if len(below) > PROCESSES:
-            why = f"it started more than {PROCESSES} processes"
-        elif _held(below, supervisor) > MEMORY:
-            why = f"it took more than {MEMORY / 2**30:g} GiB of memory"
-        elif time.monotonic() - checked > 1:
-            checked = time.monotonic()
-            if _on_disk(setup["disk"]) > DISK:
-                why = f"it wrote more than {DISK / 2**30:g} GiB"
-        if why:
-            with contextlib.suppress(wire.WireError):
-                wire.send(connection, {"why": why}, time.monotonic() + 1)
-            if alone:
-                os.kill(-1, signal.SIGKILL)  # all at once, the supervisor too, so that nothing outruns it
-            _end_below(supervisor, me)
+def _held(processes: list[int], loaded: int) -> tuple[int, set[int]]:
+    """Bytes of memory that processes hold, and which of them do not let their open files be seen.
 
-
-def _held(processes: list[int], supervisor: int) -> int:
-    """Bytes of memory that processes hold beyond what each shares with the supervisor that it was forked from.
-
-    Looking closer (smaps) would have to wait for processes that are just forking; a fork bomb would stop the watch. A program of
-    another kind is so counted too low; where memory runs short, the kernel ends processes of a box first.
+    Of each process, what it holds beyond the `loaded` bytes that it shares with the process it was forked from; a program of
+    another kind is so counted too low by that. Looking closer (smaps) would have to wait for processes that are just forking; a
+    fork bomb would stop the watch. Files without a name count while somebody has them open, and System V's segments always. What is
+    not seen: files on their way through a socket. Where memory runs short, the kernel ends processes of a box first.
     """
-    with contextlib.suppress(OSError):
-        shared = _resident(supervisor)
-        return sum(max(0, _resident(process) - shared) for process in processes)
-    return 0
+    nameless: dict[tuple[int, int], int] = {}
+    hiding = set()
+    for process in processes:
+        try:
+            for fd in os.listdir(f"/proc/{process}/fd"):
+                with contextlib.suppress(OSError):
+                    status = os.stat(f"/proc/{process}/fd/{fd}")
+                    if stat.S_ISREG(status.st_mode) and status.st_nlink == 0:
+                        nameless[status.st_dev, status.st_ino] = status.st_blocks * 512
+        except PermissionError:
+            hiding.add(process)
+        except OSError:
+            pass
+    segments = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        segments = sum(int(line.split()[14]) for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:])
+    return segments + sum(nameless.values()) + sum(max(0, _resident(process) - loaded) for process in processes), hiding
 
 
 def _resident(process: int) -> int:
-    with contextlib.suppress(OSError):
-        _, resident, of_files, *_ = Path(f"/proc/{process}/statm").read_text().split()
-        return (int(resident) - int(of_files)) * resource.getpagesize()
+    """Bytes in memory that are no file's: anonymous ones, and those shared with other processes."""
+    with contextlib.suppress(OSError, ValueError):
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+        return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
     return 0
 
 
-def _on_disk(folder: str) -> int:
-    total = 0
-    for _, _, names, fd in os.fwalk(folder, follow_symlinks=False):
-        for name in names:
+def _too_much_on_disk(root: str) -> str:
+    """Which limit the files below a folder break; nothing if none."""
+    total = count = 0
+    for folder, folders, names, fd in os.fwalk(root, follow_symlinks=False):
+        if folder.count("/") - root.count("/") > DEPTH:
+            return f"it made folders {DEPTH} deep"
+        count += len(folders) + len(names)
+        for name in names[:FILES]:
             with contextlib.suppress(OSError):
                 total += os.stat(name, dir_fd=fd, follow_symlinks=False).st_blocks * 512
-    return total
+        if count > FILES:
+            return f"it made more than {FILES:,} files"
+        if total > DISK:
+            return f"it wrote more than {DISK / 2**30:g} GiB"
+    return ""
 
 
-def _serve_calls(connection: socket.socket, submission: str) -> None:
+def _take_ops(setup: dict) -> None:
+    """Copy the compiled ops that the judge has provided: loading one writes a lock beside it."""
+    for provided in Path(setup["ops"]).iterdir():
+        target = Path(os.environ["TORCH_EXTENSIONS_DIR"], provided.name)
+        if not target.exists():
+            copy = target.with_name(f".{provided.name}-{os.getpid()}")
+            shutil.copytree(provided, copy)
+            with contextlib.suppress(OSError):  # another process of the box was faster
+                copy.rename(target)
+
+
+def _serve_calls(connection: socket.socket, setup: dict) -> None:
     """Call the functions of the exercises that the judge asks for, until it has gone."""
+    submission = setup["submission"]
     switch.use_exercises(submission)
 
     def callback(number: int, args: tuple, kwargs: dict):
@@ -753,6 +918,7 @@ def _serve_calls(connection: socket.socket, submission: str) -> None:
     while True:
         message = wire.receive(connection)
         try:
+            _take_ops(setup)
             came = _carry_out(message, codec)
             if message["op"] == "observe":
                 require_unchanged(noted)
@@ -780,13 +946,29 @@ def _carry_out(message: dict, codec: wire.Codec):
             return program_of(message["function"])(*args, **kwargs)
 
 
-def _serve_launch(connection: socket.socket, submission: str) -> None:
-    """Launch the experiments that the judge asks for. This process runs no exercise; its ranks do."""
+class _PlainValues(pickle.Unpickler):
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"a rank returned something of {module}.{name}; plain values are taken")
+
+
+def _plain_values(data, *_, **__):
+    return _PlainValues(io.BytesIO(data)).load()
+
+
+def _serve_launch(connection: socket.socket, setup: dict) -> None:
+    """Launch the experiments that the judge asks for. This process runs no exercise; its ranks do.
+
+    They are the same user's, so they must not get at it: it cannot be traced, they do not have its connection, and what they return
+    is taken for plain values or not at all.
+    """
     from shardlab import progress
     from shardlab.launch import LaunchTimeout, RankError, launch
 
     plan = wire.receive(connection)
+    os.register_at_fork(after_in_child=lambda: (connection.close(), _prctl(SET_DUMPABLE, 1)))
+    ForkingPickler.loads = staticmethod(_plain_values)
     try:
+        _take_ops(setup)
         experiments = [Experiment.model_validate(experiment) for experiment in plan["experiments"]]
         finished = launch(experiments, runs=plan["runs"], timeout=plan["timeout"], display=progress.Quiet(), start_method="fork")
         answer = {"runs": [run.record_json for run in finished]}

@@ -6,10 +6,13 @@ followed, and nothing is written outside the given folder.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import resource
+import signal
 import stat
 import subprocess
 import tarfile
@@ -18,15 +21,25 @@ import unicodedata
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path, PurePosixPath
 
-ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".bundle")
+import psutil
+
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".bundle")
 MODULE_BYTES = 2**20
 """A module of exercises is not larger."""
 NOTEBOOK_BYTES = 50 * 2**20
+NOTEBOOKS = 50
+"""How many of a submission's notebooks are looked at."""
 TOTAL_BYTES = 500 * 2**20
 """What an archive may hold, unpacked."""
 ENTRIES = 20_000
+NOTES = 200
+"""How many of its notes are kept."""
+OPENING_SECONDS = 120
+OPENING_MEMORY = 2**30
 DEPTH = 12
 
 
@@ -68,7 +81,8 @@ def file_name(name: str) -> str:
 def find(paths: list[Path]) -> dict[str, Path]:
     """The submissions among some paths, by name.
 
-    A folder that holds exercises is a submission. One that holds none, but folders or archives, is a class: each of them is one.
+    A folder that holds exercises is a submission. One that holds none, but folders or archives, is a class: each thing in it is a
+    submission, a file of any other kind too, so that nobody is lost.
 
     Raises:
         SubmissionError: a path that is not there, or two submissions of one name.
@@ -78,7 +92,11 @@ def find(paths: list[Path]) -> dict[str, Path]:
         if not path.exists():
             raise SubmissionError(f"{path} is not there. Give folders, archives, or a folder of them.")
         inside = [p for p in sorted(path.iterdir()) if _may_be_one(p)] if path.is_dir() else []
-        for each in inside if inside and _exercises_below(path) is None else [path]:
+        if inside and _exercises_below(path) is None:
+            inside = [p for p in sorted(path.iterdir()) if not p.name.startswith((".", "__"))]
+        else:
+            inside = [path]
+        for each in inside:
             name = name_of(each)
             if name in found and found[name].resolve() != each.resolve():
                 raise SubmissionError(f"two submissions are called {name!r}: {found[name]} and {each}. Rename one of them.")
@@ -114,7 +132,7 @@ def open_submission(path: Path, target: Path) -> Opened:
     target.mkdir(parents=True, exist_ok=True)
     try:
         _keep(_entries(path, opened), target, opened)
-    except SubmissionError:
+    except (SubmissionError, MemoryError):
         raise
     except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         raise SubmissionError(f"{path.name} cannot be read: {error}. Pack it again.") from None
@@ -122,6 +140,54 @@ def open_submission(path: Path, target: Path) -> Opened:
         raise SubmissionError(f"{path.name} cannot be read: {type(error).__name__}: {error}. Pack it again.") from None
     opened.digest = digest_of(target / "exercises")
     return opened
+
+
+def open_apart(path: Path, target: Path) -> Opened:
+    """`open_submission` in a process of its own, with limits: an archive's own headers can take memory and time without end.
+
+    Raises:
+        SubmissionError: as there, and where it takes more than it may.
+    """
+    context = get_context("forkserver")
+    connection, theirs = context.Pipe()
+    process = context.Process(target=_open_within_limits, args=(theirs, str(path), str(target)))
+    process.start()
+    theirs.close()
+    try:
+        if not connection.poll(OPENING_SECONDS):
+            raise SubmissionError(f"{path.name} is not open after {OPENING_SECONDS} s. Hand in the folder exercises alone.")
+        told = json.loads(connection.recv_bytes(2**20))
+    except (EOFError, OSError, ValueError):
+        raise SubmissionError(f"{path.name} ended the process that opened it. Hand in the folder exercises alone.") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # git too
+        process.kill()
+        process.join()
+        connection.close()
+    if "error" in told:
+        raise SubmissionError(told["error"])
+    return Opened(**told)
+
+
+def _open_within_limits(connection: Connection, path: str, target: str) -> None:
+    os.setsid()
+    memory = psutil.Process().memory_info().data + OPENING_MEMORY
+    for kind, value in ((resource.RLIMIT_DATA, memory), (resource.RLIMIT_FSIZE, 2 * TOTAL_BYTES)):
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+    try:
+        opened = open_submission(Path(path), Path(target))
+        told = vars(opened) | {
+            "files": [name[:300] for name in opened.files[:NOTES]],
+            "notes": [note[:500] for note in opened.notes[:NOTES]],
+        }
+    except SubmissionError as error:
+        told = {"error": str(error)[:2000]}
+    except MemoryError:
+        told = {"error": f"{Path(path).name} takes too much memory to be opened. Hand in the folder exercises alone."}
+    connection.send_bytes(json.dumps(told).encode())
 
 
 def digest_of(folder: Path) -> str:
@@ -146,11 +212,13 @@ def _entries(path: Path, opened: Opened) -> Iterator[tuple[PurePosixPath, callab
             opened.notes.append(f"opened {archives[0].name}")
             return _entries(archives[0], opened)
         return _in_folder(path, opened)
+    if not path.is_file():
+        raise SubmissionError(f"{path.name} is neither a folder nor a file.")
     if name.endswith(".bundle"):
         return _in_bundle(path, opened)
     if name.endswith(".zip"):
         return _in_zip(path, opened)
-    if name.endswith((".tar", ".tar.gz", ".tgz")):
+    if name.endswith(ARCHIVES):
         return _in_tar(path, opened)
     raise SubmissionError(f"{path.name} is no folder, .zip, .tar.gz or git bundle. Hand in one of these.")
 
@@ -236,13 +304,13 @@ def _in_bundle(path: Path, opened: Opened):
                 raise SubmissionError(f"{path.name} is no git bundle that can be read: {said[-1] if said else 'git failed'}")
             return done.stdout.decode(errors="replace")
 
-        heads = git("bundle", "list-heads", str(path.resolve())).split("\n")
+        heads = git("bundle", "list-heads", "--", str(path.resolve())).split("\n")
         named = {line.split()[1]: line.split()[0] for line in heads if len(line.split()) == 2}
         if not named:
             raise SubmissionError(f"{path.name} holds no commit. Make it with: git bundle create {path.name} HEAD")
         wanted = next((ref for ref in ("HEAD", "refs/heads/main", "refs/heads/master") if ref in named), next(iter(named)))
         git("init", "--quiet", "--bare", "repository")
-        git("-C", "repository", "fetch", "--quiet", "--no-tags", str(path.resolve()), wanted)
+        git("-C", "repository", "fetch", "--quiet", "--no-tags", "--", str(path.resolve()), wanted)
         git("-C", "repository", "archive", "--format=tar", "--output", f"{temporary}/tree.tar", named[wanted])
         opened.notes.append(f"commit {named[wanted][:12]} of {wanted}")
         yield from _in_tar(Path(temporary, "tree.tar"), opened)
@@ -261,13 +329,14 @@ def _safe(name: str, archive: Path) -> PurePosixPath:
 def _keep(entries, target: Path, opened: Opened) -> None:
     """Copy the modules of the one `exercises` folder that lies highest, and look at the notebooks."""
     found: dict[PurePosixPath, dict[PurePosixPath, bytes]] = {}
-    total = 0
+    total, notebooks = 0, 0
     for path, read in entries:
         parts = path.parts
         if any(part.startswith(".") or part in ("__pycache__", "__MACOSX", "solutions") for part in parts):
             continue
         if path.suffix == ".ipynb":
-            opened.notes += _notebook(path, read)
+            notebooks += 1
+            opened.notes += _notebook(path, read) if notebooks <= NOTEBOOKS else []
             continue
         if "exercises" not in parts[:-1] or path.suffix != ".py":
             continue

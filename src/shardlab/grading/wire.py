@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 
-LIMIT = 256 * 2**20
+LIMIT = 64 * 2**20
 """Bytes of the largest message."""
 
 ITEMS = 1_000_000
-"""How much of an iterator is taken: one that never ends is not waited for."""
+"""How much of an iterator or a range is taken: one that never ends is not waited for."""
 
 
 class WireError(RuntimeError):
@@ -168,7 +168,10 @@ class Codec:
             case "iterator":
                 return iter([self._decode(entry) for entry in message["items"]])
             case "range":
-                return range(*message["of"])
+                numbers = range(*message["of"])
+                if len(numbers) > ITEMS:
+                    raise ValueError(f"a range of {len(numbers):,} numbers")
+                return numbers
             case "bytes":
                 return base64.b64decode(message["data"])
             case "path":
