@@ -17,7 +17,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 KEPT = ("constraints.txt", "environment.yml", "pyproject.toml", "docs/site-guide.md", "src/shardlab", "slurm", "bench")
 LEFT_OUT = ("__pycache__", "*.pyc", "*.egg-info", ".ipynb_checkpoints")
-NOT_FOR_LEARNERS = ("bench/grading.py",)
+NOT_FOR_LEARNERS = ("bench/grading.py", "bench/engine.py")
 OWN = ("src/exercises/", "labs/", "notebooks/")
 """Where a learner works: files there may change, those of milestones excepted."""
 
@@ -96,8 +96,9 @@ def _copy(source: Path, target: Path) -> None:
 def _write_notebooks(target: Path, labs: list[str], root: Path) -> None:
     import nbformat
 
+    numbers = {stem[3:5] for stem in labs}
     for path, source in authoring.notebooks(root).items():
-        if source.stem.startswith("lab") and source.stem not in labs:
+        if source.stem not in labs and source.stem[:2] not in numbers:
             continue
         place = target / path.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -112,4 +113,4 @@ def _template(name: str):
 
 
 def _readme(labs: list[str]) -> str:
-    return _template("release_readme.md").render(labs=labs, lectures=[int(stem[3:5]) for stem in labs])
+    return _template("release_readme.md").render(labs=labs, numbers=[int(stem[3:5]) for stem in labs])
