@@ -5,7 +5,16 @@ import json
 import pytest
 
 from shardlab.grading import engine_runs
-from shardlab.grading.milestones import farthest, once, require, require_error, safely_loaded, shared_folder, visible_folder
+from shardlab.grading.milestones import (
+    farthest,
+    once,
+    require,
+    require_error,
+    safely_loaded,
+    saved_weights,
+    shared_folder,
+    visible_folder,
+)
 from shardlab.runs import Experiment
 
 LECTURE = "notebooks/03_engine.ipynb"
@@ -640,8 +649,9 @@ def test_broken_checkpoints_are_refused(lab, tmp_path):
 
 @pytest.mark.milestone(task="3.8", points=10)
 def test_consolidated_model_is_the_engines(lab, run_experiments, tmp_path):
+    import math
+
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     read = f"lab 03, task 3.8; {LECTURE}, 'One model again'"
     lab.consolidate  # noqa: B018
@@ -650,25 +660,8 @@ def test_consolidated_model_is_the_engines(lab, run_experiments, tmp_path):
         out = tmp_path / f"model{stage}"
         returned = lab.consolidate(checkpoints(f"stage{stage}") / "step-2", engine_runs.odd_model(), out)
         weights = torch.load(shared_folder() / f"stage{stage}.pt", weights_only=True)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(out)
-        except (OSError, ValueError) as error:
-            require(
-                False,
-                expected="a folder that plain transformers can load",
-                got=f"{type(error).__name__}: {error}",
-                likely="save_pretrained left out, or a state dict saved without its configuration",
-                read=read,
-            )
-        found = dict(model.named_parameters())
-        require(
-            model.dtype == torch.float32,
-            expected="fp32 weights",
-            got=str(model.dtype),
-            likely="the model's half-precision copy instead of the master weights",
-            read=read,
-        )
-        worst = max((found[name] - weights[name]).abs().max().item() for name in weights)
+        found = saved_weights(out, engine_runs.odd_model(), read=read)
+        worst = max((found[name] - weights[name]).abs().max().item() if name in found else math.inf for name in weights)
         require(
             worst == 0,
             expected=f"the engine's own weights after step 2, bit for bit (ZeRO-{stage}, 2 ranks)",
@@ -677,28 +670,10 @@ def test_consolidated_model_is_the_engines(lab, run_experiments, tmp_path):
             read=read,
         )
         require(
-            model.lm_head.weight is model.transformer.word_embeddings.weight,
-            expected="the output layer tied to the embedding",
-            got="two separate tensors",
-            likely="lm_head handled by itself",
-            read=read,
-        )
-        require(
             returned is not None and torch.equal(returned.lm_head.weight, weights["transformer.word_embeddings.weight"]),
             expected="the model returned",
             got=type(returned).__name__,
             likely="nothing returned",
-            read=read,
-        )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(out).pad_token
-        except (OSError, ValueError):
-            tokenizer = None
-        require(
-            tokenizer == "<pad>",
-            expected="the tokenizer in the folder",
-            got="none that can be read",
-            likely="load_tokenizer(base_model).save_pretrained(out) left out",
             read=read,
         )
 

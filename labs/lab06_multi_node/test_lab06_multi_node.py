@@ -4,14 +4,13 @@ import random
 import re
 import shlex
 import shutil
-import subprocess
 import time
 
 import pytest
 
 from shardlab import batch, slurm
 from shardlab.grading import jobs
-from shardlab.grading.milestones import farthest, require, require_error, shared_folder
+from shardlab.grading.milestones import farthest, require, require_error
 from shardlab.runs import Experiment, Run
 
 LECTURE = "notebooks/06_launchers.ipynb"
@@ -252,7 +251,7 @@ def check_text(text: str, log: str, read: str) -> None:
 
 
 @pytest.mark.milestone(task="6.4", points=20)
-def test_batch_script(lab, run_experiments):
+def test_batch_script(lab, run_experiments, workspace, slurm_beside_exercises):
     read = f"lab 06, task 6.4; {LECTURE}, 'A batch script'"
     settings = {"name": "shardlab-lab06", "nodes": 2, "ranks_per_node": 2, "minutes": 5}
     check_text(
@@ -260,12 +259,10 @@ def test_batch_script(lab, run_experiments):
         "/tmp/log.out",
         read,
     )
-    lab.runs_outside_a_box("its batch script")
     site = jobs.site()
     setup = batch.setup_lines(site)
-    folder = jobs.folder_for(lab.batch_script(**settings, log="log", setup=setup, program=["two words"]))
-    logs = shared_folder() / "lab06-logs" if slurm.is_local() else batch.run_root(site)
-    logs.mkdir(exist_ok=True)
+    folder = jobs.folder_for(workspace, lab.batch_script(**settings, log="log", setup=setup, program=["two words"]))
+    logs = jobs.log_folder(workspace)
     recording = f"{setup}\n{jobs.recorded_torchrun(folder)}"
 
     def script(name: str, program: list[str], **changes) -> str:
@@ -331,7 +328,7 @@ def test_batch_script(lab, run_experiments):
     )
     experiment, program = jobs.training(f"two-nodes-{folder.name}", folder, steps=6)
     (ended,) = jobs.run_jobs([script("train", program, ranks_per_node=1)], running=180, gpus_per_node=min(1, site.gpus_per_node))
-    one_node = one_node_losses(experiment, run_experiments, setup, logs, site)
+    one_node = one_node_losses(experiment, run_experiments, setup, workspace, site)
     losses = Run.read(folder / experiment.name).losses() if (folder / experiment.name / "run.json").exists() else []
     require(
         farthest(losses, one_node) <= 1e-5,
@@ -342,12 +339,12 @@ def test_batch_script(lab, run_experiments):
     )
 
 
-def one_node_losses(experiment: Experiment, run_experiments, setup: str, logs, site) -> list[float]:
+def one_node_losses(experiment: Experiment, run_experiments, setup: str, workspace, site) -> list[float]:
     """The same training with both ranks on one node: here, or, where only the nodes have GPUs, in a job."""
     if not site.gpus_per_node:
         name = f"one-node-{experiment.steps}"
         return run_experiments([experiment.model_copy(update={"name": name})])[name].losses()
-    folder = jobs.folder_for("one node", setup)
+    folder, logs = jobs.folder_for(workspace, "one node", setup), jobs.log_folder(workspace)
     alone, program = jobs.training("one-node", folder, steps=experiment.steps, save_every=experiment.save_every)
     script = f"#!/bin/bash\n#SBATCH --output={logs}/one-node.out\n#SBATCH --time=10\n{setup}\ntorchrun --standalone --nproc-per-node=2 {shlex.join(program)}\n"
     jobs.run_jobs([script], "--nodes=1", running=180, gpus_per_node=2)
@@ -416,7 +413,7 @@ JOB = (
 
 
 @pytest.mark.milestone(task="6.6", points=10)
-def test_reading_a_job(lab):
+def test_reading_a_job(lab, slurm_beside_exercises):
     read = f"lab 06, task 6.6; {LECTURE}, 'What a job is doing'"
     cases = (
         ({"state": "PENDING", "reason": "Resources", "nodes": "(null)", "restarts": 0, "time": "00:00:00", "code": 0}, ("Resources", None, 0)),
@@ -569,14 +566,12 @@ FAKE = {
 
 
 @pytest.mark.milestone(task="6.9", points=15)
-def test_surviving(lab, run_experiments):
+def test_surviving(lab, run_experiments, workspace, slurm_beside_exercises):
     read = f"lab 06, task 6.9; {LECTURE}, 'A job that ends before its training'"
     own_lines = lab.surviving("launch", "run")
-    lab.runs_outside_a_box("its lines of a batch script")
     site = jobs.site()
-    folder = jobs.folder_for(own_lines)
-    logs = shared_folder() / "lab06-logs" if slurm.is_local() else batch.run_root(site)
-    logs.mkdir(exist_ok=True)
+    folder = jobs.folder_for(workspace, own_lines)
+    logs = jobs.log_folder(workspace)
     scripts = []
     for number, fake in enumerate(FAKE.values()):
         run = folder / f"run {number}"
@@ -634,17 +629,16 @@ def test_surviving(lab, run_experiments):
     script = (
         f"{HEAD.format(log=f'{logs}/{folder.name}-training.out', setup=batch.setup_lines(site))}\n{lab.surviving(launch, str(run))}"
     )
-    cluster = str(batch.ROOT / "slurm" / "local_cluster.sh")
     killed: list[int] = []
 
     def kill(_numbers) -> None:
         if not killed and (run / "metrics.jsonl").exists() and (steps := len(Run.read(run).metrics())) >= 8:
             killed.append(steps)
-            subprocess.run([cluster, "kill", "node2"], check=True, capture_output=True)
-            subprocess.run([cluster, "start", "node2"], check=True, capture_output=True)
+            slurm.local_cluster("kill", "node2")
+            slurm.local_cluster("start", "node2")
 
     (whole,) = jobs.run_jobs([script], running=180, meanwhile=kill)
-    one_node = one_node_losses(experiment, run_experiments, "", logs, site)
+    one_node = one_node_losses(experiment, run_experiments, "", workspace, site)
     losses = Run.read(run).losses() if (run / "run.json").exists() else []
     require(
         whole.job.restarts >= 1 and farthest(losses, one_node) <= 1e-5,

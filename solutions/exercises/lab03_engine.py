@@ -95,7 +95,8 @@ def mean_over_ranks(value: torch.Tensor) -> float:
 
 def random_state() -> dict:
     """The states of this rank's random generators. Dropout draws from torch's."""
-    return {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state(),
+    name, keys, *position = numpy.random.get_state()
+    return {"python": random.getstate(), "numpy": [name, keys.tolist(), *position], "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
 
 

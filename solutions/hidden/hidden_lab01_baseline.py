@@ -1,8 +1,10 @@
 """Hidden milestones of lab 01: the same invariants with other texts and numbers."""
 
 import pytest
+from safetensors.torch import load_file
 from test_lab01_baseline import IGNORED, model, tokenizer  # noqa: F401  (fixtures)
 
+from shardlab.grading.milestones import saved_weights
 from shardlab.runs import Experiment
 
 QUESTION = "When did the mill at Orvik burn down?"
@@ -74,6 +76,13 @@ def test_another_model_comes_back(lab, run_experiments):
     (run,) = run_experiments([plan], timeout=90).values()
     got = run.results
     assert got["difference"] <= 1e-6 and not got["same_object"] and got["tied"] and got["tokenizer"]
+    # What the ranks said is their word. The folder is looked at too, beside the weights of a run without anybody's exercises.
+    alone = plan.model_copy(update={"program": "shardlab.training:train_text", "name": "without", "save": True})
+    (reference,) = run_experiments([alone], timeout=90).values()
+    wanted = load_file(reference.folder / "model" / "model.safetensors")
+    found = saved_weights(run.folder / "model", plan.model, read="lab 01, task 1.6")
+    assert len(found) == len(wanted)
+    assert all((found[name] - weight).abs().max() <= 1e-5 for name, weight in wanted.items())
 
 
 @pytest.mark.milestone(task="1.7")

@@ -1,14 +1,15 @@
 """Hidden milestones of lab 03: other seeds, other accumulations, three ranks."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from test_lab03_engine import config, experiment
+from test_lab03_engine import checkpoints, config, experiment, never_stopped
 from torch.utils.data import DistributedSampler
 
 from shardlab.grading import engine_runs
-from shardlab.grading.milestones import farthest, shared_folder, visible_folder
+from shardlab.grading.milestones import farthest, saved_weights, shared_folder, visible_folder
 
 
 def other_run(run_experiments):
@@ -102,11 +103,29 @@ def test_other_broken_checkpoints(lab, tmp_path):
 
 @pytest.mark.milestone(task="3.8")
 def test_another_model_is_consolidated(lab, run_experiments, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     lab.consolidate  # noqa: B018
     other_run(run_experiments)
     lab.consolidate(visible_folder() / "engine" / "other" / "step-3", engine_runs.odd_model(), tmp_path / "model")
-    found = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "model").named_parameters())
+    found = saved_weights(tmp_path / "model", engine_runs.odd_model(), read="lab 03, task 3.8")
     weights = torch.load(shared_folder() / "other.pt", weights_only=True)
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.milestone(task="3.9")
+def test_universal_checkpoint_of_another_step(lab, run_experiments, workspace):
+    lab.convert_to_universal  # noqa: B018
+    wanted = never_stopped(run_experiments)["stage3"].losses()[2]
+    parent = workspace / "engine" / "universal-other"
+    shutil.rmtree(parent, ignore_errors=True)
+    folder = lab.convert_to_universal(checkpoints("stage3") / "step-2", parent)
+    plan = experiment(
+        "four",
+        "engine_programs:continue_universal",
+        3,
+        ranks=4,
+        accumulation=1,
+        deepspeed=config(3, ranks=4, accumulation=1, universal=True),
+        steps=3,
+        options={"load": str(folder), "save_at": [3]},
+    )
+    assert abs(run_experiments([plan])["four"].losses()[0] - wanted) <= 1e-5

@@ -4,8 +4,11 @@ import random
 from math import ceil
 
 import pytest
+import torch
+from test_lab04_offload import needs_libaio, nvme_experiment
 
 from shardlab import memory
+from shardlab.grading.milestones import farthest, shared_folder, visible_folder
 
 
 def numbers(task: str) -> random.Random:
@@ -86,3 +89,35 @@ def test_other_limits(lab):
     assert lab.largest_model(lambda n: {"device": 4 * n, "host": 0}, **limits) == 1250
     assert lab.largest_model(lambda n: {"device": n, "host": 16 * n}, **limits) == 1875
     assert lab.largest_model(lambda n: {"device": 6_000, "host": n}, **limits) == 0
+
+
+@pytest.mark.milestone(task="4.7")
+def test_what_another_run_saves(lab, run_experiments, workspace):
+    """The saved states beside those of a run without anybody's exercises, which the box has not seen."""
+    needs_libaio()
+    lab.save_offloaded  # noqa: B018
+    options = {"save_at": 2, "checkpoints": str(shared_folder() / "offload" / "other")}
+    other = nvme_experiment("nvme-other", "engine_runs:train_nvme", shared_folder(), options=options, seed=29)
+    run_experiments([other])
+    mine = nvme_experiment("nvme-other-saved", "engine_programs:save_offloaded", workspace, seed=29)
+    found = run_experiments([mine])["nvme-other-saved"].folder / "checkpoints" / "last" / "offloaded"
+    wanted = sorted((shared_folder() / "offload" / "other" / "step-2" / "offloaded").glob("rank*.pt"))
+    assert len(wanted) >= 4
+    for path in wanted:
+        state, saved = (torch.load(file, weights_only=True) for file in (path, found / path.name))
+        assert saved["step"] == state["step"]
+        assert all(torch.allclose(saved[key], state[key], atol=1e-7) for key in ("master", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.milestone(task="4.8")
+def test_going_on_from_another_step(lab, run_experiments, workspace):
+    needs_libaio()
+    lab.load_offloaded  # noqa: B018
+    folder = visible_folder() / "offload" / "third"
+    options = {"save_at": 1, "checkpoints": str(folder)}
+    whole = nvme_experiment("nvme-third", "engine_runs:train_nvme", shared_folder(), options=options, seed=31)
+    losses = run_experiments([whole])["nvme-third"].losses()
+    options = {"checkpoints": str(folder), "tag": "step-1"}
+    loaded = nvme_experiment("nvme-third-loaded", "engine_programs:load_offloaded", workspace, options=options, seed=31)
+    run = run_experiments([loaded])["nvme-third-loaded"]
+    assert run.results["at"] == 1 and farthest(run.losses(), losses[1:]) <= 1e-5

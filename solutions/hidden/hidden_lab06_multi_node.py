@@ -1,8 +1,15 @@
 """Hidden milestones of lab 06: other nodes, jobs and batches."""
 
-import pytest
-from test_lab06_multi_node import JOB, task_variables
+import os
+import re
+import shlex
+import time
 
+import pytest
+from test_lab06_multi_node import JOB, directives, made_run, task_variables
+
+from shardlab import slurm
+from shardlab.grading import jobs
 from shardlab.runs import Experiment
 
 
@@ -33,6 +40,24 @@ def test_another_hostfile(lab):
     assert lines == [["n4", "slots=2"], ["n2", "slots=2"], ["n9", "slots=2"], ["n1", "slots=7"]]
 
 
+@pytest.mark.milestone(task="6.4")
+def test_another_script(lab):
+    program = ["-m", "a.module", "$HOME", "it's two words", "--x=*"]
+    for nodes, ranks, minutes in ((7, 4, 90), (1, 3, 11)):
+        settings = {"name": f"train-{nodes}", "nodes": nodes, "ranks_per_node": ranks, "minutes": minutes, "log": "/a/b.out"}
+        text = lab.batch_script(**settings, setup="module load nothing", program=program)
+        wanted = {
+            "job-name": f"train-{nodes}",
+            "nodes": str(nodes),
+            "ntasks-per-node": "1",
+            "time": str(minutes),
+            "output": "/a/b.out",
+        }
+        assert wanted.items() <= directives(text).items()
+        assert "module load nothing" in text.splitlines() and shlex.join(program) in text
+        assert re.search(rf"--nproc[-_]per[-_]node[= ]{ranks}\b", text)
+
+
 @pytest.mark.milestone(task="6.5")
 def test_other_shares(lab):
     for global_batch, ranks in ((23, 5), (100, 7), (12, 12)):
@@ -52,10 +77,77 @@ def test_another_line(lab):
     assert (came["seconds"], came["exit"]) == (((3 * 24 + 4) * 60 + 5) * 60 + 6, 0)
 
 
+@pytest.mark.milestone(task="6.7")
+def test_other_speeds(lab, tmp_path):
+    weak = [
+        made_run(tmp_path, f"w{n}", [9.0, s, s], ranks=n, micro_batch=3, accumulation=4)
+        for n, s in ((4, 90.0), (16, 288.0), (3, 75.0))
+    ]
+    strong = [
+        made_run(tmp_path, f"s{n}", [9.0, s, s], ranks=n, micro_batch=24 // n, accumulation=2) for n, s in ((6, 66.0), (3, 44.0))
+    ]
+    for kind, runs, wanted in (
+        ("weak", weak, [(3, 75.0, 25.0, 1.0), (4, 90.0, 22.5, 0.9), (16, 288.0, 18.0, 0.72)]),
+        ("strong", strong, [(3, 44.0, 44.0 / 3, 1.0), (6, 66.0, 11.0, 0.75)]),
+    ):
+        came = lab.scaling(runs)
+        rows = [[row[key] for key in ("ranks", "global samples/s", "samples/s per rank", "efficiency")] for row in came["rows"]]
+        assert came["kind"] == kind and len(rows) == len(wanted)
+        assert all(abs(a - b) < 1e-9 for row, values in zip(rows, wanted) for a, b in zip(row, values)), rows
+
+
 @pytest.mark.milestone(task="6.8")
 def test_three_ranks_stop_together(lab, run_experiments):
     lab.stop_together  # noqa: B018
-    options = {"asked": [7, 4, 6], "steps": 9}
-    plan = Experiment(name="stop-three", program="shardlab.grading.programs:stop_at_different_steps", ranks=3, options=options)
+    plan = Experiment(name="stop-three", program="shardlab.grading.programs:stop_at_different_steps", ranks=3, options={"steps": 9})
     (run,) = run_experiments([plan], timeout=60).values()
-    assert run.results["stopped"] == [4, 4, 4]
+    assert run.results["stopped"] == [min(run.results["asked"])] * 3
+
+
+OTHERS = {
+    "ends well": ("true", "COMPLETED", 0),
+    # It fails behind an old checkpoint, which is none of this life's.
+    "fails": ("exit 6", "FAILED", 0),
+    "is lost once": (
+        'lives=$(cat "$run/n" 2>/dev/null || echo 5); mkdir -p "$run/checkpoints/checkpoint-$lives"; '
+        'touch "$run/checkpoints/checkpoint-$lives/complete.json"; echo $((lives + 1)) >"$run/n"; [ "$lives" -gt 5 ] || exit 137',
+        "COMPLETED",
+        1,
+    ),
+    "is told": (
+        'if [ -e "$run/ready" ]; then [ ! -e "$run/stop" ] || exit 8; touch "$run/again"; exit 0; fi; '
+        'mkdir -p "$run"; touch "$run/ready"; '
+        'for _ in $(seq 200); do sleep 0.1; [ ! -e "$run/stop" ] || { touch "$run/seen"; exit 0; }; done; exit 9',
+        "COMPLETED",
+        1,
+    ),
+}
+
+
+@pytest.mark.milestone(task="6.9")
+def test_other_ends(lab, workspace, slurm_beside_exercises):
+    jobs.site()
+    token, scripts = os.urandom(4).hex(), []
+    folder, logs = jobs.folder_for(workspace, "other ends", token), jobs.log_folder(workspace)
+    for number, (program, _, _) in enumerate(OTHERS.values()):
+        run = folder / f"a run {number}"
+        launch = f"bash -c {shlex.quote(f': {token}; run={shlex.quote(str(run))}; {program}')}"
+        scripts.append(
+            f"#!/bin/bash\n#SBATCH --output={logs}/{token}-{number}.out\nset -euo pipefail\n{lab.surviving(launch, str(run))}"
+        )
+    old = folder / "a run 1" / "checkpoints" / "checkpoint-3"
+    old.mkdir(parents=True)
+    (old / "complete.json").touch()
+    told = []
+
+    def tell(numbers) -> None:
+        if not told and (folder / "a run 3" / "ready").exists():
+            time.sleep(0.7)
+            told.append(slurm.command("scancel", "--signal=USR1", "--batch", str(numbers[3])))
+        if slurm.job(numbers[1]).restarts > 1:
+            slurm.cancel(numbers[1])
+
+    ended = jobs.run_jobs(scripts, "--time=5", "--requeue", "--open-mode=append", meanwhile=tell)
+    for (name, (_, state, restarts)), one in zip(OTHERS.items(), ended):
+        assert (one.job.state, one.job.restarts) == (state, restarts), (name, one.job.state, one.job.restarts, one.told)
+    assert (folder / "a run 3" / "seen").exists() and (folder / "a run 3" / "again").exists()

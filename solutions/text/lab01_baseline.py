@@ -22,7 +22,7 @@
 # milestone as `pytest labs`. A task that is not written yet raises `NotImplementedError` with its number; so do the cells that call it.
 
 # %%
-from shardlab.notebook import RUNS, check, compare, show, start, table
+from shardlab.notebook import RUNS, check, compare, scoreboard, show, start, table
 
 lab = start("lab01_baseline")
 
@@ -240,6 +240,14 @@ table(run.results["examples"])
 # The process takes hundreds of MiB, and the model states 44 of them. The rest is Python, torch and the activations. On a GPU with a real model
 # it is the other way round.
 #
+# ## Your points
+#
+# All tasks of the lab at once, with the points that `pytest labs` gives, and what to do next.
+
+# %%
+scoreboard("lab01_baseline")
+
+# %% [markdown]
 # ## Questions
 #
 # 1. The loss falls from about 8.7 to 0.2, but exact match stays at 0 for some time. Why?
@@ -261,4 +269,4 @@ table(run.results["examples"])
 #
 # - Run with `learning_rate=5e-5` and compare. How many epochs would it need?
 # - Replace `data="mini"` by the path of a SQuAD JSON file, with `max_tokens=384`. Real text is harder for a model that never saw any.
-# - `slurm/baseline.sbatch` runs this as a batch job: `shardlab run baseline --solutions` is the command in it.
+# - On a cluster, `shardlab slurm submit baseline --follow` runs this as a batch job. `slurm/local_cluster.sh up` starts one on a laptop.

@@ -20,7 +20,7 @@
 # You write in `src/exercises/lab02_zero_stages.py`.
 
 # %%
-from shardlab.notebook import RUNS, check, compare, reference, show, start, table
+from shardlab.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
 
 lab = start("lab02_zero_stages")
 
@@ -228,6 +228,14 @@ check("2.8")
 
 # %%
 show(together)
+
+# %% [markdown]
+# ## Your points
+#
+# All tasks of the lab at once, with the points that `pytest labs` gives, and what to do next.
+
+# %%
+scoreboard("lab02_zero_stages")
 
 # %% [markdown]
 # ## Questions

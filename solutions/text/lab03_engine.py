@@ -23,7 +23,7 @@
 # after that most take 3 to 5 seconds, 3.2 and 3.9 about 6, and 3.6 about 10.
 
 # %%
-from shardlab.notebook import RUNS, check, compare, reference, show, start, table
+from shardlab.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
 
 lab = start("lab03_engine")
 
@@ -282,6 +282,14 @@ for name in ("engine-1xh200", "engine-2xh200"):
     table([{"GPUs": row["ranks"], "method": row["method"], "samples/s": row["samples_per_second"], "held on the device": row["largest_rank"],
             "last loss": row["losses"][-1]} for row in measured["results"]])
 print(measured["hardware"]["gpus"][0], measured["versions"], measured["date"])
+
+# %% [markdown]
+# ## Your points
+#
+# All tasks of the lab at once, with the points that `pytest labs` gives, and what to do next.
+
+# %%
+scoreboard("lab03_engine")
 
 # %% [markdown]
 # ## Questions

@@ -23,7 +23,7 @@
 # `shardlab doctor --build-ops` does it beforehand.
 
 # %%
-from shardlab.notebook import RUNS, check, compare, reference, show, start, table
+from shardlab.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
 
 lab = start("lab04_offload")
 
@@ -330,6 +330,14 @@ check("4.7")
 
 # %%
 check("4.8")
+
+# %% [markdown]
+# ## Your points
+#
+# All tasks of the lab at once, with the points that `pytest labs` gives, and what to do next.
+
+# %%
+scoreboard("lab04_offload")
 
 # %% [markdown]
 # ## Questions

@@ -30,7 +30,7 @@
 
 # %%
 from shardlab import slurm
-from shardlab.notebook import RUNS, check, compare, reference, show, start, table
+from shardlab.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
 
 lab = start("lab06_multi_node")
 why_not = slurm.missing()
@@ -252,6 +252,14 @@ check("6.9")
 # `shardlab slurm follow JOB --run RUN_FOLDER`, and in a second terminal `slurm/local_cluster.sh kill node2`, then `slurm/local_cluster.sh start node2`. (Without `--solutions` it trains with your own
 # functions of labs 01 and 02.)
 #
+# ## Your points
+#
+# All tasks of the lab at once, with the points that `pytest labs` gives, and what to do next.
+
+# %%
+scoreboard("lab06_multi_node")
+
+# %% [markdown]
 # ## Questions
 #
 # 1. `srun bash -c "echo $SLURM_PROCID"` with four tasks prints what, and why?
