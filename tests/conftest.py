@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from shardlab import hardware, switch
+from shardlab.grading.milestones import REFERENCES
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +21,14 @@ def same_exercises_afterwards(monkeypatch):
         os.environ.pop(switch.VARIABLE, None)
     else:
         os.environ[switch.VARIABLE] = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def references(tmp_path_factory):
+    """What milestones compare with needs nobody's exercises: it is made once for matrix, notebooks and classes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(REFERENCES, str(tmp_path_factory.mktemp("references")))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,6 +5,7 @@ The tests grade them all together; `bench/grading.py` grades a hundred of them.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -153,6 +154,19 @@ def tar_bomb(folder: Path) -> Path:
     return target
 
 
+def header_bomb(folder: Path) -> Path:
+    """An archive of 9 MB whose first header is 2 GB long."""
+    target = folder.with_name(folder.name + ".tar.gz")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    entry = tarfile.TarInfo("x")
+    entry.type, entry.size = tarfile.XHDTYPE, 2 * 2**30
+    with gzip.open(target, "wb", compresslevel=1) as file:
+        file.write(entry.tobuf(tarfile.USTAR_FORMAT))
+        for _ in range(128):
+            file.write(bytes(2**24))
+    return target
+
+
 def bundle(folder: Path) -> Path:
     """A git bundle of a course's clone with the solution in src/exercises."""
     package(folder / "src", solution())
@@ -199,7 +213,7 @@ time.sleep(600)"""
 FULL_DISK = """import os
 for folder in ("/tmp", os.getcwd(), "/dev/shm", os.path.expanduser("~"), os.path.dirname(__file__)):
     try:
-        with open(os.path.join(folder, "full"), "wb") as file:
+        with open(os.path.join(folder, "full"), "xb") as file:
             while True:
                 file.write(bytes(2**24))
     except OSError:
@@ -217,6 +231,21 @@ for process in (os.getppid(), -1):
         os.kill(process, signal.SIGKILL)
     except OSError:
         pass"""
+STOP = """import os, signal, time
+for process in (-1, *range(1, 60)):
+    if process != os.getpid():
+        try:
+            os.kill(process, signal.SIGSTOP)
+        except OSError:
+            pass
+for _ in range(100):
+    if os.fork() == 0:
+        time.sleep(600)
+time.sleep(600)"""
+NAMELESS = """import os, time
+for _ in range(12):
+    os.posix_fallocate(os.memfd_create("x"), 0, 2**30)
+time.sleep(600)"""
 OVERWRITE_PYTEST = """import sys
 import shardlab.grading.milestones as milestones
 import shardlab.grading.scoreboard as scoreboard
@@ -353,6 +382,7 @@ KINDS = [
     Kind("an absolute path", lambda f: tarred(f, {"/tmp/exercises/lab.py": b"x = 1"}), NONE, "leads out"),
     Kind("zip bomb", zip_bomb, NONE, "larger than"),
     Kind("tar bomb", tar_bomb, NONE, "MiB"),
+    Kind("header bomb", header_bomb, NONE, "too much memory"),
     Kind("empty folder", lambda f: f.mkdir(parents=True) or f, NONE, "no folder `exercises`"),
     Kind("renamed module", lambda f: package(f, solution(), "my_lab02.py"), NONE, f"no exercises/{STEM}.py", confined=True),
     Kind("damaged archive", lambda f: _damaged(f), NONE, "cannot be read"),
@@ -361,6 +391,8 @@ KINDS = [
     Kind("zip of a course", lambda f: zipped(f, "my course/src/"), ALL),
     Kind("git bundle", bundle, ALL, "commit"),
     Kind("kills what it can", lambda f: package(f, in_front(KILL)), NONE, "ended"),
+    Kind("stops what watches", lambda f: package(f, in_front(STOP)), NONE, "processes"),
+    Kind("memory in files without a name", lambda f: package(f, in_task("2.8", NAMELESS)), without("2.8"), "memory"),
     Kind("overwrites pytest", lambda f: package(f, f"{OVERWRITE_PYTEST}\n{half(0)}"), NONE),
     Kind("replaces sys.modules", lambda f: package(f, f"{SYS_MODULES}\n"), NONE),
     Kind("prints a full score at exit", lambda f: package(f, AT_EXIT), NONE, "SystemExit"),

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from shardlab import doctor, hardware, ops
 from shardlab.doctor import Finding
+from shardlab.grading import sandbox
 
 MARK = "SHARDLAB_TEST_MARK"
 
@@ -296,6 +297,13 @@ def test_nothing_is_built_with_a_tool_that_is_missing(ops_folder):
 
 
 # --- what is broken or missing ----------------------------------------------------------------------------------------
+
+
+def test_isolation_names_what_keeps_boxes_from_being_made(monkeypatch, empty_folder):
+    monkeypatch.setattr(sandbox, "isolation", lambda: ("limits", "a reason"))
+    assert "sysctl" in doctor._isolation().remedy and "a reason" in doctor._isolation().detail
+    monkeypatch.setenv("PATH", str(empty_folder))
+    assert doctor._isolation().remedy == "sudo apt install bubblewrap"
 
 
 def test_without_a_path_the_compiler_fails_and_each_failure_has_a_remedy(monkeypatch, empty_folder):

@@ -546,7 +546,7 @@ def test_task_alone_that_waits_for_another_names_it(submission, tmp_path):
 @pytest.mark.parametrize("stem", stems())
 def test_hidden_milestones_guard_tasks_that_there_are(stem):
     hidden = [m for m in milestones_of(stem) if m.hidden]
-    assert hidden and {m.task for m in hidden} <= set(tasks(solution(stem)))
+    assert {m.task for m in hidden} == set(tasks(solution(stem)))
     assert not sum(m.points for m in hidden) and sum(m.points for m in milestones_of(stem)) == 100
     assert len({m.name for m in milestones_of(stem)}) == len(milestones_of(stem)), "results are kept by name"
 
@@ -565,12 +565,6 @@ def test_published_numbers_learnt_by_heart_earn_nothing(submission):
     assert [(m.hidden, m.verdict) for m in sorted(found, key=lambda m: m.hidden)] == [(False, "passed"), (True, "failed")]
     (task,) = tasks_of({"milestones": [vars(m) for m in found]})
     assert (task.verdict, task.earned, task.points) == ("failed", 0, 15)
-
-
-def test_solutions_pass_the_hidden_milestones():
-    for stem in ("lab01_baseline", "lab02_zero_stages"):
-        found = [m for m in grade(stem, exercises=switch.SOLUTIONS, files=files_of(stem)) if m.hidden]
-        assert found and {m.verdict for m in found} == {"passed"}, [m for m in found if m.verdict != "passed"]
 
 
 def test_skeletons_earn_nothing_from_hidden_milestones():

@@ -61,6 +61,13 @@ def one_rank_is_killed(experiment, run):
     time.sleep(600)
 
 
+def one_rank_aborts(experiment, run):
+    if dist.get_rank() == 1:
+        print("pages cannot be locked", file=sys.stderr, flush=True)
+        os.abort()
+    time.sleep(600)
+
+
 def one_rank_raises_and_both_have_workers(experiment, run):
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     Path(experiment.data, str(worker.pid)).touch()
@@ -351,6 +358,12 @@ def test_rank_that_is_killed_is_named_with_its_signal(tmp_path, the_other):
 
 
 @pytest.mark.usefixtures("programs", "no_rank_is_left")
+def test_rank_that_aborts_is_quoted(tmp_path):
+    error = failed_launch("one_rank_aborts", tmp_path)
+    assert error.rank == 1 and "killed by SIGABRT" in error.error and "pages cannot be locked" in error.error
+
+
+@pytest.mark.usefixtures("programs", "no_rank_is_left")
 def test_what_ranks_have_started_ends_with_them(tmp_path):
     """Such as the workers of a data loader: those of the rank that raised, and those of the rank that was ended."""
     workers = tmp_path / "workers"
@@ -435,6 +448,8 @@ def launchers(programs, tmp_path_factory):
                         stderr=output,
                         start_new_session=True,
                         env=os.environ | {"TMPDIR": f"{temporary}/{name}"},
+                        # A shell's background job ignores Ctrl-C, and so would this one if the tests are run as such.
+                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
                     )
                 scripts[name] = SimpleNamespace(process=process, runs=runs, log=log, imports=imports, family=[], ranks=[])
             deadline = time.monotonic() + 150

@@ -156,7 +156,7 @@ def test_too_much_is_refused(exchange, monkeypatch):
 # --- the box ----------------------------------------------------------------------------------------------------------
 
 LAB = '''
-import os, socket
+import ctypes, os, socket
 SEEN = {}
 
 def seen():
@@ -174,6 +174,13 @@ def seen():
             answers["written"].append(folder)
         except OSError:
             pass
+    for setting in ("/proc/sys/kernel/core_pattern", "/proc/sysrq-trigger", "/proc/self/oom_score_adj"):
+        try:
+            os.close(os.open(setting, os.O_WRONLY))
+            answers["written"].append(setting)
+        except OSError:
+            pass
+    answers["namespace"] = ctypes.CDLL(None).unshare(0x10000000)
     try:
         socket.create_connection(("127.0.0.1", %d), timeout=2)
         answers["network"] = True
@@ -216,9 +223,9 @@ def function(box, name):
 
 def test_there_is_nothing_to_see_in_a_box(box):
     seen = function(box, "seen")()
-    assert seen[str(ROOT)] == ([".venv", "src"] if (ROOT / ".venv").is_dir() else ["src"]), "no labs, no solutions, no git"
+    assert seen[str(ROOT)] == [*([".venv"] if (ROOT / ".venv").is_dir() else []), "slurm", "src"], "no labs, no solutions, no git"
     assert seen["processes"] <= 6 and set(seen["capabilities"]) == {"0" * 16}
-    assert seen["written"] == [] and seen["network"] is False
+    assert seen["written"] == [] and seen["network"] is False and seen["namespace"] == -1
 
 
 def test_functions_of_the_judge_are_called_in_the_judge(box):
