@@ -31,6 +31,7 @@ demo: setup
 test: setup
 	$(BIN)/ruff check
 	$(BIN)/shardlab build --check
+	-$(BIN)/shardlab doctor --build-ops
 	$(BIN)/pytest tests
 	$(BIN)/pytest -p no:cacheprovider --nbval-lax notebooks
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import time
 
 import pytest
 
@@ -408,6 +409,53 @@ def test_wrong_choice_of_exercises_is_a_usage_error(tmp_path, arguments, words):
     code, output = run_pytest(ROOT / "labs" / stems()[0], *(argument.format(tmp=tmp_path) for argument in arguments))
     assert code == USAGE_ERROR
     assert words in output
+
+
+WITH_OPS = """
+import pytest
+
+
+@pytest.mark.timeout(1)
+@pytest.mark.milestone(task="9.1", points=1, ops=("cpu_adam",))
+def test_computes(lab):
+    assert lab.computes() == 1
+
+
+@pytest.mark.milestone(task="9.2", points=1, ops=("pin_memory", "async_io"))
+def test_reads(lab):
+    assert lab.computes() == 1
+
+
+@pytest.mark.milestone(task="9.3", points=1, ops=("fused_adam",))
+def test_is_unwritten(lab):
+    lab.unwritten()
+"""
+
+
+def test_ops_are_compiled_before_the_clock_of_a_milestone_runs(tmp_path, monkeypatch):
+    """A compile of minutes is neither the learner's fault nor silent; one that is not needed is not made."""
+    (tmp_path / "exercises").mkdir()
+    (tmp_path / "exercises" / "__init__.py").touch()
+    unwritten = 'def unwritten():\n    raise NotImplementedError("Task 9.3: complete it")\n'
+    (tmp_path / "exercises" / "lab09_ops.py").write_text("def computes():\n    return 1\n\n\n" + unwritten)
+    (tmp_path / "test_lab09_ops.py").write_text(WITH_OPS)
+    asked = []
+
+    def why_no_op(op, say):
+        asked.append(op)
+        say(f"{op}: compiling once")
+        time.sleep(1.5 if op == "cpu_adam" else 0)
+        return "no libaio → get it" if op == "async_io" else ""
+
+    monkeypatch.setattr("shardlab.doctor.why_no_op", why_no_op)
+    said = []
+    found = grade("lab09_ops", exercises=tmp_path, files=[tmp_path / "test_lab09_ops.py"], say=said.append)
+    assert {m.task: (m.verdict, m.message) for m in found} == {
+        "9.1": ("passed", ""),
+        "9.2": ("not run", "no libaio → get it"),
+        "9.3": ("not implemented", "Task 9.3: complete it"),
+    }
+    assert asked == ["cpu_adam", "pin_memory", "async_io"] and "cpu_adam: compiling once" in said
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

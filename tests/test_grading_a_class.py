@@ -308,7 +308,8 @@ def test_solutions_pass_in_boxes(tmp_path, walls, slurm_where_possible):
     may = {"passed"} if doctor.libaio().state == "works" and slurm_where_possible else {"passed", "not run"}
     for stem in labs:
         mine = [m for m in results[stem]["milestones"] if m["lab"] == stem]
-        assert mine and not [m for m in mine if m["verdict"] not in may]
+        lost = [f"{m['task']} {m['name']}, {m['verdict']}: {m['message']}" for m in mine if m["verdict"] not in may]
+        assert mine and not lost, "\n\n".join(lost)
     for name in ("reads jobs", "reads jobs again"):
         reads = {(m["task"], m["hidden"]): m["verdict"] for m in results[name]["milestones"]}
         assert reads["6.6", False] in may and reads["6.6", True] in may

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from shardlab import memory, ops
+from shardlab import memory
 from shardlab.grading import engine_runs
 from shardlab.grading.milestones import farthest, once, require, require_error, safely_loaded, shared_folder, visible_folder
 from shardlab.hardware import gpu_count
@@ -18,16 +18,6 @@ from shardlab.runs import Experiment
 
 LECTURE = "notebooks/04_offload.ipynb"
 SUB_GROUP = 300_000  # elements; cuts bloom-tiny into sub-groups of which some are too small for the disk
-
-
-def needs_libaio() -> None:
-    """Report the milestone as not run where DeepSpeed cannot read and write through libaio."""
-    if not ops.is_built("async_io"):
-        from shardlab import doctor
-
-        finding = doctor.libaio()
-        if finding.state != "works":
-            pytest.skip(f"{finding.detail} → {finding.remedy}")
 
 
 def fresh(folder: Path) -> Path:
@@ -227,7 +217,7 @@ def offload_runs(run_experiments) -> dict:
     return run_experiments(experiments)
 
 
-@pytest.mark.milestone(task="4.2", points=20)
+@pytest.mark.milestone(task="4.2", points=20, ops=("cpu_adam",))
 def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
     read = f"lab 04, task 4.2; {LECTURE}, 'What moves'"
 
@@ -272,9 +262,8 @@ def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
             )
 
 
-@pytest.mark.milestone(task="4.3", points=15)
+@pytest.mark.milestone(task="4.3", points=15, ops=("cpu_adam", "pin_memory", "async_io"))
 def test_bytes_on_disk(lab, run_experiments, tmp_path):
-    needs_libaio()
     read = f"lab 04, task 4.3; {LECTURE}, 'On disk'"
     cases = [
         ([[2**18]], 1, 3 * 2**20, "a tensor of just 1 MiB is written"),
@@ -330,7 +319,7 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
     )
 
 
-@pytest.mark.milestone(task="4.4", points=10)
+@pytest.mark.milestone(task="4.4", points=10, ops=("cpu_adam",))
 def test_two_optimizers_take_the_same_steps(lab):
     import torch
 
@@ -376,7 +365,6 @@ def test_two_optimizers_take_the_same_steps(lab):
         likely="the mean of all steps instead of the median of all but the first",
         read=read,
     )
-    lab.needs_op("cpu_adam")
     real = lab.observe("shardlab.grading.programs:compare_adams", 10_000, 20)
     require(
         real["largest_difference"] < 1e-5,
@@ -477,11 +465,10 @@ def whole_run(run_experiments):
     ]
 
 
-@pytest.mark.milestone(task="4.7", points=10)
+@pytest.mark.milestone(task="4.7", points=10, ops=("cpu_adam", "pin_memory", "async_io"))
 def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
     import torch
 
-    needs_libaio()
     read = f"lab 04, task 4.7; {LECTURE}, 'A checkpoint of states on disk'"
     lab.save_offloaded  # noqa: B018
     losses = whole_run(run_experiments).losses()
@@ -565,11 +552,10 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
     )
 
 
-@pytest.mark.milestone(task="4.8", points=10)
+@pytest.mark.milestone(task="4.8", points=10, ops=("cpu_adam", "pin_memory", "async_io"))
 def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
     import torch
 
-    needs_libaio()
     read = f"lab 04, task 4.8; {LECTURE}, 'A checkpoint of states on disk'"
     lab.load_offloaded  # noqa: B018
     whole = whole_run(run_experiments)

@@ -5,7 +5,7 @@ from math import ceil
 
 import pytest
 import torch
-from test_lab04_offload import needs_libaio, nvme_experiment
+from test_lab04_offload import nvme_experiment
 
 from shardlab import memory
 from shardlab.grading.milestones import farthest, shared_folder, visible_folder
@@ -91,10 +91,9 @@ def test_other_limits(lab):
     assert lab.largest_model(lambda n: {"device": 6_000, "host": n}, **limits) == 0
 
 
-@pytest.mark.milestone(task="4.7")
+@pytest.mark.milestone(task="4.7", ops=("cpu_adam", "pin_memory", "async_io"))
 def test_what_another_run_saves(lab, run_experiments, workspace):
     """The saved states beside those of a run without anybody's exercises, which the box has not seen."""
-    needs_libaio()
     lab.save_offloaded  # noqa: B018
     options = {"save_at": 2, "checkpoints": str(shared_folder() / "offload" / "other")}
     other = nvme_experiment("nvme-other", "engine_runs:train_nvme", shared_folder(), options=options, seed=29)
@@ -109,9 +108,8 @@ def test_what_another_run_saves(lab, run_experiments, workspace):
         assert all(torch.allclose(saved[key], state[key], atol=1e-7) for key in ("master", "exp_avg", "exp_avg_sq"))
 
 
-@pytest.mark.milestone(task="4.8")
+@pytest.mark.milestone(task="4.8", ops=("cpu_adam", "pin_memory", "async_io"))
 def test_going_on_from_another_step(lab, run_experiments, workspace):
-    needs_libaio()
     lab.load_offloaded  # noqa: B018
     folder = visible_folder() / "offload" / "third"
     options = {"save_at": 1, "checkpoints": str(folder)}

@@ -446,6 +446,21 @@ def op_finding(op: str, build: bool = False, needs: Iterable[Finding] = (), say:
     return Finding(name, "works", detail)
 
 
+def why_no_op(op: str, say: Callable[[str], None]) -> str:
+    """Have one of DeepSpeed's ops compiled if it is not: what keeps it from that, with the remedy; nothing if it is there.
+
+    Args:
+        op: a key of `ops.OPS`.
+        say: called with a line when a build begins and when it ends.
+    """
+    if ops.is_built(op):
+        return ""
+    needs = [compiler := _compiler(), _ninja(), *([libaio(compiler)] if op == "async_io" else [])]
+    missing = next((need for need in needs if need.state != "works"), None)
+    finding = missing or op_finding(op, build=True, say=say)
+    return "" if finding.state == "works" else f"{finding.detail} → {finding.remedy}"
+
+
 def _rebuild(folder: Path) -> str:
     return f"rm -r {shlex.quote(str(folder))}; {BUILD_OPS}"
 

@@ -10,6 +10,7 @@ import html
 import io
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from shardlab import hardware, report, switch
@@ -71,8 +72,12 @@ def start(stem: str) -> Exercises:
     return Exercises(stem)
 
 
-def outcomes(task: str) -> list[Milestone]:
+def outcomes(task: str, say: Callable[[str], None]) -> list[Milestone]:
     """Run the milestones of one task, as `pytest labs --task …` does, in this process.
+
+    Args:
+        task: such as "2.1".
+        say: called with what is being done.
 
     Raises:
         ValueError: there is no such task.
@@ -84,15 +89,41 @@ def outcomes(task: str) -> list[Milestone]:
     if not folders:
         raise ValueError(f"there is no task '{task}': tasks are called after their lab, such as 2.1")
     switch.use_exercises(switch.exercises_folder())
-    return grade(folders[0].name, task=task)
+    return grade(folders[0].name, task=task, say=say)
 
 
 def check(task: str) -> None:
     """Check one task: the same milestone that `pytest labs` runs, shown below the cell."""
     files = _files()
-    found = outcomes(task)
+    with _Changing() as display:
+        found = outcomes(task, display.say)
+        display.show(render_html(found))
     _checked[task] = (files, found)
-    _display(render_html(found))
+
+
+class _Changing:
+    """What is shown below a cell: what is being done, until the result is there."""
+
+    def __init__(self):
+        from IPython.display import HTML, display
+
+        self._handle = display(HTML("<i>checking …</i>"), display_id=True)
+
+    def __enter__(self) -> _Changing:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind:
+            self.show("")
+
+    def say(self, what: str) -> None:
+        self.show(f"<i>{html.escape(what)}</i>")
+
+    def show(self, text: str) -> None:
+        from IPython.display import HTML
+
+        if self._handle:  # a plain Python shell has none
+            self._handle.update(HTML(text))
 
 
 _checked: dict[str, tuple[list, list[Milestone]]] = {}
@@ -109,8 +140,6 @@ def scoreboard(stem: str) -> None:
 
     Where each task was checked since a file was last saved, and passed, nothing is run again.
     """
-    from IPython.display import HTML, display
-
     from shardlab.grading.grade import grade
     from shardlab.grading.graders import milestones_of
 
@@ -123,8 +152,8 @@ def scoreboard(stem: str) -> None:
         _display(render_board(known))
         return
     switch.use_exercises(switch.exercises_folder())
-    shown = display(HTML("<i>checking …</i>"), display_id=True)
-    shown.update(HTML(render_board(grade(stem, say=lambda at: shown.update(HTML(f"<i>checking {at} …</i>"))))))
+    with _Changing() as display:
+        display.show(render_board(grade(stem, say=display.say)))
 
 
 def show(runs: list[Run] | Run, *, plots: bool = True) -> None:

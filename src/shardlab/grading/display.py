@@ -26,6 +26,9 @@ class Lines(Display):
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.count, self.total, self.started = 0, 0, 0.0
 
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
     def begin(self, waiting: int, kept: int, judges: int) -> None:
         self.total, self.started = waiting, time.monotonic()
         already = f", {kept} graded before" if kept else ""

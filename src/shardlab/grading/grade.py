@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from shardlab import switch
-from shardlab.grading.plugin import BOX
+from shardlab.grading.plugin import BOX, SAY
 from shardlab.grading.scoreboard import Milestone
 from shardlab.hardware import ROOT
 
 
 class Grading:
-    """Tells the plugin of the box that the exercises are in, and the caller of the task that is being graded."""
+    """Tells the plugin of the box that the exercises are in, and the caller of what is being done."""
 
     def __init__(self, box, say):
         self.box, self.say = box, say
@@ -25,10 +25,12 @@ class Grading:
     def pytest_configure(self, config) -> None:
         if self.box is not None:
             config.stash[BOX] = self.box
+        if self.say is not None:
+            config.stash[SAY] = self.say
 
     def pytest_runtest_setup(self, item) -> None:
         if self.say and (marker := item.get_closest_marker("milestone")):
-            self.say(f"task {marker.kwargs['task']}")
+            self.say(f"checking task {marker.kwargs['task']}")
 
 
 def grade(stem: str, *, exercises: Path | None = None, task: str | None = None, box=None, files=None, say=None) -> list[Milestone]:
@@ -40,7 +42,7 @@ def grade(stem: str, *, exercises: Path | None = None, task: str | None = None, 
         task: only the milestones of this task.
         box: the `Box` that holds the exercises to grade, where nothing of them may run in this process.
         files: the milestone files; those of the lab's folder by default.
-        say: called with the number of each task as it begins.
+        say: called with the number of each task as it begins, and with a line on each op that is compiled.
 
     Raises:
         ValueError: there is no such task.

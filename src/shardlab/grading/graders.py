@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -56,26 +56,34 @@ def files_of(stem: str) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def milestones_of(stem: str) -> list[Milestone]:
-    """Every milestone of a lab, as a submission of which nothing is proven gets it."""
-    found = []
+def _markers_of(stem: str) -> Iterator[tuple[Path, str, dict]]:
+    """File, test and arguments of each milestone marker of a lab, read from the source."""
     for path in files_of(stem):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             for decorator in node.decorator_list if isinstance(node, ast.FunctionDef) else []:
                 if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.milestone":
-                    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in decorator.keywords}
-                    found.append(
-                        Milestone(
-                            lab=stem,
-                            task=str(given["task"]),
-                            name=node.name,
-                            points=int(given.get("points", 0)),
-                            verdict="failed",
-                            message="its grading did not come to its end",
-                            hidden=path.parent == HIDDEN,
-                        )
-                    )
-    return found
+                    yield path, node.name, {keyword.arg: ast.literal_eval(keyword.value) for keyword in decorator.keywords}
+
+
+def milestones_of(stem: str) -> list[Milestone]:
+    """Every milestone of a lab, as a submission of which nothing is proven gets it."""
+    return [
+        Milestone(
+            lab=stem,
+            task=str(given["task"]),
+            name=name,
+            points=int(given.get("points", 0)),
+            verdict="failed",
+            message="its grading did not come to its end",
+            hidden=path.parent == HIDDEN,
+        )
+        for path, name, given in _markers_of(stem)
+    ]
+
+
+def ops_of(labs: Iterable[str]) -> list[str]:
+    """DeepSpeed's ops that milestones of these labs load."""
+    return list(dict.fromkeys(op for stem in labs for _, _, given in _markers_of(stem) for op in given.get("ops", ())))
 
 
 def course_digest(labs: list[str]) -> str:
@@ -242,6 +250,8 @@ def _judge(connection: Connection, lifeline: Connection, plan: Plan, log: str, w
 class Display:
     """Shows nothing. What a batch tells its display."""
 
+    def say(self, line: str) -> None: ...
+
     def begin(self, waiting: int, kept: int, judges: int) -> None: ...
 
     def at(self, judge: int, name: str, what: str) -> None: ...
@@ -389,6 +399,7 @@ def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, d
     Returns:
         The results by name, of all submissions that have one.
     """
+    from shardlab import doctor
     from shardlab.launch import warm_up
 
     display = display or Display()
@@ -400,6 +411,8 @@ def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, d
     finished = dict(kept)
     if not waiting:
         return finished
+    for op in ops_of(plan.labs):  # what cannot be compiled is said by the milestones that need it
+        doctor.why_no_op(op, display.say)
     warm_up()
     jobs = max(1, min(jobs, len(waiting)))
     display.begin(len(waiting), len(kept), jobs)

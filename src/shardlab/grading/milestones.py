@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from shardlab import ops, switch
+from shardlab import switch
 
 
 class BoxEnded(RuntimeError):
@@ -123,10 +123,6 @@ class Lab:
         """Call `module:function`, which uses the exercises where they are, and get back what it saw; the judging is done here."""
         return program_of(program)(*args, **kwargs)
 
-    def needs_op(self, op: str) -> None:
-        """Have one of DeepSpeed's compiled ops ready where the exercises are."""
-        ops.build(op)
-
     def close(self) -> None:
         for name, function in self._replaced.items():
             setattr(switch.import_exercise(self.stem), name, function)
@@ -191,9 +187,6 @@ class BoxedLab(Lab):
 
     def observe(self, program: str, *args, **kwargs):
         return self._ask({"op": "observe", "function": program}, *args, **kwargs)
-
-    def needs_op(self, op: str) -> None:
-        self._box.provide(op)
 
     def close(self) -> None:
         if self._caller is not None:

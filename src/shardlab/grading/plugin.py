@@ -29,7 +29,8 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
-    config.addinivalue_line("markers", "milestone(task, points, needs): a graded milestone of a lab; `needs`: tasks that it uses")
+    marker = "milestone(task, points, needs, ops): a graded milestone of a lab; `needs`: tasks that it uses, `ops`: DeepSpeed's ops"
+    config.addinivalue_line("markers", marker)
     if config.getoption("--solutions") and config.getoption("--exercises"):
         raise pytest.UsageError("--solutions and --exercises name two packages; give one of them")
     chosen = config.getoption("--exercises") or (switch.SOLUTIONS if config.getoption("--solutions") else None)
@@ -44,6 +45,9 @@ def pytest_configure(config) -> None:
 _outcomes = pytest.StashKey[list]()
 BOX = pytest.StashKey()
 """The box in which the exercises are, where they are not in this process."""
+SAY = pytest.StashKey()
+"""Called with a line on what takes long; by default it is printed."""
+_no_op = pytest.StashKey[str]()
 
 
 def _marker(item):
@@ -68,10 +72,14 @@ def pytest_collection_modifyitems(config, items) -> None:
 @pytest.fixture
 def lab(request):
     """The exercise module that belongs to this milestone file."""
-    stem, box = _stem(request.path), request.config.stash.get(BOX, None)
-    module = Lab(stem) if box is None else BoxedLab(stem, box)
+    module = _lab(request.node)
     yield module
     module.close()
+
+
+def _lab(item) -> Lab:
+    stem, box = _stem(item.path), item.config.stash.get(BOX, None)
+    return Lab(stem) if box is None else BoxedLab(stem, box)
 
 
 @pytest.fixture
@@ -100,6 +108,24 @@ def slurm_beside_exercises(request):
             yield
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """Have DeepSpeed's ops compiled before the clock of a test runs: a slow compiler is not the exercises' fault."""
+    mark = _marker(item)
+    names = item.get_closest_marker("milestone").kwargs.get("ops", ()) if mark else ()
+    if names and not _lab(item).unwritten(mark[0]):
+        from shardlab import doctor
+
+        say, box = item.config.stash.get(SAY, None), item.config.stash.get(BOX, None)
+        for op in names:
+            if why := doctor.why_no_op(op, say or item.config.get_terminal_writer().line):
+                item.stash[_no_op] = why
+                break
+            if box is not None:
+                box.provide(op)
+    return (yield)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     mark = _marker(item)
@@ -107,6 +133,8 @@ def pytest_runtest_call(item):
         raise NotImplementedError(message)
     if mark and mark[2] and _open_tasks(item, {mark[0]}):
         raise MilestoneFailed("The task's own milestone has not passed, so this one was not looked at.")
+    if why := item.stash.get(_no_op, ""):
+        pytest.skip(why)
     return (yield)
 
 
