@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from shardlab.grading import sandbox, wire
-from shardlab.grading.sandbox import Box, BoxEnded, Exchange
+from shardlab.grading.exchange import Exchange
+from shardlab.grading.sandbox import Box, BoxEnded
 from shardlab.hardware import ROOT
 from shardlab.runs import Experiment
 
@@ -146,7 +147,7 @@ def test_box_cannot_make_the_judge_write_elsewhere(exchange, tmp_path):
 
 
 def test_too_much_is_refused(exchange, monkeypatch):
-    monkeypatch.setattr(sandbox, "FILES", 20)
+    monkeypatch.setattr("shardlab.grading.exchange.FILES", 20)
     for number in range(30):
         (exchange.inside / str(number)).touch()
     with pytest.raises(BoxEnded, match="more than 20 files"):

@@ -147,9 +147,10 @@ def grade_submission(name: str, path: Path, plan: Plan, tell: Callable[[str], No
         plan: how.
         tell: called with what is being done.
     """
+    from shardlab.grading.exchange import remove
     from shardlab.grading.grade import grade
     from shardlab.grading.milestones import visible_folder
-    from shardlab.grading.sandbox import Box, remove
+    from shardlab.grading.sandbox import Box
 
     started = time.monotonic()
     result = empty_result(name, path, plan)
@@ -313,7 +314,7 @@ def work_folder(out: Path) -> Path:
 
 def _remove_work(out: Path) -> None:
     """Remove this process's own, and what processes of this machine left that were killed."""
-    from shardlab.grading.sandbox import remove
+    from shardlab.grading.exchange import remove
 
     for folder in (out / ".work").glob(f"{platform.node()}-*"):
         number = folder.name.rpartition("-")[2]
@@ -381,7 +382,7 @@ def state_of(path: Path) -> str:
 def judges_that_fit() -> int:
     """How many judges this machine has cores and memory for: two cores each, and what a box and its judge usually take at most."""
     from shardlab import hardware
-    from shardlab.grading.sandbox import MEMORY
+    from shardlab.grading.limits import MEMORY
 
     return max(1, min(hardware.cpu_cores() // 2, psutil.virtual_memory().available // (MEMORY + 2 * 2**30)))
 

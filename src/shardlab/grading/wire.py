@@ -7,6 +7,7 @@ side's. An object of another kind comes back as a `Remote`, whose attributes are
 from __future__ import annotations
 
 import base64
+import contextlib
 import enum
 import itertools
 import json
@@ -15,6 +16,7 @@ import select
 import socket
 import struct
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePath
 
@@ -355,3 +357,45 @@ def receive_with_end(connection: socket.socket) -> tuple[dict, socket.socket] | 
     if not data:
         return None
     return json.loads(data), socket.socket(fileno=ends[0])
+
+
+# --- errors -------------------------------------------------------------------------------------------------------------
+
+
+class RemoteError(Exception):
+    """An error in somebody's exercises.
+
+    Attributes:
+        kind: the name of its type.
+        places: their own lines that it came through.
+    """
+
+    kind, places = "Exception", ()
+
+
+def described(error: BaseException, folder: str = "") -> dict:
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its text cannot be read)"
+    frames = traceback.extract_tb(error.__traceback__) if folder else []
+    places = [f"{Path(f.filename).name}, line {f.lineno}: {f.line}" for f in frames if f.filename.startswith(folder)]
+    return {"kinds": [kind.__name__ for kind in type(error).__mro__], "text": text[:10_000], "places": places[-20:]}
+
+
+def rebuilt(told) -> Exception:
+    """The error that a box described: of the first built-in type among its types that takes a text."""
+    import builtins
+
+    kinds = [str(kind)[:100] for kind in told.get("kinds", [])][:50] if isinstance(told, dict) else []
+    text = str(told.get("text", ""))[:10_000] if isinstance(told, dict) else ""
+    made: Exception = RemoteError(f"{kinds[0] if kinds else 'an error'}: {text}" if text else kinds[0] if kinds else "an error")
+    for kind in kinds:
+        found = getattr(builtins, kind, None)
+        if isinstance(found, type) and issubclass(found, Exception) and found is not Exception:
+            with contextlib.suppress(Exception):
+                made = found(text)
+                break
+    made.places = [str(place)[:300] for place in told.get("places", [])][-20:] if isinstance(told, dict) else []
+    made.kind = kinds[0] if kinds else "Exception"
+    return made
