@@ -242,6 +242,15 @@ def test_an_op_that_is_not_built_is_not_here(ops_folder):
     assert finding.remedy == "compiled at first use; now: shardlab doctor --build-ops"
 
 
+def test_an_op_that_no_lab_loads_here_is_not_compiled(ops_folder):
+    if hardware.gpu_count():
+        pytest.skip("on a GPU it is needed")
+    finding = doctor.op_finding("fused_adam", build=True, say=pytest.fail)
+    assert finding.state == "not here" and "not needed" in finding.detail
+    leave_a_lock("fused_adam")
+    assert doctor.op_finding("fused_adam").state == "fails", "whoever loads it all the same would wait for ever"
+
+
 def test_a_stale_lock_fails(ops_folder):
     lock = leave_a_lock("cpu_adam")
     finding = doctor.op_finding("cpu_adam")

@@ -417,6 +417,8 @@ def op_finding(op: str, build: bool = False, needs: Iterable[Finding] = (), say:
     name, purpose, folder = f"op {op}", ops.OPS[op][1], ops.library(op).parent
     if op == "deepspeed_shm_comm" and hardware.gpu_count():
         return Finding(name, "not here", "not needed: the ranks of GPUs talk through NCCL")
+    if op == "fused_adam" and not hardware.gpu_count() and not folder.exists():
+        return Finding(name, "not here", "not needed: no lab loads it on a machine without a GPU")
     if not build and (lock := ops.stale_lock(op)):
         return Finding(name, "fails", f"an interrupted build left {lock} behind, and every run would wait for it", BUILD_OPS)
     if missing := next((finding for finding in needs if finding.state != "works"), None):
