@@ -74,6 +74,10 @@ free_subnet() {
     fail "no free network among 10.77.10.0/24 to 10.77.250.0/24"
 }
 
+has_address() {  # one besides 127.0.0.1; without it the C library finds no host at all for Slurm's programs
+    awk '/32 host LOCAL/ {print last} {last = $2}' /proc/net/fib_trie | grep -qv '^127\.'
+}
+
 write_configuration() {
     local memory cpus user host
     memory=$(awk '/MemTotal/ {print int($2 / 1024)}' /proc/meminfo)
@@ -207,6 +211,7 @@ up() {
         if alive "$state/slurmctld.pid"; then say "The cluster is up already."; tell; return; fi
         down
     fi
+    has_namespaces || has_address || fail "this machine has no network address but 127.0.0.1, and Slurm does not start on such a machine. Connect it to a network, or → sudo ip addr add 10.77.0.1/32 dev lo"
     [ ! -e "$state" ] || [ -z "$(ls -A "$state")" ] || fail "$state is there already and holds no cluster; remove it, or set SHARDLAB_CLUSTER"
     mkdir -p "$state/controller"
     chmod 755 "$state"
