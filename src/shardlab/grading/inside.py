@@ -24,41 +24,33 @@ from shardlab.grading.milestones import program_of
 from shardlab.runs import Experiment
 
 
+KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM") + (
+    "CUDA_VISIBLE_DEVICES",
+    "TORCH_CUDA_ARCH_LIST",
+)
+
+
 def supervise(control: socket.socket, setup: dict) -> None:
-    for fd in map(int, os.listdir("/proc/self/fd")):
-        if fd > 2 and fd not in (control.fileno(), setup["ours"]):
-            with contextlib.suppress(OSError):
-                os.close(fd)
-    nothing = os.open("/dev/null", os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(nothing, fd)
-    os.close(nothing)
+    """Serve a box until its judge has gone: fork a process for each caller and each launch that is asked for.
+
+    Args:
+        control: where the judge asks.
+        setup: `submission`, `home` and `ops`, folders as the box sees them; `namespaces_of`, None where there are none; `ours`, a
+            pipe that tells the watch which processes run no exercise.
+    """
+    _let_go_of_what_was_inherited(keep=(control.fileno(), setup["ours"]))
     os.setsid()
     os.chdir(setup["home"])
-    variables = {"HOME": setup["home"], "TMPDIR": setup["home"], "XDG_CACHE_HOME": setup["home"] + "/cache", "HF_HUB_OFFLINE": "1"}
-    kept = (
-        "PATH",
-        "LD_LIBRARY_PATH",
-        "LANG",
-        "LC_ALL",
-        "DS_ACCELERATOR",
-        "TOKENIZERS_PARALLELISM",
-        "CUDA_VISIBLE_DEVICES",
-        "TORCH_CUDA_ARCH_LIST",
-    )
-    variables |= {name: os.environ[name] for name in kept if name in os.environ}
+    variables = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+    variables |= {"HOME": setup["home"], "TMPDIR": setup["home"], "XDG_CACHE_HOME": setup["home"] + "/cache", "HF_HUB_OFFLINE": "1"}
+    variables |= {"TORCH_EXTENSIONS_DIR": setup["home"] + "/ops", switch.VARIABLE: setup["submission"], tampering.WATCHED: "1"}
     os.environ.clear()
-    ours = {"TORCH_EXTENSIONS_DIR": setup["home"] + "/ops", switch.VARIABLE: setup["submission"], tampering.WATCHED: "1"}
-    os.environ.update(variables | ours)
+    os.environ.update(variables)
     tempfile.tempdir = None
     drop_privileges()
     prctl(SET_DUMPABLE, 0)  # or the exercises, which run as the same user, could write into this process
     prctl(SET_SUBREAPER, 1)
     _set_limits(setup)
-    # Nothing of what the fork server knows of other processes holds here.
-    import multiprocessing.resource_tracker as tracker
-
-    tracker._resource_tracker._fd = None
 
     def reap(*_) -> None:
         with contextlib.suppress(ChildProcessError):
@@ -87,6 +79,21 @@ def supervise(control: socket.socket, setup: dict) -> None:
             os.write(setup["ours"], b"%d " % started)
         end.close()
     end_below(os.getpid())
+
+
+def _let_go_of_what_was_inherited(keep: tuple[int, ...]) -> None:
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        if fd > 2 and fd not in keep:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+    nothing = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(nothing, fd)
+    os.close(nothing)
+    # Its pipe was one of those; a new one is opened when it is needed.
+    import multiprocessing.resource_tracker as tracker
+
+    tracker._resource_tracker._fd = None
 
 
 def _set_limits(setup: dict) -> None:

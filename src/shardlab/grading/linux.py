@@ -23,10 +23,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def prctl(option: int, value: int) -> None:
+    """Change a setting of this process (`man 2 prctl`)."""
     _libc.prctl(option, value, 0, 0, 0)
 
 
 def enter(handle: int, kind: int) -> None:
+    """Move this process into a namespace, and close its descriptor; of process numbers, only its children move.
+
+    Raises:
+        OSError: the kernel refused.
+    """
     if _libc.setns(handle, kind):
         raise OSError(ctypes.get_errno(), "cannot enter the box")
     os.close(handle)
@@ -41,6 +47,7 @@ def add_address() -> None:
 
 
 def drop_privileges() -> None:
+    """Give up all capabilities, and all that a program with special rights could bring."""
     for capability in range(64):
         prctl(DROP_FROM_BOUNDING_SET, capability)
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
@@ -49,6 +56,7 @@ def drop_privileges() -> None:
 
 
 def below(process: int) -> list[psutil.Process]:
+    """All processes that a process has started, and those that they have."""
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(process).children(recursive=True)
     return []

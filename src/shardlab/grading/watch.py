@@ -34,6 +34,11 @@ def watch_over_box(control: socket.socket, watch: socket.socket, setup: dict) ->
 
     This process enters all of them but that of the process numbers, which holds for children alone. So nothing in the box can
     see it, stop it or end it.
+
+    Args:
+        control: where the judge asks the supervisor.
+        watch: where the judge is told which limit was broken.
+        setup: as for `supervise`, without `ours`; `disk` is the folder whose files count.
     """
     prctl(SET_SUBREAPER, 1)
     with contextlib.suppress(OSError):

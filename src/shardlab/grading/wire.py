@@ -374,6 +374,12 @@ class RemoteError(Exception):
 
 
 def described(error: BaseException, folder: str = "") -> dict:
+    """An error in plain values, for `rebuilt` on the other side.
+
+    Args:
+        error: what was raised.
+        folder: whose lines of the traceback go with it; none by default.
+    """
     try:
         text = str(error)
     except Exception:
@@ -384,7 +390,11 @@ def described(error: BaseException, folder: str = "") -> dict:
 
 
 def rebuilt(told) -> Exception:
-    """The error that a box described: of the first built-in type among its types that takes a text."""
+    """The error that a box described: of the first built-in type among its types that takes a text, else a `RemoteError`.
+
+    Args:
+        told: what came; anything at all.
+    """
     import builtins
 
     kinds = [str(kind)[:100] for kind in told.get("kinds", [])][:50] if isinstance(told, dict) else []
