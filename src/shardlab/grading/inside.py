@@ -23,10 +23,9 @@ from shardlab.grading.linux import DIE_WITH_PARENT, SET_DUMPABLE, SET_SUBREAPER,
 from shardlab.grading.milestones import program_of
 from shardlab.runs import Experiment
 
-
-KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "DS_ACCELERATOR", "TOKENIZERS_PARALLELISM") + (
-    "CUDA_VISIBLE_DEVICES",
-    "TORCH_CUDA_ARCH_LIST",
+KEPT_VARIABLES = (
+    *("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL"),
+    *("DS_ACCELERATOR", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES", "TORCH_CUDA_ARCH_LIST"),
 )
 
 
