@@ -102,7 +102,8 @@ def random_state() -> dict:
 
 def write_manifest(folder: Path, ranks: int, universal: bool = False) -> None:
     """Write `complete.json`, the last file of a checkpoint: its ranks, and the size of every file in bytes."""
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(Path(folder).rglob("*"))
+             if path.is_file() and path.name != "complete.json"}
     write_json(Path(folder, "complete.json"), {"ranks": ranks, "universal": universal, "files": files})
 
 
@@ -171,7 +172,7 @@ class DeepSpeedTrainer:
         was loaded, `samples` says how many sequences to pass over; each batch has micro-batch × ranks of them, over all
         ranks. DeepSpeed's loader starts anew at each `iter()`, and a `for` calls it too: so go through it with one `for`, and
         pass over inside. Call `restore_random_state` after the passing over, which draws random numbers itself, and before
-        the first step.
+        the first step; if no batch is left, before you return, since the next epoch draws from there.
 
         After each micro-batch `samples` grows. After the last one of an optimizer step, `after_step` is called, and
         training ends if `engine.global_steps` has reached `last_step`, even if that was the epoch's last batch. Otherwise, at the
@@ -201,6 +202,7 @@ class DeepSpeedTrainer:
                 self.after_step(self, sum(step) / len(step))
                 if self.engine.global_steps == last_step:
                     return sum(losses) / len(losses)
+        self.restore_random_state()
         self.epoch, self.samples = self.epoch + 1, 0
         return sum(losses) / len(losses) if losses else math.nan
         # END SOLUTION
@@ -240,7 +242,8 @@ class DeepSpeedTrainer:
         DeepSpeed writes the client state of rank 0 only, in stages 0 to 2; `gather(value)` gives every rank the list.
 
         The folder is complete when `complete.json` is in it: rank 0 writes that (`write_manifest`), after every rank has
-        written its files (`barrier()`), and no rank returns before.
+        written its files (`barrier()`), and no rank returns before. A run that continues from an older checkpoint saves into
+        folders that are there already: rank 0 removes an old `complete.json` first, before any rank writes.
 
         Args:
             path: the folder of all checkpoints.
@@ -257,6 +260,9 @@ class DeepSpeedTrainer:
             raise ValueError("a checkpoint in the middle of an accumulation would lose its gradients; save after an optimizer step")
         tag = f"step-{self.engine.global_steps}"
         state = {"epoch": self.epoch, "samples": self.samples, "random": gather(random_state()), "client": client_state}
+        if rank() == 0:
+            Path(path, tag, "complete.json").unlink(missing_ok=True)
+        barrier()
         self.engine.save_checkpoint(str(path), tag=tag, client_state=state)
         barrier()
         if rank() == 0:

@@ -53,6 +53,7 @@ def test_epoch_without_accumulation(lab, run_experiments):
     rows = {name: [n for batch in got[name]["seen"][0] for n in batch] for name in ("first", "second", "resumed")}
     assert rows == {"first": order(0), "second": order(1), "resumed": order(1)[4:]}
     assert [samples for _, samples, _ in got["first"]["told"]] == [4, 8, 12, 16, 20, 24]
+    assert got["nothing_left"]["random_at_end"] == got["random_wanted"]
 
 
 @pytest.mark.milestone(task="3.4")
@@ -74,6 +75,7 @@ def test_checkpoint_of_three_ranks(lab, run_experiments):
     manifest = json.loads((folder / "complete.json").read_text())
     sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != "complete.json"}
     assert manifest["ranks"] == 3 and manifest["files"] == sizes and len(sizes) >= 4
+    assert run.results["complete_at_first"] == [[False]] * 3
 
 
 @pytest.mark.milestone(task="3.6")

@@ -47,7 +47,7 @@ table(run.results["watched"])
 
 # %% [markdown]
 # Read it line by line. After a micro-batch that is not the last one, the optimizer step has not moved, and rank 0 holds gradients. After the last one
-# the step count has grown, the weights have changed, and the gradients are gone. The shard of the gradients has 5,733,120 bytes, half of 4Ψ. Between
+# the step count has grown, the weights have changed, and the gradients are gone. The shard of the gradients has 5,733,120 bytes, half of 4Ψ (Ψ is the number of parameters, 2,866,560). Between
 # micro-batches it is a little more: the parameter at the border of the two shards is kept whole until then.
 
 # %%
@@ -89,8 +89,8 @@ print(list(sampler))
 # | `zero_pp_rank_N_mp_rank_00_model_states.pt` (stage 3) | rank N | the same, with each rank's own `client_state`; the parameters are placeholders |
 # | `zero_pp_rank_N_mp_rank_00_optim_states.pt`, with `bf16_` in front in bf16 | rank N | its shard of master weights and Adam's moments |
 #
-# And in `path` a file `latest` with the tag. It is written when all is done, but nothing says so for an older tag, and nothing notices a file cut short
-# afterwards. Lab 03 adds a list of sizes.
+# And in `path` a file `latest`, which is written at the end of a save and names the newest tag. Of an older tag nothing says whether its save came to its
+# end, and nothing notices a file that was cut short afterwards. Lab 03 adds a list of sizes.
 #
 # What `client_state` must carry, since DeepSpeed does not: the epoch, the position in the data, and the random states. Each rank has its own, and in
 # stages 0 to 2 only rank 0's `client_state` is kept.
@@ -100,7 +100,7 @@ print(list(sampler))
 # ## One model again
 #
 # `zero_to_fp32` reads the shards of the master weights and gives a state dict in fp32. It needs no GPU and no ranks, and the memory of one model. Beside
-# every checkpoint DeepSpeed leaves a copy of that script, so that it can be used without knowing where DeepSpeed is installed.
+# every checkpoint DeepSpeed leaves a copy of that script in `path` (`zero_to_fp32.py`), so that it can be used without knowing where DeepSpeed is installed.
 #
 # ## Another number of ranks
 #

@@ -89,7 +89,8 @@ def random_state() -> dict:
 
 def write_manifest(folder: Path, ranks: int, universal: bool = False) -> None:
     """Write `complete.json`, the last file of a checkpoint: its ranks, and the size of every file in bytes."""
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(Path(folder).rglob("*"))
+             if path.is_file() and path.name != "complete.json"}
     write_json(Path(folder, "complete.json"), {"ranks": ranks, "universal": universal, "files": files})
 
 
@@ -152,7 +153,7 @@ class DeepSpeedTrainer:
         was loaded, `samples` says how many sequences to pass over; each batch has micro-batch × ranks of them, over all
         ranks. DeepSpeed's loader starts anew at each `iter()`, and a `for` calls it too: so go through it with one `for`, and
         pass over inside. Call `restore_random_state` after the passing over, which draws random numbers itself, and before
-        the first step.
+        the first step; if no batch is left, before you return, since the next epoch draws from there.
 
         After each micro-batch `samples` grows. After the last one of an optimizer step, `after_step` is called, and
         training ends if `engine.global_steps` has reached `last_step`, even if that was the epoch's last batch. Otherwise, at the
@@ -192,7 +193,8 @@ class DeepSpeedTrainer:
         DeepSpeed writes the client state of rank 0 only, in stages 0 to 2; `gather(value)` gives every rank the list.
 
         The folder is complete when `complete.json` is in it: rank 0 writes that (`write_manifest`), after every rank has
-        written its files (`barrier()`), and no rank returns before.
+        written its files (`barrier()`), and no rank returns before. A run that continues from an older checkpoint saves into
+        folders that are there already: rank 0 removes an old `complete.json` first, before any rank writes.
 
         Args:
             path: the folder of all checkpoints.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shardlab import hardware, report, switch
-from shardlab.grading.scoreboard import Milestone, render_board, render_html
+from shardlab.grading.scoreboard import Milestone, render, render_board, render_html, render_text
 from shardlab.runs import Run
 
 RUNS = Path(os.environ.get("SHARDLAB_RUNS", hardware.ROOT / "runs"))
@@ -97,33 +97,46 @@ def check(task: str) -> None:
     files = _files()
     with _Changing() as display:
         found = outcomes(task, display.say)
-        display.show(render_html(found))
+        display.show(render_html(found), render_text(found))
     _checked[task] = (files, found)
+
+
+class _Shown:
+    """HTML in a notebook, text in a terminal."""
+
+    def __init__(self, markup: str, text: str):
+        self.markup, self.text = markup, text
+
+    def _repr_html_(self) -> str:
+        return self.markup
+
+    def __repr__(self) -> str:
+        return self.text
 
 
 class _Changing:
     """What is shown below a cell: what is being done, until the result is there."""
 
     def __init__(self):
-        from IPython.display import HTML, display
+        from IPython.display import display
 
-        self._handle = display(HTML("<i>checking …</i>"), display_id=True)
+        self._handle = display(_Shown("<i>checking …</i>", "checking …"), display_id=True)
 
     def __enter__(self) -> _Changing:
         return self
 
     def __exit__(self, kind, *_) -> None:
         if kind:
-            self.show("")
+            self.show("", "")
 
     def say(self, what: str) -> None:
-        self.show(f"<i>{html.escape(what)}</i>")
+        self.show(f"<i>{html.escape(what)}</i>", what)
 
-    def show(self, text: str) -> None:
-        from IPython.display import HTML
-
-        if self._handle:  # a plain Python shell has none
-            self._handle.update(HTML(text))
+    def show(self, markup: str, text: str) -> None:
+        if self._handle:
+            self._handle.update(_Shown(markup, text))
+        else:  # a plain Python shell
+            print(text)
 
 
 _checked: dict[str, tuple[list, list[Milestone]]] = {}
@@ -149,11 +162,13 @@ def scoreboard(stem: str) -> None:
     files, tasks = _files(), {milestone.task for milestone in milestones_of(stem) if not milestone.hidden}
     known = [m for task in tasks for at, found in [_checked.get(task, (None, []))] if at == files for m in found]
     if {m.task for m in known if m.verdict == "passed"} == tasks:
-        _display(render_board(known))
+        with _Changing() as display:
+            display.show(render_board(known), render(known))
         return
     switch.use_exercises(switch.exercises_folder())
     with _Changing() as display:
-        display.show(render_board(grade(stem, say=display.say)))
+        found = grade(stem, say=display.say)
+        display.show(render_board(found), render(found))
 
 
 def show(runs: list[Run] | Run, *, plots: bool = True) -> None:

@@ -122,7 +122,8 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
     torch.manual_seed(99)
     results["resumed"] = call(resumed)
     resumed.epoch, resumed.samples = 0, len(rows)
-    results["nothing_left"] = call(resumed)
+    resumed.random_state_to_restore = state
+    results["nothing_left"] = call(resumed) | {"random_at_end": _fingerprint(torch.get_rng_state())}
     return results
 
 
@@ -164,9 +165,28 @@ def save(experiment: Experiment, run: Run) -> dict:
     engine_runs.micro_step(engine, next(batches))
     torch.manual_seed(100 + rank())
     wanted = gather(_fingerprint(torch.get_rng_state()))
+    # What an earlier life of the run left behind.
+    manifest, save_checkpoint = folder / "step-1" / "complete.json", engine.save_checkpoint
+    if rank() == 0:
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text('{"ranks": 2, "universal": false, "files": {}}')
+    barrier()
+    complete_at_first: list[bool] = []
+
+    def saving(*args, **kwargs):
+        complete_at_first.append(manifest.exists())
+        return save_checkpoint(*args, **kwargs)
+
+    engine.save_checkpoint = saving
     returned = trainer.save_checkpoint(folder, {"note": [1, "two"], "rank": "any"})
-    complete = gather((folder / "step-1" / "complete.json").exists())
-    return {"refused": gather(refused), "random": wanted, "returned": str(returned), "complete_on_return": complete}
+    complete = gather(manifest.exists())
+    return {
+        "refused": gather(refused),
+        "random": wanted,
+        "returned": str(returned),
+        "complete_at_first": gather(complete_at_first),
+        "complete_on_return": complete,
+    }
 
 
 def load(experiment: Experiment, run: Run) -> dict:

@@ -50,7 +50,8 @@ def next_step(milestones: list[Milestone]) -> str:
     missing = [m for m in milestones if m.verdict == "not run"]
     if missing:
         return f"All that could run has passed; not run here: {', '.join(m.task for m in missing)}."
-    return "All milestones passed."
+    tasks = {milestone.task for milestone in milestones}
+    return "All milestones passed." if len(tasks) > 1 else f"Task {', '.join(tasks)} passed."
 
 
 def render(milestones: list[Milestone], width: int = 110) -> str:
@@ -73,6 +74,14 @@ def render(milestones: list[Milestone], width: int = 110) -> str:
         console.print(table)
         console.print(next_step(mine), highlight=False, markup=False)
     return console.file.getvalue()
+
+
+def render_text(milestones: list[Milestone]) -> str:
+    """The outcome of one check in a terminal."""
+    lines = []
+    for m in milestones:
+        lines += [f"{m.task} {m.verdict}: {m.name.removeprefix('test_').replace('_', ' ')} ({m.earned}/{m.points})", m.message]
+    return "\n".join(line for line in lines if line)
 
 
 def render_html(milestones: list[Milestone]) -> str:
