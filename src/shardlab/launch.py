@@ -168,7 +168,9 @@ def _launch_group(
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    # They warn of each rank that they end, beside the error that says why.
+    for module in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
+        logging.getLogger(module).setLevel(logging.CRITICAL)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     logs = Path(tempfile.mkdtemp(prefix="shardlab-launch-"))
     threads = max(1, hardware.cpu_cores() // ranks)
