@@ -382,7 +382,7 @@ def described(error: BaseException, folder: str = "") -> dict:
     """
     try:
         text = str(error)
-    except Exception:
+    except Exception:  # an error of the exercises' own, whose text is their code too; it is still reported, by its type
         text = "(its text cannot be read)"
     frames = traceback.extract_tb(error.__traceback__) if folder else []
     places = [f"{Path(f.filename).name}, line {f.lineno}: {f.line}" for f in frames if f.filename.startswith(folder)]
