@@ -123,6 +123,7 @@ def test_every_subject_is_examined_once(here):
         "ninja",
         "torch",
         "accelerator",
+        "ranks of milestones",
         "deepspeed",
         "libaio",
         "numactl",

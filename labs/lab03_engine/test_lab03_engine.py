@@ -673,7 +673,7 @@ def test_consolidated_model_is_the_engines(lab, run_experiments, tmp_path):
     for stage in (2, 3):
         out = tmp_path / f"model{stage}"
         returned = lab.consolidate(checkpoints(f"stage{stage}") / "step-2", engine_runs.odd_model(), out)
-        weights = torch.load(shared_folder() / f"stage{stage}.pt", weights_only=True)
+        weights = torch.load(shared_folder() / f"stage{stage}.pt", weights_only=True, map_location="cpu")
         found = saved_weights(out, engine_runs.odd_model(), read=read)
         worst = max((found[name] - weights[name]).abs().max().item() if name in found else math.inf for name in weights)
         require(
@@ -684,7 +684,7 @@ def test_consolidated_model_is_the_engines(lab, run_experiments, tmp_path):
             read=read,
         )
         require(
-            returned is not None and torch.equal(returned.lm_head.weight, weights["transformer.word_embeddings.weight"]),
+            returned is not None and torch.equal(returned.lm_head.weight.cpu(), weights["transformer.word_embeddings.weight"]),
             expected="the model returned",
             got=type(returned).__name__,
             likely="nothing returned",

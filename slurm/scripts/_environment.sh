@@ -30,6 +30,10 @@ export HF_HUB_OFFLINE=1
 {% for key, value in site.variables.items() %}
 export {{ key }}={{ value|quoted }}
 {% endfor %}
+{% if not site.gpus_per_node %}
+# The site profile names no GPUs, so jobs ask for none; a rank must not take one that it happens to see.
+export CUDA_VISIBLE_DEVICES=
+{% endif %}
 # srun does not take --cpus-per-task from the job since Slurm 22.05.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 

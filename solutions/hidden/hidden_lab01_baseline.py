@@ -57,7 +57,7 @@ def test_other_overrides(lab, tmp_path):
     assert (got.learning_rate, got.per_device_eval_batch_size, got.save_total_limit) == (5e-5, 8, 1)
 
 
-@pytest.mark.milestone(task="1.6")
+@pytest.mark.milestone(task="1.6", ranks=3)
 def test_another_model_comes_back(lab, run_experiments):
     lab.save_and_reload  # noqa: B018
     plan = Experiment(

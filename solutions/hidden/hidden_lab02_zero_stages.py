@@ -79,7 +79,7 @@ def test_shards_of_other_sizes(lab):
         assert lab.shard_elements(stage, groups, ranks) == wanted, f"{groups} on {ranks} ranks, stage {stage}"
 
 
-@pytest.mark.milestone(task="2.6")
+@pytest.mark.milestone(task="2.6", ranks=3)
 def test_bytes_that_three_ranks_hold(lab, run_experiments):
     lab.replace("shard_elements", lambda stage, groups, ranks: memory.sharded_elements(groups, ranks, stage))
     plans = [

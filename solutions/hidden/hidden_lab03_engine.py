@@ -19,7 +19,7 @@ def other_run(run_experiments):
     return run_experiments([experiment("other", "engine_runs:train", 1, seed=41, options=options)])["other"]
 
 
-@pytest.mark.milestone(task="3.1")
+@pytest.mark.milestone(task="3.1", ranks=3)
 def test_engine_of_three_ranks(lab, run_experiments):
     lab.initialize_deepspeed  # noqa: B018
     plan = experiment("three", "engine_programs:initialize", 1, ranks=3, deepspeed=config(1, ranks=3, clipping=0.25), seed=8)
@@ -29,7 +29,7 @@ def test_engine_of_three_ranks(lab, run_experiments):
     assert sorted(sum(rows, [])) == list(range(24)) and [len(share) for share in rows] == [8, 8, 8]
 
 
-@pytest.mark.milestone(task="3.2")
+@pytest.mark.milestone(task="3.2", ranks=3)
 def test_losses_of_three_ranks(lab, run_experiments):
     lab.DeepSpeedTrainer  # noqa: B018
     plan = experiment("steps", "engine_programs:train_steps", 2, ranks=3, accumulation=2, steps=4, seed=12)
@@ -56,7 +56,7 @@ def test_epoch_without_accumulation(lab, run_experiments):
     assert got["nothing_left"]["random_at_end"] == got["random_wanted"]
 
 
-@pytest.mark.milestone(task="3.4")
+@pytest.mark.milestone(task="3.4", ranks=3)
 def test_evaluation_on_three_ranks(lab, run_experiments):
     from shardlab.grading.engine_programs import masked_rows
 
@@ -67,7 +67,7 @@ def test_evaluation_on_three_ranks(lab, run_experiments):
     assert all(abs(loss - wanted) < 1e-4 for losses in got["losses"] for loss in losses), (got["losses"], wanted)
 
 
-@pytest.mark.milestone(task="3.5")
+@pytest.mark.milestone(task="3.5", ranks=3)
 def test_checkpoint_of_three_ranks(lab, run_experiments):
     lab.DeepSpeedTrainer  # noqa: B018
     run = run_experiments([experiment("three-save", "engine_programs:save", 1, ranks=3, seed=2)], timeout=60)["three-save"]
@@ -113,7 +113,7 @@ def test_another_model_is_consolidated(lab, run_experiments, tmp_path):
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
 
 
-@pytest.mark.milestone(task="3.9")
+@pytest.mark.milestone(task="3.9", ranks=4)
 def test_universal_checkpoint_of_another_step(lab, run_experiments, workspace):
     lab.convert_to_universal  # noqa: B018
     wanted = never_stopped(run_experiments)["stage3"].losses()[2]

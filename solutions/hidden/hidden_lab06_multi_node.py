@@ -96,7 +96,7 @@ def test_other_speeds(lab, tmp_path):
         assert all(abs(a - b) < 1e-9 for row, values in zip(rows, wanted) for a, b in zip(row, values)), rows
 
 
-@pytest.mark.milestone(task="6.8")
+@pytest.mark.milestone(task="6.8", ranks=3)
 def test_three_ranks_stop_together(lab, run_experiments):
     lab.stop_together  # noqa: B018
     plan = Experiment(name="stop-three", program="shardlab.grading.programs:stop_at_different_steps", ranks=3, options={"steps": 9})

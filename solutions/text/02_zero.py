@@ -137,7 +137,7 @@ def zero(stage):
 
 experiments = [Experiment(name="lecture-ddp", method="DDP", **settings)]
 experiments += [Experiment(name=f"lecture-zero{stage}", method=f"ZeRO-{stage}", deepspeed=zero(stage), **settings) for stage in (1, 2, 3)]
-runs = launch(experiments, runs=RUNS / "lecture", display=progress.Quiet())
+runs = launch(experiments, runs=RUNS / "lecture", display=progress.Quiet(say=print), or_cpu=True)
 for run in runs:
     print(f"{run.experiment.method:8}", [round(loss, 5) for loss in run.losses()])
 

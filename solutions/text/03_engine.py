@@ -42,7 +42,7 @@ config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2,
           "zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
 settings = {"ranks": 2, "deepspeed": config, "micro_batch": 2, "accumulation": 2, "steps": 2, "learning_rate": 1e-3, "max_tokens": 48,
             "train_examples": 32, "evaluate": False, "save": False}
-run = launch(Experiment(name="lecture-watch", program="shardlab.lectures:watch_steps", **settings), runs=RUNS / "lecture", display=progress.Quiet())[0]
+run = launch(Experiment(name="lecture-watch", program="shardlab.lectures:watch_steps", **settings), runs=RUNS / "lecture", display=progress.Quiet(say=print), or_cpu=True)[0]
 table(run.results["watched"])
 
 # %% [markdown]

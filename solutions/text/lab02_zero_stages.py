@@ -140,7 +140,8 @@ predicted_order = {"which stage is slowest on two H200s": ..., "do the losses di
 # ## Run
 #
 # These runs train on the plain text of the paragraphs, with a program of the course's own (`shardlab.training:train_text`), so that they do not
-# depend on your lab 01. Two of them fill each table: one rank, where there is nothing to shard, and two.
+# depend on your lab 01. Two of them fill each table: one rank, where there is nothing to shard, and two. Each rank on a GPU needs one of its
+# own. What counts here are bytes and losses, which are the same on the CPU, so with `or_cpu=True` two ranks run there on a machine with one GPU.
 
 # %%
 from shardlab.launch import launch
@@ -157,7 +158,7 @@ def stages(ranks):
 alone = launch(stages(1), runs=RUNS)
 
 # %%
-together = launch(stages(2), runs=RUNS)
+together = launch(stages(2), runs=RUNS, or_cpu=True)
 
 # %% [markdown]
 # ## 2.7 The table

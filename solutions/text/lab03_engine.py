@@ -184,11 +184,11 @@ saved = RUNS / "lab03-checkpoints"
 shutil.rmtree(saved, ignore_errors=True)
 whole = Experiment(name="lab03-whole", method="without a stop", steps=12, **settings)
 first = Experiment(name="lab03-first", method="6 steps", steps=6, options={"checkpoints": str(saved)}, **settings)
-whole, first = launch([whole, first], runs=RUNS)
+whole, first = launch([whole, first], runs=RUNS, or_cpu=True)
 
 # %%
 second = Experiment(name="lab03-second", method="and 6 more", steps=12, options={"checkpoints": str(saved), "resume": True}, **settings)
-second = launch(second, runs=RUNS)[0]
+second = launch(second, runs=RUNS, or_cpu=True)[0]
 
 # %% [markdown]
 # ## Compare
@@ -258,7 +258,7 @@ config = lab.engine_config(2, offload=False, micro_batch=2, accumulation=4, rank
 config["checkpoint"] = {"load_universal": True}
 alone = Experiment(name="lab03-alone", method="2 more on one rank", steps=14, options={"checkpoints": str(universal), "resume": True},
                    **(settings | {"ranks": 1, "deepspeed": config, "accumulation": 4}))
-alone = launch(alone, runs=RUNS)[0]
+alone = launch(alone, runs=RUNS, or_cpu=True)[0]
 print("steps 11 and 12 on two ranks, 13 and 14 on one:", [round(loss, 4) for loss in together[-2:] + alone.losses()])
 
 # %% [markdown]

@@ -140,7 +140,7 @@ def experiment(name: str, method: str, accumulation: int = 1) -> Experiment:
                       steps=8, max_tokens=64, learning_rate=1e-3, evaluate=False, save=False, deepspeed=batch | {"optimizer": adam} | ways[method])
 
 
-runs = launch([experiment(f"way{number}", method) for number, method in enumerate(ways)], runs=RUNS)
+runs = launch([experiment(f"way{number}", method) for number, method in enumerate(ways)], runs=RUNS, or_cpu=True)
 
 # %% [markdown]
 # ## Compare

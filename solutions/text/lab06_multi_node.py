@@ -143,7 +143,7 @@ if not why_not:
     print(job.state, "" if job.state == "COMPLETED" else slurm.log_tail(number))
 
 # %%
-one_node = launch(Experiment(name="lab06-one-node", method="1 node × 2 ranks", **settings), runs=RUNS)[0]
+one_node = launch(Experiment(name="lab06-one-node", method="1 node × 2 ranks", **settings), runs=RUNS, or_cpu=True)[0]
 
 # %% [markdown]
 # ## Compare
@@ -200,7 +200,7 @@ check("6.6")
 
 # %%
 weak = [Experiment(name=f"lab06-weak{ranks}", method=f"{ranks} × 4 sequences", **(settings | {"ranks": ranks, "steps": 12})) for ranks in (1, 2)]
-here = lab.scaling(launch(weak, runs=RUNS))["rows"]
+here = lab.scaling(launch(weak, runs=RUNS, or_cpu=True))["rows"]
 table(here)
 
 # %%

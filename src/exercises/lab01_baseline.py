@@ -90,6 +90,7 @@ def collate(examples: list[dict[str, list[int]]], pad_token_id: int) -> dict[str
         pad_token_id: fills `input_ids`.
 
     Returns:
+        Tensors on the CPU (`Trainer` moves each batch to the model's device):
         `input_ids`, `attention_mask` (1 at real tokens, 0 at padding) and `labels` (`IGNORED` at padding), each of shape
         (number of examples, longest example) and type int64.
     """
@@ -134,7 +135,7 @@ def save_and_reload(trainer: Trainer, tokenizer, folder: str):
         folder: where to save.
 
     Returns:
-        A new model in fp32, read from the folder.
+        A new model in fp32 on the CPU, read from the folder.
     """
     raise NotImplementedError("Task 1.6: complete save_and_reload() in src/exercises/lab01_baseline.py")
 
@@ -148,7 +149,7 @@ def generate_answers(model, tokenizer, prompts: list[list[int]], max_new_tokens:
     A causal model continues the last token of each row. So in a batch the padding must stand on the left.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, on the CPU or on a GPU; `model.device` says where its inputs must be.
         tokenizer: its tokenizer.
         prompts: token ids, as `encode_prompt` makes them; of different lengths.
         max_new_tokens: the longest answer.

@@ -8,7 +8,8 @@ You complete nine functions. With them this file is also a program, which a laun
     deepspeed --hostfile hosts.txt --no_ssh --node_rank 0 --master_addr localhost src/exercises/lab03_engine.py --stage 2
     torchrun --nproc-per-node 2 src/exercises/lab03_engine.py --stage 2
 
-`--num_gpus` counts ranks; without GPUs they are processes on the CPU. A hostfile has a line a machine, such as
+`--num_gpus` counts ranks. Each needs a GPU of its own; without GPUs they are processes on the CPU. On a machine with one GPU, take
+`--num_gpus 1`, or put `DS_ACCELERATOR=cpu` in front of the command. A hostfile has a line a machine, such as
 `localhost slots=2`. With a hostfile the launcher asks each machine through ssh, without a password; with `--no_ssh` you start
 the command on each machine yourself, with its `--node_rank` and the address of the first.
 """
@@ -47,7 +48,8 @@ def initialize_deepspeed(model, config: dict, optimizer=None, training_data: Dat
         model: a `transformers` model.
         config: DeepSpeed's configuration, without "auto": there is no `Trainer` to fill it in.
         optimizer: a torch optimizer over the model's parameters; None if the configuration has an `optimizer`.
-        training_data: rows of tensors of equal shapes, such as `Dataset.from_list(rows).with_format("torch")`.
+        training_data: rows of tensors on the CPU, of equal shapes, such as `Dataset.from_list(rows).with_format("torch")`. The
+            loader's batches stay there; each step moves its own (`on_device`).
 
     Returns:
         Engine, optimizer, data loader and learning-rate scheduler. The first, second and last are as `deepspeed.initialize`
@@ -81,7 +83,8 @@ def mean_over_ranks(value: torch.Tensor) -> float:
 
 
 def random_state() -> dict:
-    """The states of this rank's random generators. Dropout draws from torch's."""
+    """The states of this rank's random generators, as plain values and tensors on the CPU. Dropout draws from torch's: on a GPU
+    from CUDA's, else from the CPU's."""
     name, keys, *position = numpy.random.get_state()
     return {"python": random.getstate(), "numpy": [name, keys.tolist(), *position], "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
@@ -122,7 +125,7 @@ class DeepSpeedTrainer:
             random.setstate(state["python"])
             numpy.random.set_state(state["numpy"])
             torch.set_rng_state(state["torch"])
-            if state["cuda"] is not None:
+            if state["cuda"] is not None and torch.cuda.is_available():  # saved on GPUs, continued on the CPU
                 torch.cuda.set_rng_state(state["cuda"])
 
     # --- Task 3.2 ---------------------------------------------------------------------------------------------------
@@ -137,10 +140,10 @@ class DeepSpeedTrainer:
 
         Args:
             batch: `input_ids`, `attention_mask` and `labels` of this rank's micro-batch, each (micro-batch, tokens), on
-                any device.
+                any device; the engine takes them on its own (`on_device`).
 
         Returns:
-            The micro-batch's loss, as the model gives it, in the mean over the ranks.
+            The micro-batch's loss, as the model gives it, in the mean over the ranks: a Python float.
         """
         raise NotImplementedError("Task 3.2: complete train_step() in src/exercises/lab03_engine.py")
 
@@ -161,7 +164,7 @@ class DeepSpeedTrainer:
         micro-batches of this epoch only.)
 
         Args:
-            dataloader: what `initialize_deepspeed` returned.
+            dataloader: what `initialize_deepspeed` returned; its batches are on the CPU, and `train_step` moves them.
             last_step: the optimizer step, counted from the beginning of the training, after which to return.
 
         Returns:
@@ -179,7 +182,8 @@ class DeepSpeedTrainer:
         runs, and on again afterwards.
 
         Args:
-            dataloader: batches for this rank; every rank has equally many, or stage 3 would wait for ever.
+            dataloader: batches for this rank, on any device; every rank has equally many, or stage 3 would wait for ever. Sums
+                that go through `all_reduce` must be on the engine's device.
         """
         raise NotImplementedError("Task 3.4: complete evaluate() in src/exercises/lab03_engine.py")
 
@@ -198,7 +202,8 @@ class DeepSpeedTrainer:
 
         Args:
             path: the folder of all checkpoints.
-            client_state: whatever the caller wants back; anything that can be pickled.
+            client_state: whatever the caller wants back; anything that can be pickled. Tensors in it should be on the CPU: a rank
+                that loads them on a machine with fewer GPUs could not put them back on one.
 
         Returns:
             The folder of this checkpoint.
@@ -274,7 +279,8 @@ def consolidate(folder: str | Path, base_model: str, out: str | Path):
     """Make a plain `transformers` model folder, in fp32, of a checkpoint of ZeRO stages 1 to 3. One process calls this.
 
     `deepspeed.utils.zero_to_fp32` puts the shards of the master weights together. The model folder also needs the
-    configuration, which the checkpoint does not have, and the tokenizer.
+    configuration, which the checkpoint does not have, and the tokenizer. All of this happens on the CPU: the machine need not
+    have a GPU, and the model need not fit on one.
 
     Args:
         folder: of one checkpoint, such as checkpoints/step-4.
@@ -283,7 +289,7 @@ def consolidate(folder: str | Path, base_model: str, out: str | Path):
         out: the model folder to write.
 
     Returns:
-        The model.
+        The model, on the CPU.
     """
     raise NotImplementedError("Task 3.8: complete consolidate() in src/exercises/lab03_engine.py")
 

@@ -211,9 +211,9 @@ def save_offloaded(engine, path: str | Path, tag: str, client_state: dict) -> Pa
 
     The engine saves all but the swapped tensors itself: `without_its_nvme_part`. Each rank saves those, a file for each of its
     sub-groups, so that only one must fit into memory: `path/tag/offloaded/rank<rank>-group<number>.pt`, in which
-    `torch.save` has put {"master": …, "step": …, "exp_avg": …, "exp_avg_sq": …}. Saving a view saves the whole buffer
-    behind it; `clone` what you save. No rank returns before all have written (`barrier`). A second save into the same place
-    replaces the first.
+    `torch.save` has put {"master": …, "step": …, "exp_avg": …, "exp_avg_sq": …}. They are tensors on the CPU, on a machine
+    with GPUs too. Saving a view saves the whole buffer behind it; `clone` what you save. No rank returns before all have
+    written (`barrier`). A second save into the same place replaces the first.
 
     Args:
         engine: DeepSpeed's, between two optimizer steps, after at least one.
@@ -234,7 +234,7 @@ def load_offloaded(engine, path: str | Path, tag: str) -> dict:
     """Continue from a checkpoint that `save_offloaded` wrote, on as many ranks. Every rank calls this, before the first step.
 
     The engine loads its part: `without_its_nvme_part`. Adam's step count is in it. Then each rank reads its files and puts master
-    weights and moments in place, within `parameters_renewed`.
+    weights and moments in place, on the CPU as they were saved, within `parameters_renewed`.
 
     Args:
         engine: DeepSpeed's, new.

@@ -29,11 +29,14 @@ from typing import Literal, get_args
 
 from shardlab import hardware, ops
 from shardlab.memory import GIB
+from shardlab.placement import place
 
 State = Literal["works", "fails", "not here"]
 COLOURS = {"works": "green", "fails": "bold red", "not here": "yellow"}
 
 PYTHON = (3, 11)
+MILESTONE_RANKS = 2
+"""Of a milestone whose marker does not say how many."""
 DISK_NEEDED = 2 * GIB
 MEMORY_NEEDED = 4 * GIB
 
@@ -123,6 +126,7 @@ def examine(build_ops: bool = False, say: Callable[[str], None] = print) -> Iter
         yield Finding("accelerator", "not here", "needs torch")
     else:
         yield _accelerator(torch)
+        yield _milestone_ranks()
         if torch["gpus"]:
             tools.append(_cuda_compiler(torch["cuda"]))
             yield tools[-1]
@@ -139,11 +143,12 @@ def examine(build_ops: bool = False, say: Callable[[str], None] = print) -> Iter
     yield _course()
     yield _disk()
     yield _memory()
-    for op in ops.OPS:
-        if torch is None or deepspeed is None:
-            yield Finding(f"op {op}", "not here", "needs torch and DeepSpeed")
-        else:
-            yield op_finding(op, build_ops, [*tools, aio] if op == "async_io" else tools, say)
+    if torch is None or deepspeed is None:
+        yield from (Finding(f"op {op}", "not here", "needs torch and DeepSpeed") for op in ops.OPS)
+        return
+    for device in dict.fromkeys([hardware.device(), place(MILESTONE_RANKS, or_cpu=True).device]):
+        for op in ops.OPS:
+            yield op_finding(op, build_ops, [*tools, aio] if op == "async_io" else tools, say, device)
 
 
 def exit_status(findings: Iterable[Finding]) -> int:
@@ -398,6 +403,12 @@ def _accelerator(torch: dict) -> Finding:
     return Finding(name, "works", f"no GPU; {cores}")
 
 
+def _milestone_ranks() -> Finding:
+    where = place(MILESTONE_RANKS, or_cpu=True)
+    on = "GPUs" if where.device == "cuda" else f"the CPU: {where.why}" if where.why else "the CPU"
+    return Finding("ranks of milestones", "works", f"{MILESTONE_RANKS} ranks run on {on}")
+
+
 def _deepspeed() -> tuple[Finding, dict | None]:
     found, reason = _ask(ASK_DEEPSPEED, 180)
     if found is None:
@@ -405,7 +416,13 @@ def _deepspeed() -> tuple[Finding, dict | None]:
     return _against_pin("deepspeed", found["version"], f"accelerator {found['accelerator']}"), found
 
 
-def op_finding(op: str, build: bool = False, needs: Iterable[Finding] = (), say: Callable[[str], None] = print) -> Finding:
+def op_finding(
+    op: str,
+    build: bool = False,
+    needs: Iterable[Finding] = (),
+    say: Callable[[str], None] = print,
+    device: str | None = None,
+) -> Finding:
     """One of DeepSpeed's compiled ops: it is built and loads, or is not built, or an interrupted build blocks it.
 
     Args:
@@ -413,25 +430,28 @@ def op_finding(op: str, build: bool = False, needs: Iterable[Finding] = (), say:
         build: compile it if it is not built, after clearing what an interrupted build left behind.
         needs: findings about what it is compiled with. DeepSpeed asks for those each time that it loads a built op, too.
         say: called with a line when a build begins and when it ends.
+        device: `cuda` or `cpu`: what the ranks that load it compute on; by default what this process does.
     """
-    name, purpose, folder = f"op {op}", ops.OPS[op][1], ops.library(op).parent
-    if op == "deepspeed_shm_comm" and hardware.gpu_count():
+    device = device or hardware.device()
+    name = f"op {op}" if device == hardware.device() else f"op {op}, {device.upper()}"
+    purpose, folder = ops.OPS[op][1], ops.library(op, device).parent
+    if op == "deepspeed_shm_comm" and device == "cuda":
         return Finding(name, "not here", "not needed: the ranks of GPUs talk through NCCL")
-    if op == "fused_adam" and not hardware.gpu_count() and not folder.exists():
+    if op == "fused_adam" and device == "cpu" and not folder.exists():
         return Finding(name, "not here", "not needed: no lab loads it on a machine without a GPU")
-    if not build and (lock := ops.stale_lock(op)):
+    if not build and (lock := ops.stale_lock(op, device)):
         return Finding(name, "fails", f"an interrupted build left {lock} behind, and every run would wait for it", BUILD_OPS)
     if missing := next((finding for finding in needs if finding.state != "works"), None):
         return Finding(name, "not here", f"cannot be compiled or loaded: see {missing.name}; {purpose}", missing.remedy)
     detail = purpose
     if build:
         try:
-            seconds = ops.build(op, say)
+            seconds = ops.build(op, say, device)
         except (ops.OpBuildError, OSError) as error:
             say(str(error))
             return Finding(name, "fails", _reason(str(error), 1), _rebuild(folder))
         detail += f"; compiled in {seconds:.0f} s" if seconds else ""
-    if not ops.library(op).exists():
+    if not ops.library(op, device).exists():
         if (folder / "lock").exists():
             return Finding(name, "not here", f"being compiled by another process now; {purpose}")
         return Finding(
@@ -441,25 +461,26 @@ def op_finding(op: str, build: bool = False, needs: Iterable[Finding] = (), say:
             f"compiled at first use; now: {BUILD_OPS}",
         )
     # DeepSpeed loads pin_memory before async_io, which takes symbols from it.
-    libraries = [str(ops.library(other)) for other in ("pin_memory", op) if op == "async_io" or other == op]
+    libraries = [str(ops.library(other, device)) for other in ("pin_memory", op) if op == "async_io" or other == op]
     loaded, reason = _ask(ASK_OP.replace("LIBRARIES", repr(libraries)), 60)
     if loaded is None:
         return Finding(name, "fails", f"built, but it does not load: {reason}", _rebuild(folder))
     return Finding(name, "works", detail)
 
 
-def why_no_op(op: str, say: Callable[[str], None]) -> str:
+def why_no_op(op: str, say: Callable[[str], None], device: str | None = None) -> str:
     """Have one of DeepSpeed's ops compiled if it is not: what keeps it from that, with the remedy; nothing if it is there.
 
     Args:
         op: a key of `ops.OPS`.
         say: called with a line when a build begins and when it ends.
+        device: `cuda` or `cpu`: what the ranks that load it compute on; by default what this process does.
     """
-    if ops.is_built(op):
+    if ops.is_built(op, device):
         return ""
     needs = [compiler := _compiler(), _ninja(), *([libaio(compiler)] if op == "async_io" else [])]
     missing = next((need for need in needs if need.state != "works"), None)
-    finding = missing or op_finding(op, build=True, say=say)
+    finding = missing or op_finding(op, build=True, say=say, device=device)
     return "" if finding.state == "works" else f"{finding.detail} → {finding.remedy}"
 
 

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -33,18 +34,103 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@lru_cache
 def gpu_count() -> int:
-    """Visible CUDA devices. The driver's device files are looked at first, since asking torch costs two seconds of import."""
-    # The deepspeed launcher sets CUDA_VISIBLE_DEVICES on a machine without GPUs too.
-    if not any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg", "kfd")):
+    """GPUs that ranks started here can use: those that torch sees, none where `DS_ACCELERATOR` is `cpu`.
+
+    The driver's device files are looked at first, since asking torch costs two seconds of import.
+    """
+    # The deepspeed launcher sets CUDA_VISIBLE_DEVICES for ranks on the CPU too, but not this variable.
+    if not driver_is_here() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    return _gpu_count(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def driver_is_here() -> bool:
+    """Whether a GPU's driver has left its device files."""
+    return any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg", "kfd"))
+
+
+@lru_cache
+def _gpu_count(visible: str | None) -> int:
+    if visible is not None and visible.strip() in ("", "-1"):
+        return 0
     import torch
 
     return torch.cuda.device_count()
+
+
+def device() -> str:
+    """`cuda` or `cpu`: what this process, and a rank of its own kind, computes on."""
+    return "cuda" if gpu_count() else "cpu"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU as NVML sees it: its memory in bytes, what other processes use included."""
+
+    name: str
+    capability: tuple[int, int]
+    total: int
+    free: int
+
+
+def gpus() -> list[Gpu]:
+    """The GPUs that torch sees, in its order; empty where NVML cannot say.
+
+    NVML is asked and not CUDA: that would take some hundred MiB of the GPU, and a process that has started CUDA cannot fork ranks.
+    """
+    import pynvml
+
+    if not gpu_count():
+        return []
+    try:
+        return [_described(handle) for handle in nvml_handles()]
+    except pynvml.NVMLError:
+        return []
+
+
+def _described(handle) -> Gpu:
+    import pynvml
+
+    memory, name = pynvml.nvmlDeviceGetMemoryInfo(handle), pynvml.nvmlDeviceGetName(handle)
+    try:
+        whole = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)  # a part of a card does not know its capability
+    except pynvml.NVMLError:
+        whole = handle
+    capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(whole))
+    return Gpu(name if isinstance(name, str) else name.decode(), capability, memory.total, memory.free)
+
+
+def nvml_handles() -> list:
+    """NVML's handle of each GPU that `CUDA_VISIBLE_DEVICES` names, by index, by UUID or its beginning, or as a MIG device.
+
+    As CUDA does, it stops at the first name that is none.
+    """
+    import pynvml
+
+    pynvml.nvmlInit()
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return handles
+    found = []
+    for word in (word.strip() for word in visible.split(",")):
+        if word.isdigit() and int(word) < len(handles):
+            found.append(handles[int(word)])
+        elif word.startswith("MIG-"):
+            found.append(pynvml.nvmlDeviceGetHandleByUUID(word))
+        elif word.startswith("GPU-"):
+            found += [handle for handle in handles if _uuid(handle).startswith(word)][:1]
+        else:
+            break
+    return found
+
+
+def _uuid(handle) -> str:
+    import pynvml
+
+    uuid = pynvml.nvmlDeviceGetUUID(handle)
+    return uuid if isinstance(uuid, str) else uuid.decode()
 
 
 def size() -> str:
@@ -55,15 +141,13 @@ def size() -> str:
 
 
 def best_precision() -> str:
-    """`bf16` on a GPU that computes in it, `fp16` on an older GPU, `fp32` without a GPU.
+    """`bf16` on a GPU that computes in it (compute capability 8.0 and later), `fp16` on an older GPU, `fp32` without a GPU.
 
     On two CPU cores fp32 is the fast precision: a step under bf16 autocast takes about twice as long.
     """
     if not gpu_count():
         return "fp32"
-    import torch
-
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if all(gpu.capability >= (8, 0) for gpu in gpus()) else "fp16"
 
 
 def default_ranks() -> int:
@@ -76,19 +160,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardlab"
 
 
-def ops_folder() -> Path:
+def ops_folder(for_device: str | None = None) -> Path:
     """Where DeepSpeed's compiled ops lie (`TORCH_EXTENSIONS_DIR` wins if it is set).
 
     The ops are compiled with `-march=native`, so a build made on a login node can be wrong for a compute node. The
-    folder's name therefore carries the processor, the Python and the torch that it was made with.
+    folder's name therefore carries the processor, the Python and the torch that it was made with, and the device: DeepSpeed
+    builds one and the same op otherwise for ranks on the CPU than for ranks on GPUs.
+
+    Args:
+        for_device: `cuda` or `cpu`: what the ranks that load the ops compute on; by default what this process does.
     """
-    if os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    for_device = for_device or device()
+    ours = cache_folder() / "ops"
+    chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if chosen and Path(chosen).parent != ours:
+        return Path(chosen) if for_device == device() else Path(chosen, for_device)
     from importlib.metadata import version
 
     cpu = next((line for line in _cpuinfo() if line.startswith("flags")), platform.processor())
     made_with = f"{platform.machine()}/{cpu}/{sys.version_info[:2]}/{version('torch')}/{version('deepspeed')}/{sys.prefix}"
-    return cache_folder() / "ops" / hashlib.sha256(made_with.encode()).hexdigest()[:12]
+    made_with += "/cuda" if for_device == "cuda" else ""
+    return ours / hashlib.sha256(made_with.encode()).hexdigest()[:12]
 
 
 def _cpuinfo() -> list[str]:
@@ -101,14 +193,15 @@ def cpu_name() -> str:
     return line.partition(":")[2].strip() or platform.processor() or platform.machine()
 
 
-def describe() -> dict:
-    """The hardware as a run folder records it."""
-    gpus = []
-    if gpu_count():
-        import torch
+def describe(for_device: str | None = None) -> dict:
+    """The hardware as a run folder records it.
 
-        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {"host": platform.node(), "cpu": cpu_name(), "cpu_cores": cpu_cores(), "gpus": gpus}
+    Args:
+        for_device: `cuda` or `cpu`, what the run's ranks compute on; by default what this process does.
+    """
+    for_device = for_device or device()
+    names = [gpu.name for gpu in gpus()] if for_device == "cuda" else []
+    return {"host": platform.node(), "cpu": cpu_name(), "cpu_cores": cpu_cores(), "gpus": names, "ranks_on": for_device}
 
 
 def versions() -> dict:

@@ -1,9 +1,11 @@
 """Ranks on this machine. This is the only place that starts them.
 
 The ranks are forked from a server that has torch, transformers and deepspeed loaded already, so only the first launch of
-a process waits for imports. Torch elastic's process layer (`torch.distributed.elastic.multiprocessing`) starts and
-watches them. Its agent is left out: it takes over the caller's signals and knows no time limit, and one machine needs no
-rendezvous. The store that the ranks meet at is opened here on a port that the system picks, so launches never collide.
+a process waits for imports. DeepSpeed settles for a device when it is imported, so on a machine with GPUs there is a server for
+ranks on GPUs and one for ranks on the CPU (`placement` says which), each started at its first use. Torch elastic's process
+layer (`torch.distributed.elastic.multiprocessing`) starts and watches the ranks. Its agent is left out: it takes over the caller's
+signals and knows no time limit, and one machine needs no rendezvous. The store that the ranks meet at is opened here on a port that
+the system picks, so launches never collide.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import contextlib
 import importlib
 import json
 import logging
-import multiprocessing
 import os
 import re
 import shutil
@@ -24,11 +25,13 @@ import time
 import traceback
 import warnings
 from itertools import groupby
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
 
 from shardlab import hardware, ops, progress, switch, tampering
+from shardlab.placement import Placement, TooFewGpus, place
 from shardlab.runs import Experiment, Run
 
 PRELOAD = [
@@ -43,6 +46,9 @@ PRELOAD = [
     "torchmetrics.functional.text",
 ]
 
+
+EXACT = {"SHARDLAB_EXACT": "1", "NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+"""For ranks on GPUs whose losses are compared to 1e-5: no TF32, whatever a container's defaults are, and sums in one order."""
 
 LOST = re.compile(r"gloo|nccl|connection|socket|broken pipe", re.IGNORECASE)
 """What a rank's error says when another one has gone."""
@@ -71,15 +77,53 @@ class LaunchTimeout(LaunchError):
     """The launch exceeded its limit; its ranks have been ended."""
 
 
-def warm_up() -> None:
-    """Start the fork server, so that it imports while the caller does something else. Calling it again is free."""
-    from multiprocessing import forkserver
+_servers: dict[str, forkserver.ForkServer] = {}
+"""The fork servers by device; the one of this process's own device is the standard library's."""
 
-    os.environ.update(ops.environment())
+
+def warm_up(device: str | None = None) -> None:
+    """Start the fork server, so that it imports while the caller does something else. Calling it again is free.
+
+    Args:
+        device: `cuda` or `cpu`, what its ranks compute on; by default what this process does.
+    """
+    own = hardware.device()
+    os.environ.update(ops.environment(own))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    device = device or own
+    server = _servers.setdefault(device, forkserver._forkserver if device == own else forkserver.ForkServer())
     # A site without network must not wait for the hub; real loading code still asks it unless this is set.
-    multiprocessing.set_forkserver_preload(PRELOAD)
-    forkserver.ensure_running()
+    server.set_forkserver_preload(PRELOAD)
+    with _environment(ops.environment(device)):
+        server.ensure_running()
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]):
+    """Have these variables in the environment meanwhile: the fork server inherits it."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _forked_for(device: str):
+    """Have the standard library ask the device's server for new processes meanwhile; it knows only one."""
+    if device not in _servers:  # ranks are forked from this process itself
+        yield
+        return
+    asked, forkserver.connect_to_new_process = forkserver.connect_to_new_process, _servers[device].connect_to_new_process
+    try:
+        yield
+    finally:
+        forkserver.connect_to_new_process = asked
 
 
 def launch(
@@ -88,6 +132,8 @@ def launch(
     runs: Path | str = "runs",
     timeout: float | None = None,
     display: progress.Quiet | None = None,
+    or_cpu: bool = False,
+    largest: int | None = None,
     start_method: str = "forkserver",
 ) -> list[Run]:
     """Run experiments on this machine, one after the other; those with equal `ranks` share their processes.
@@ -97,6 +143,9 @@ def launch(
         runs: the folder in which each run gets its own.
         timeout: seconds for all of it; compiling ops does not count.
         display: how progress is shown; by default bars in a terminal and a table in a notebook.
+        or_cpu: these runs check something, so where GPUs are too few for the ranks of any of them, all of them run on the CPU. By
+            default they measure, and are refused there.
+        largest: ranks of the largest run that these are compared with, if it is in another launch; where those ranks run, these do.
         start_method: "fork" where this process is warm itself and has computed nothing yet, as in a box of the grading.
 
     Returns:
@@ -106,6 +155,7 @@ def launch(
         RankError: a rank raised or died. The other ranks have been ended.
         LaunchTimeout: the limit was exceeded.
         KeyboardInterrupt: as it came; the ranks have been ended and the folders say *interrupted*.
+        TooFewGpus: there are GPUs here, and too few of them.
         ValueError: two experiments with the same name.
     """
     experiments = [experiments] if isinstance(experiments, Experiment) else list(experiments)
@@ -113,18 +163,21 @@ def launch(
     if len(set(names)) < len(names):
         raise ValueError(f"experiments need names of their own, to have folders of their own: {', '.join(names)}")
     display = progress.default_display() if display is None else display
+    where = place(max([largest or 1, *(experiment.ranks for experiment in experiments)]), or_cpu=or_cpu)
+    if where.note:
+        display.say(where.note)
     if start_method == "forkserver":
-        warm_up()
+        warm_up(where.device)
     else:
         os.environ.update(ops.environment())
-    for op in dict.fromkeys(op for experiment in experiments for op in ops.needed_by(experiment.deepspeed)):
-        ops.build(op, display.say)
+    for op in dict.fromkeys(op for experiment in experiments for op in ops.needed_by(experiment.deepspeed, where.device)):
+        ops.build(op, display.say, where.device)
 
     folder = Path(runs).resolve()
     all_runs: list[Run] = []
     try:
         for experiment in experiments:
-            all_runs.append(Run.create(experiment, folder))
+            all_runs.append(Run.create(experiment, folder, where.device))
     except BaseException as error:
         _mark_unfinished(all_runs, error)
         raise
@@ -134,7 +187,7 @@ def launch(
     display.begin(rows)
     try:
         for ranks, group in groupby(all_runs, key=lambda run: run.experiment.ranks):
-            results |= _launch_group(list(group), ranks, deadline, timeout, display, start_method)
+            results |= _launch_group(list(group), ranks, where, or_cpu, deadline, timeout, display, start_method)
     except BaseException as error:
         _mark_unfinished(all_runs, error)
         raise
@@ -162,7 +215,14 @@ def _mark_unfinished(runs: list[Run], error: BaseException) -> None:
 
 
 def _launch_group(
-    runs: list[Run], ranks: int, deadline: float | None, timeout: float | None, display, start_method: str
+    runs: list[Run],
+    ranks: int,
+    where: Placement,
+    checking: bool,
+    deadline: float | None,
+    timeout: float | None,
+    display,
+    start_method: str,
 ) -> dict[str, dict]:
     """Run experiments that share their ranks; what rank 0's programs returned, by name."""
     import torch.distributed as dist
@@ -174,7 +234,7 @@ def _launch_group(
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     logs = Path(tempfile.mkdtemp(prefix="shardlab-launch-"))
     threads = max(1, hardware.cpu_cores() // ranks)
-    shared = os.environ.copy() | {
+    shared = os.environ.copy() | ops.environment(where.device) | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -183,15 +243,17 @@ def _launch_group(
         "OMP_NUM_THREADS": str(threads),
         switch.VARIABLE: str(switch.exercises_folder()),
     }
-    if not hardware.gpu_count():
+    if where.device == "cpu":
         shared["GLOO_SOCKET_IFNAME"] = "lo"
         shared["LOCAL_SIZE"] = str(ranks)
+    elif checking:
+        shared |= EXACT
     envs = {rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)}
     job = ([str(run.folder) for run in runs], str(logs), os.getpid())
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
     context = None
     try:
-        with _bare_main():
+        with _bare_main(), _forked_for(where.device):
             context = start_processes(
                 "rank",
                 _rank_main,
@@ -339,7 +401,6 @@ def _die_with_the_launcher(launcher: int) -> None:
     let go of it, or ranks and server keep each other alive.
     """
     import ctypes
-    from multiprocessing import forkserver
 
     if (alive := forkserver._forkserver._forkserver_alive_fd) is not None:
         with contextlib.suppress(OSError):
@@ -396,6 +457,11 @@ def run_experiment(run: Run) -> dict:
         os.environ.update(before)
 
 
+def _local_ranks() -> int:
+    """Ranks that a launcher has started on this machine: torchrun tells, and the deepspeed launcher in a variable of its own."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def run_under_launcher(experiment: Experiment, runs: Path | str, *, resume: bool = False) -> Run:
     """Run one experiment in a process that `deepspeed`, `torchrun` or `srun` has started as one of its ranks.
 
@@ -410,7 +476,12 @@ def run_under_launcher(experiment: Experiment, runs: Path | str, *, resume: bool
     Returns:
         The finished run, on every rank.
     """
-    os.environ.update(ops.environment())
+    try:
+        where = place(_local_ranks(), or_cpu=False)
+    except TooFewGpus as error:
+        # Each rank comes here, and one sentence is enough.
+        raise SystemExit(str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 1) from None
+    os.environ.update(ops.environment(where.device))
     # deepspeed 0.19.8 calls functions that torch 2.13 is about to rename, on every rank and in every step: a log of nothing else.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     from shardlab.training import barrier, prepare_process, rank

@@ -361,14 +361,9 @@ class MemorySampler:
         if self.local_rank is not None:
             import pynvml
 
-            pynvml.nvmlInit()
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            index = visible[self.local_rank] if self.local_rank < len(visible) and visible[self.local_rank] else self.local_rank
-            handle = (
-                pynvml.nvmlDeviceGetHandleByUUID(index)
-                if str(index).startswith(("GPU-", "MIG-"))
-                else pynvml.nvmlDeviceGetHandleByIndex(int(index))
-            )
+            from shardlab import hardware
+
+            handle = hardware.nvml_handles()[self.local_rank]
             readers[f"gpu{self.rank}"] = lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used
         return readers
 

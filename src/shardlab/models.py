@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 BLOOM_TINY = Path(__file__).parent / "data" / "bloom_tiny"
@@ -38,7 +37,7 @@ def load_tokenizer(name: str = "bloom-tiny"):
 
 
 def load_model(name: str = "bloom-tiny", *, precision: str = "fp32", random_weights: bool = False, seed: int = 0):
-    """The model, ready to train.
+    """The model on the CPU, ready to train; under ZeRO-3 each rank has its shards where DeepSpeed puts them.
 
     Args:
         name: `bloom-tiny`, a name on the hub, or a folder written by `save_pretrained`.
@@ -62,10 +61,14 @@ def load_model(name: str = "bloom-tiny", *, precision: str = "fp32", random_weig
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(_not_found(name, "weights", error)) from error
     torch.manual_seed(seed)
-    # A GPU draws 3 billion numbers in a moment, and the CPU in a minute. ZeRO-3 places its own parameters.
-    on_gpu = torch.cuda.is_available() and not is_deepspeed_zero3_enabled()
-    with torch.device("cuda") if on_gpu else nullcontext():
+    if not torch.cuda.is_available() or is_deepspeed_zero3_enabled():  # ZeRO-3 places its own parameters
         return AutoModelForCausalLM.from_config(model_config(name), dtype=dtype)
+    # A GPU draws 3 billion numbers in a moment, and the CPU in a minute.
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(model_config(name), dtype=dtype)
+    model.cpu()
+    torch.cuda.empty_cache()
+    return model
 
 
 def model_config(name: str):

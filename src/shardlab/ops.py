@@ -30,71 +30,70 @@ class OpBuildError(RuntimeError):
     """An op that did not compile; the message carries the compiler's last lines."""
 
 
-def environment() -> dict[str, str]:
-    """Variables under which torch and DeepSpeed find the ops, and take the device that this machine has."""
+def environment(device: str | None = None) -> dict[str, str]:
+    """Variables under which torch and DeepSpeed find the ops and the device.
+
+    Args:
+        device: `cuda` or `cpu`: what the process computes on that gets the variables; by default what this one does.
+    """
+    device = device or hardware.device()
     # One ninja, and always the same: a newer one than built the op would build it again, on every rank.
     beside = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
     variables = {
         "PATH": path if path.split(os.pathsep)[0] == beside else beside + os.pathsep + path,
-        "TORCH_EXTENSIONS_DIR": str(hardware.ops_folder()),
-        "DS_ACCELERATOR": "cuda" if hardware.gpu_count() else "cpu",
+        "TORCH_EXTENSIONS_DIR": str(hardware.ops_folder(device)),
+        "DS_ACCELERATOR": device,
         # Asks NVML, not CUDA: a process that has started CUDA cannot fork ranks.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     }
-    if hardware.gpu_count() and "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        variables["TORCH_CUDA_ARCH_LIST"] = _gpu_architecture()
+    if device == "cuda" and "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        # A list with an entry such as 10.0a ends a build of deepspeed 0.19.8 in an error.
+        variables["TORCH_CUDA_ARCH_LIST"] = ";".join(sorted({".".join(map(str, gpu.capability)) for gpu in hardware.gpus()}))
+    if device == "cpu" and hardware.driver_is_here():
+        variables["CUDA_VISIBLE_DEVICES"] = ""
     return variables
 
 
-def _gpu_architecture() -> str:
-    """The card's own compute capability; a list with an entry such as 10.0a ends a build of deepspeed 0.19.8 in an error."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    return ".".join(map(str, pynvml.nvmlDeviceGetCudaComputeCapability(pynvml.nvmlDeviceGetHandleByIndex(0))))
+def library(op: str, device: str | None = None) -> Path:
+    return hardware.ops_folder(device) / op / f"{op}.so"
 
 
-def library(op: str) -> Path:
-    return hardware.ops_folder() / op / f"{op}.so"
+def is_built(op: str, device: str | None = None) -> bool:
+    return library(op, device).exists() and not stale_lock(op, device)
 
 
-def is_built(op: str) -> bool:
-    return library(op).exists() and not stale_lock(op)
-
-
-def stale_lock(op: str) -> Path | None:
+def stale_lock(op: str, device: str | None = None) -> Path | None:
     """The lock file that an interrupted build left behind, if there is one and nobody is building.
 
     A rank that loads a built op holds the lock for a moment, so one that has just appeared is not stale.
     """
-    lock = library(op).parent / "lock"
+    lock = library(op, device).parent / "lock"
     try:
         young = time.time() - lock.stat().st_mtime < 5
     except FileNotFoundError:
         return None
-    return None if young or _being_built(op) else lock
+    return None if young or _being_built(lock.parent) else lock
 
 
-def _being_built(op: str) -> bool:
+def _being_built(folder: Path) -> bool:
     import psutil
 
-    folder = str(library(op).parent)
     for process in psutil.process_iter(["cwd", "name"]):
-        if process.info["name"] in ("ninja", "cc1plus", "nvcc", "cicc") and (process.info["cwd"] or "").startswith(folder):
+        if process.info["name"] in ("ninja", "cc1plus", "nvcc", "cicc") and (process.info["cwd"] or "").startswith(str(folder)):
             return True
     return False
 
 
-def needed_by(config: dict | None) -> list[str]:
-    """The ops that a run with this DeepSpeed configuration will load."""
+def needed_by(config: dict | None, on: str | None = None) -> list[str]:
+    """The ops that a run with this DeepSpeed configuration will load, with its ranks on `cuda` or `cpu`."""
     if config is None:
         return []
     zero = config.get("zero_optimization", {})
     optimizer = config.get("optimizer", {})
     device = zero.get("offload_optimizer", {}).get("device", "none")
     devices = {device, zero.get("offload_param", {}).get("device", "none")}
-    needed = [] if hardware.gpu_count() else ["deepspeed_shm_comm"]
+    needed = [] if (on or hardware.device()) == "cuda" else ["deepspeed_shm_comm"]
     torch_adam = optimizer.get("params", {}).get("torch_adam", False)
     if device != "none":
         needed.append("cpu_adam")
@@ -105,12 +104,13 @@ def needed_by(config: dict | None) -> list[str]:
     return needed
 
 
-def build(op: str, say=print) -> float:
+def build(op: str, say=print, device: str | None = None) -> float:
     """Build one op in a process of its own, if it is not built; a stale lock is cleared first.
 
     Args:
         op: a key of `OPS`.
         say: called with a line when a build begins and when it ends.
+        device: `cuda` or `cpu`: what the ranks that load it compute on; by default what this process does.
 
     Returns:
         Seconds that it took; 0.0 if it was there.
@@ -118,19 +118,19 @@ def build(op: str, say=print) -> float:
     Raises:
         OpBuildError: it did not compile.
     """
-    if is_built(op):
+    if is_built(op, device):
         return 0.0
     from filelock import FileLock
 
-    hardware.ops_folder().mkdir(parents=True, exist_ok=True)
-    with FileLock(hardware.ops_folder() / f".{op}.building"):
-        if is_built(op):
+    hardware.ops_folder(device).mkdir(parents=True, exist_ok=True)
+    with FileLock(hardware.ops_folder(device) / f".{op}.building"):
+        if is_built(op, device):
             return 0.0
-        while (library(op).parent / "lock").exists() and not stale_lock(op):
+        while (library(op, device).parent / "lock").exists() and not stale_lock(op, device):
             time.sleep(0.2)  # a rank loads it just now, somebody else builds it, or the lock is still too young to tell
-        if is_built(op):
+        if is_built(op, device):
             return 0.0
-        if lock := stale_lock(op):
+        if lock := stale_lock(op, device):
             say(f"{op}: an interrupted build left a lock behind; removed it.")
             lock.unlink()
         say(f"{op}: compiling once ({OPS[op][1]}; about {OPS[op][2]:g} min on two cores) …")
@@ -141,16 +141,16 @@ def build(op: str, say=print) -> float:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            env=os.environ | environment(),
+            env=os.environ | environment(device),
         )
         try:
             output, _ = process.communicate()
         except BaseException:
             os.killpg(process.pid, 9)
             process.wait()
-            (library(op).parent / "lock").unlink(missing_ok=True)
+            (library(op, device).parent / "lock").unlink(missing_ok=True)
             raise
-        if process.returncode != 0 or not library(op).exists():
+        if process.returncode != 0 or not library(op, device).exists():
             lines = output.strip().splitlines()
             errors = [line for line in lines if "error:" in line or "FAILED" in line][:10]
             said = "\n".join(errors or lines[-15:])

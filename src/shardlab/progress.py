@@ -62,13 +62,20 @@ HEADINGS = ["method", "ranks", "step", "loss", "samples/s", "state"]
 
 
 class Quiet:
-    """Shows nothing."""
+    """Shows no progress.
+
+    Args:
+        say: called with a line on what takes long or is out of the ordinary; by default nothing is said.
+    """
+
+    def __init__(self, say=lambda line: None):
+        self._say = say
 
     def begin(self, rows: list[Row]) -> None:
         self.rows = rows
 
     def say(self, line: str) -> None:
-        pass
+        self._say(line)
 
     def update(self) -> None:
         for row in self.rows:

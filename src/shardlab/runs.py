@@ -86,8 +86,13 @@ class Run:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, experiment: Experiment, runs: Path | str = "runs") -> Run:
+    def create(cls, experiment: Experiment, runs: Path | str = "runs", device: str | None = None) -> Run:
         """Make `runs/<name>/` with a record that says *waiting*. A finished or dead run of that name is replaced.
+
+        Args:
+            experiment: what will run.
+            runs: the folder in which the run gets its own.
+            device: `cuda` or `cpu`, what its ranks compute on; by default what this process does.
 
         Raises:
             RunError: the folder is something else than a run, or a run that is still going on.
@@ -108,7 +113,7 @@ class Run:
                 "experiment": experiment.model_dump(),
                 "outcome": "waiting",
                 "versions": hardware.versions(),
-                "hardware": hardware.describe(),
+                "hardware": hardware.describe(device),
                 "commit": hardware.commit(),
                 "created": _now(),
                 "writer": _this_process(),

@@ -240,6 +240,9 @@ def prepare_process(experiment: Experiment) -> None:
     unset_hf_deepspeed_config()
     gc.collect()
     if torch.cuda.is_available():
+        if os.environ.get("SHARDLAB_EXACT"):
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

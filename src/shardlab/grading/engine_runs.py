@@ -98,10 +98,11 @@ def save(engine, path: Path, state: dict) -> None:
 
 
 def full_weights(engine) -> dict[str, torch.Tensor]:
-    """The engine's fp32 weights, whole, on every rank."""
+    """The engine's fp32 weights, whole, on every rank, on the CPU."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    return {name: safe_get_full_fp32_param(parameter).clone() for name, parameter in engine.module.named_parameters()}
+    named = engine.module.named_parameters()
+    return {name: safe_get_full_fp32_param(parameter).detach().cpu().clone() for name, parameter in named}
 
 
 def go_on(engine, experiment: Experiment, run: Run, *, epoch: int = 0, samples: int = 0, before_first=lambda: None) -> None:
@@ -214,8 +215,8 @@ def swapped_states(engine) -> dict[int, dict]:
     """This rank's swapped states, copied into memory, by sub-group, as lab 04 saves them."""
     none = torch.empty(0)
     return {
-        number: {"master": master.detach().clone(), "step": state.get("step", 0)}
-        | {key: state.get(key, none).clone() for key in ("exp_avg", "exp_avg_sq")}
+        number: {"master": master.detach().cpu().clone(), "step": state.get("step", 0)}
+        | {key: state.get(key, none).detach().cpu().clone() for key in ("exp_avg", "exp_avg_sq")}
         for number, master, state in swapped_groups(engine)
     }
 

@@ -528,9 +528,13 @@ def _with_reason(result: dict) -> dict:
 
 
 def forget_the_environment() -> None:
-    """Take what is nobody's business out of this process's environment, before the fork server and so every box inherits it."""
+    """Take what is nobody's business out of this process's environment, before the fork server and so every box inherits it.
+
+    A box has no GPU: several are judged at a time, and what they are compared with is the same on the CPU.
+    """
     kept = ("PATH", "HOME", "LANG", "TMPDIR", "TERM", "COLUMNS", "XDG_CACHE_HOME", "VIRTUAL_ENV", "TORCH_EXTENSIONS_DIR", "HF_HOME")
     prefixes = ("LC_", "SHARDLAB_", "CUDA_", "NVIDIA_", "TORCH_CUDA_", "LD_LIBRARY_PATH", "SLURM_", "PYTEST_", "CC", "CXX")
     for name in list(os.environ):
         if name == "SLURM_JWT" or (name not in kept and not name.startswith(prefixes)):
             del os.environ[name]
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -354,21 +354,29 @@ def _code_of(task: str) -> list[str]:
     return sources
 
 
-def launched(experiments: list, *, task: str, timeout: float = 120, box=None) -> dict:
+def launched(experiments: list, *, task: str, largest: int, timeout: float = 120, box=None) -> dict:
     """Run experiments on real ranks, once for each combination of experiments and the task's code in this process.
 
     Args:
         experiments: what to run.
         task: whose functions the programs use.
+        largest: the ranks of the largest experiment of the milestone: all run where those do.
         timeout: seconds.
         box: where ranks that run somebody's exercises are started; here by default.
 
     Returns:
         The finished runs by name.
+
+    Raises:
+        ValueError: an experiment has more ranks than the milestone's marker says.
     """
     from shardlab import progress
     from shardlab.launch import LaunchError, launch
+    from shardlab.placement import place
     from shardlab.runs import Run
+
+    if (most := max(experiment.ranks for experiment in experiments)) > largest:
+        raise ValueError(f"task {task}: an experiment has {most} ranks; the milestone's marker says ranks={largest}")
 
     theirs = any(experiment.program.startswith(WITH_EXERCISES) for experiment in experiments)
     if theirs and box is not None:
@@ -378,14 +386,15 @@ def launched(experiments: list, *, task: str, timeout: float = 120, box=None) ->
             box.launched[key] = box.launch(experiments, runs=folder, timeout=timeout)
         return {run.name: run for run in box.launched[key]}
     sources = _code_of(task) if theirs else []
-    key = hashlib.sha256(json.dumps([[e.model_dump() for e in experiments], sources]).encode()).hexdigest()
+    device = place(largest, or_cpu=True).device
+    key = hashlib.sha256(json.dumps([[e.model_dump() for e in experiments], sources, device]).encode()).hexdigest()
     if key not in _RUNS:
         place = own_folder() if theirs else shared_folder()
         folder = place / key[:12]
         with once(key[:12], place) as first:
             if first:
                 try:
-                    launch(experiments, runs=folder, timeout=timeout, display=progress.Quiet())
+                    launch(experiments, runs=folder, timeout=timeout, display=progress.Quiet(), or_cpu=True, largest=largest)
                 except LaunchError as error:
                     if box is None or any("kill_at" in experiment.options for experiment in experiments):
                         raise

@@ -8,6 +8,7 @@ pytest labs --task 2.1           one task
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from functools import partial
@@ -18,6 +19,7 @@ import pytest
 from shardlab import slurm, switch
 from shardlab.grading.milestones import BoxedLab, BoxEnded, Lab, MilestoneFailed, launched, own_folder
 from shardlab.grading.scoreboard import Milestone, render
+from shardlab.placement import Placement, place
 
 
 def pytest_addoption(parser) -> None:
@@ -29,7 +31,10 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
-    marker = "milestone(task, points, needs, ops): a graded milestone of a lab; `needs`: tasks that it uses, `ops`: DeepSpeed's ops"
+    marker = (
+        "milestone(task, points, needs, ops, ranks): a graded milestone of a lab; `needs`: tasks that it uses, `ops`: DeepSpeed's "
+        "ops, `ranks`: of the largest run that it starts, 2 by default"
+    )
     config.addinivalue_line("markers", marker)
     if config.getoption("--solutions") and config.getoption("--exercises"):
         raise pytest.UsageError("--solutions and --exercises name two packages; give one of them")
@@ -48,6 +53,7 @@ BOX = pytest.StashKey()
 SAY = pytest.StashKey()
 """Called with a line on what takes long; by default it is printed."""
 _no_op = pytest.StashKey[str]()
+_ran_on = pytest.StashKey[str]()
 
 
 def _marker(item):
@@ -85,7 +91,18 @@ def _lab(item) -> Lab:
 @pytest.fixture
 def run_experiments(request):
     """`run_experiments(experiments)`: finished runs by name, on real ranks; equal experiments share one launch."""
-    return partial(launched, task=_marker(request.node)[0], box=request.config.stash.get(BOX, None))
+    where = _placement(request.node)
+    request.node.stash[_ran_on] = "GPUs" if where.device == "cuda" else f"the CPU: {where.why}" if where.why else ""
+    return partial(launched, task=_marker(request.node)[0], largest=_ranks(request.node), box=request.config.stash.get(BOX, None))
+
+
+def _ranks(item) -> int:
+    """Ranks of the largest run of a milestone."""
+    return item.get_closest_marker("milestone").kwargs.get("ranks", 2)
+
+
+def _placement(item) -> Placement:
+    return place(_ranks(item), or_cpu=True)
 
 
 @pytest.fixture
@@ -114,11 +131,12 @@ def pytest_runtest_protocol(item):
     mark = _marker(item)
     names = item.get_closest_marker("milestone").kwargs.get("ops", ()) if mark else ()
     if names and not _lab(item).unwritten(mark[0]):
-        from shardlab import doctor
+        from shardlab import doctor, hardware
 
         say, box = item.config.stash.get(SAY, None), item.config.stash.get(BOX, None)
-        for op in names:
-            if why := doctor.why_no_op(op, say or item.config.get_terminal_writer().line):
+        # Its ranks may compute on another device than this process, which calls exercises too.
+        for op, device in itertools.product(names, dict.fromkeys([_placement(item).device, hardware.device()])):
+            if why := doctor.why_no_op(op, say or item.config.get_terminal_writer().line, device):
                 item.stash[_no_op] = why
                 break
             if box is not None:
@@ -159,7 +177,9 @@ def pytest_runtest_makereport(item, call):
         report.longrepr = message
     if report.when == "teardown":  # it has its line already
         item.config.stash[_outcomes].pop()
-    item.config.stash[_outcomes].append(Milestone(_stem(item.path), task, item.name, points, verdict, message, hidden, waits_for))
+    ran_on = item.stash.get(_ran_on, "") if verdict in ("passed", "failed") else ""
+    outcome = Milestone(_stem(item.path), task, item.name, points, verdict, message, hidden, waits_for, ran_on)
+    item.config.stash[_outcomes].append(outcome)
     return report
 
 
@@ -216,6 +236,10 @@ def _message(excinfo, task: str, folder) -> str:
     likely = getattr(error, "likely", "it returned something of another form than its docstring says")
     if isinstance(error, BoxEnded):
         got = str(error)
+    elif GPU_TROUBLE.search(got):
+        likely = GPU_ADVICE
+    elif "to be on the same device" in got:
+        likely = "a tensor on the CPU where one on the GPU is due, or the other way round; the task's docstring says which device"
     if places:
         likely = f"the last line of yours that ran: {places[-1]}"
     return "\n".join(
@@ -227,6 +251,13 @@ def _message(excinfo, task: str, folder) -> str:
             f"read      lab {int(task.partition('.')[0]):02d}, task {task}",
         ]
     )
+
+
+GPU_TROUBLE = re.compile(r"CUDA (driver )?error|CUDA out of memory|NCCL error|cuBLAS error|CUBLAS_STATUS", re.IGNORECASE)
+GPU_ADVICE = (
+    "the GPU and not your function: other processes use it up, or its driver does not work (`nvidia-smi`, `shardlab doctor`). "
+    "With CUDA_VISIBLE_DEVICES= in front of the command the check runs on the CPU"
+)
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:

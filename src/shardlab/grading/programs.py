@@ -86,6 +86,7 @@ def uneven_gradient(experiment: Experiment, run: Run) -> dict:
     from shardlab.training import rank, world_size
 
     lab, size = switch.import_exercise("lab06_multi_node"), experiment.options["global_batch"]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     generator = torch.Generator().manual_seed(experiment.seed)
     inputs = torch.randn(size, 5, generator=generator, dtype=torch.float64)
     targets = torch.randn(size, generator=generator, dtype=torch.float64)
@@ -99,9 +100,9 @@ def uneven_gradient(experiment: Experiment, run: Run) -> dict:
     # The shares are worked out here, so that a wrong share() does not count twice.
     each, more = divmod(size, world_size())
     first = rank() * each + min(rank(), more)
-    mine = gradient(list(range(first, first + each + (rank() < more))), weight)
+    mine = gradient(list(range(first, first + each + (rank() < more))), weight).to(device)
     dist.all_reduce(mine)
-    difference = (mine / world_size() - gradient(list(range(size)), 1.0)).abs().max().item()
+    difference = (mine.cpu() / world_size() - gradient(list(range(size)), 1.0)).abs().max().item()
     return {"difference": difference, "weights": gather(weight)}
 
 

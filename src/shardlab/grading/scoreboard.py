@@ -18,6 +18,7 @@ class Milestone:
     Attributes:
         hidden: it is not in a release, and guards the points of its task's other milestone.
         waits_for: the task that it uses and that has not passed, so that its own failure says nothing.
+        ran_on: what its ranks ran on: `GPUs`, or `the CPU` and why not those that are here; empty where there was no choice.
     """
 
     lab: str
@@ -28,6 +29,7 @@ class Milestone:
     message: str = ""
     hidden: bool = False
     waits_for: str = ""
+    ran_on: str = ""
 
     @property
     def earned(self) -> int:
@@ -54,6 +56,11 @@ def next_step(milestones: list[Milestone]) -> str:
     return "All milestones passed." if len(tasks) > 1 else f"Task {', '.join(tasks)} passed."
 
 
+def where_ranks_ran(milestones: list[Milestone]) -> list[str]:
+    """A sentence for each place that ranks of these milestones ran on, on a machine that has GPUs."""
+    return [f"Ranks ran on {place}." for place in dict.fromkeys(m.ran_on for m in milestones if m.ran_on)]
+
+
 def render(milestones: list[Milestone], width: int = 110) -> str:
     """The scoreboard for a terminal."""
     from rich.console import Console
@@ -72,7 +79,8 @@ def render(milestones: list[Milestone], width: int = 110) -> str:
         table.add_section()
         table.add_row("", "", "", f"{sum(m.earned for m in mine)}/{sum(m.points for m in mine)}")
         console.print(table)
-        console.print(next_step(mine), highlight=False, markup=False)
+        for sentence in [*where_ranks_ran(mine), next_step(mine)]:
+            console.print(sentence, highlight=False, markup=False)
     return console.file.getvalue()
 
 
@@ -81,6 +89,7 @@ def render_text(milestones: list[Milestone]) -> str:
     lines = []
     for m in milestones:
         lines += [f"{m.task} {m.verdict}: {m.name.removeprefix('test_').replace('_', ' ')} ({m.earned}/{m.points})", m.message]
+    lines += where_ranks_ran(milestones)
     return "\n".join(line for line in lines if line)
 
 
@@ -94,6 +103,7 @@ def render_html(milestones: list[Milestone]) -> str:
             f"<b style='color:{COLOURS[m.verdict]}'>{m.task} {m.verdict}</b> "
             f"{html.escape(m.name.removeprefix('test_').replace('_', ' '))} ({m.earned}/{m.points}){message}</div>"
         )
+    blocks += [f"<div style='padding:0 13px'>{html.escape(sentence)}</div>" for sentence in where_ranks_ran(milestones)]
     return "".join(blocks)
 
 
@@ -117,4 +127,5 @@ def render_board(milestones: list[Milestone]) -> str:
         rows.append(
             f"<tr><td></td><td style='text-align:left'>{html.escape(next_step(mine))}</td><td></td><td><b>{total}</b></td></tr>"
         )
+        rows += [f"<tr><td></td><td style='text-align:left' colspan=3>{html.escape(s)}</td></tr>" for s in where_ranks_ran(mine)]
     return f"<table>{''.join(rows)}</table>"

@@ -1,0 +1,80 @@
+"""Where ranks run. This is the one rule that launches, milestones, lectures, the demo, programs and batch scripts follow.
+
+Each rank on a GPU has one of its own: NCCL does not put two ranks on one GPU.
+
+- No GPU here: ranks run on the CPU, with gloo.
+- A run for *measuring* asks for GPUs on a machine that has any. Too few for its ranks, or one that others use up: it is refused.
+- A run for *checking* takes the GPUs if there are enough, else all its ranks run on the CPU, and that is said. Its results are the
+  same there: what it compares are losses, bytes and files, never times.
+
+`CUDA_VISIBLE_DEVICES=` in front of a command hides the GPUs; for the `deepspeed` launcher it is `DS_ACCELERATOR=cpu`.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from shardlab import hardware
+
+GIB = 2**30
+FREE_NEEDED = 2 * GIB
+"""Bytes that must be free on a GPU. CUDA and NCCL take about 1 GiB for a rank before it has allocated anything."""
+
+
+class TooFewGpus(ValueError):
+    """A run for measuring that the GPUs here have no room for; the message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the ranks of a launch run.
+
+    Attributes:
+        device: `cuda` or `cpu`.
+        why: why they run on the CPU although the machine has a GPU; else empty.
+    """
+
+    device: Literal["cuda", "cpu"]
+    why: str = ""
+
+    @property
+    def note(self) -> str:
+        """A sentence for the learner; empty where there was no choice."""
+        return f"Ranks run on the CPU: {self.why}." if self.why else ""
+
+
+def place(ranks: int, *, or_cpu: bool) -> Placement:
+    """Decide where the ranks of a launch on this machine run.
+
+    Args:
+        ranks: how many there are.
+        or_cpu: the run checks something, so the CPU will do; without it a run measures, and is refused where GPUs are too few.
+
+    Raises:
+        TooFewGpus: a run for measuring has more ranks than there are GPUs, or a GPU has no room.
+    """
+    gpus = hardware.gpu_count()
+    if not gpus:
+        return Placement("cpu", _why_no_gpu())
+    if ranks > gpus:
+        visible = "1 is" if gpus == 1 else f"{gpus} are"
+        why, remedy = f"{ranks} ranks need {ranks} GPUs, one each, and {visible} visible", f"Take {gpus} rank{'s' * (gpus > 1)}"
+    else:
+        full = [(index, gpu) for index, gpu in enumerate(hardware.gpus()[:ranks]) if gpu.free < FREE_NEEDED]
+        if not full:
+            return Placement("cuda")
+        index, gpu = full[0]
+        why = f"GPU {index} ({gpu.name}) has {gpu.free / GIB:.1f} of {gpu.total / GIB:.0f} GiB free; other processes use the rest"
+        remedy = "End them (`nvidia-smi` lists them), or name other GPUs in CUDA_VISIBLE_DEVICES"
+    if or_cpu:
+        return Placement("cpu", why)
+    raise TooFewGpus(f"{why}. {remedy}; or put CUDA_VISIBLE_DEVICES= in front of the command, to run on the CPU.")
+
+
+def _why_no_gpu() -> str:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu"
+    if hidden or not hardware.driver_is_here():
+        return ""
+    return "there is a GPU's driver here, but torch finds no GPU that it can use; `shardlab doctor` says why"
