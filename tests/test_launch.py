@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,15 +18,12 @@ import psutil
 import pytest
 
 from shardlab import switch
-from shardlab.hardware import gpu_count
 from shardlab.launch import LaunchTimeout, RankError, launch
 from shardlab.memory import ddp_bytes, engine_bytes, read_samples, whole_parameters
 from shardlab.progress import Quiet
 from shardlab.runs import Experiment, Run, RunError
 
-pytestmark = pytest.mark.skipif(
-    gpu_count() == 1, reason="two ranks need two GPUs, or none: set CUDA_VISIBLE_DEVICES= to leave them out"
-)
+launch = partial(launch, or_cpu=True)  # with one GPU these ranks run on the CPU, as those of milestones do
 
 PROGRAMS = '''
 """What the ranks of these tests run."""
@@ -35,6 +33,7 @@ import signal
 import sys
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -410,6 +409,7 @@ def test_launch_that_takes_too_long_is_ended(tmp_path):
 # Without `if __name__ == "__main__"` on purpose: a rank must not run its caller's script a second time.
 LAUNCHER = """
 import sys
+from functools import partial
 from pathlib import Path
 from shardlab.launch import launch
 from shardlab.progress import Quiet
@@ -418,9 +418,9 @@ from shardlab.runs import Experiment
 runs, place, log = sys.argv[1:]
 with open(log, "a") as file:
     file.write("imported\\n")
-launch(Experiment(name="meeting", program="exercises.troubles:meet", ranks=2, data=place), runs=runs, display=Quiet())
+launch(Experiment(name="meeting", program="exercises.troubles:meet", ranks=2, data=place), runs=runs, display=Quiet(), or_cpu=True)
 launch([Experiment(name="endless", program="exercises.troubles:never_ends", ranks=2, deepspeed={"train_batch_size": 2}),
-        Experiment(name="after", program="exercises.troubles:who", ranks=2)], runs=runs, display=Quiet())
+        Experiment(name="after", program="exercises.troubles:who", ranks=2)], runs=runs, display=Quiet(), or_cpu=True)
 """
 
 

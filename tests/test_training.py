@@ -44,9 +44,8 @@ def experiment(name: str, zero: dict | None = None, **changes) -> Experiment:
 
 def test_a_short_last_step_counts_the_samples_that_it_had(tmp_path):
     """40 rows, 16 a step: 16, 16 and 8, then the next epoch. Taken for 16, the third would seem twice as fast."""
-    run = launch(
-        experiment("short", accumulation=4, steps=6, train_examples=40), runs=tmp_path, timeout=120, display=progress.Quiet()
-    )[0]
+    plan = experiment("short", accumulation=4, steps=6, train_examples=40)
+    run = launch(plan, runs=tmp_path, timeout=120, display=progress.Quiet(), or_cpu=True)[0]
     assert [round(row["samples_per_second"] * row["seconds"]) for row in run.metrics()] == [16, 16, 8, 16, 16, 8]
 
 
@@ -55,7 +54,7 @@ def test_offloaded_states_while_micro_batches_add_up(tmp_path):
     cpu = {"device": "cpu", "pin_memory": True}
     ways = [(stage, {"stage": stage, "offload_optimizer": cpu}, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
     plans = [experiment(f"zero{stage}-{precision}", zero, precision=precision) for stage, zero, precision in ways]
-    for run in launch(plans, runs=tmp_path, timeout=200, display=progress.Quiet()):
+    for run in launch(plans, runs=tmp_path, timeout=200, display=progress.Quiet(), or_cpu=True):
         assert report.measured_states(run) == report.predicted_states(run), run.name
 
 
@@ -69,7 +68,7 @@ def test_states_on_disk_are_predicted_to_the_byte(tmp_path):
         nvme = {"device": "nvme", "nvme_path": str(tmp_path / name)}
         zero = {"stage": 3, "sub_group_size": limit, "offload_optimizer": nvme}
         plans.append(experiment(name, zero, precision=precision))
-    for run in launch(plans, runs=tmp_path / "runs", timeout=600, display=progress.Quiet()):
+    for run in launch(plans, runs=tmp_path / "runs", timeout=600, display=progress.Quiet(), or_cpu=True):
         measured = report.measured_states(run)
         assert measured == report.predicted_states(run), run.name
         on_disk = sum(path.stat().st_size for path in (tmp_path / run.name).rglob("*.swp"))
@@ -94,7 +93,7 @@ def test_deepspeed_s_own_nvme_checkpoint_loses_states(tmp_path):
         config = plan.deepspeed | sizes | {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
         options["checkpoints"] = str(tmp_path / "checkpoints")
         plan = plan.model_copy(update={"deepspeed": config, "options": options})
-        return launch(plan, runs=tmp_path / "runs", timeout=600, display=progress.Quiet())[0].results
+        return launch(plan, runs=tmp_path / "runs", timeout=600, display=progress.Quiet(), or_cpu=True)[0].results
 
     whole, first, second = part("whole", 4), part("first", 2, save_at=2), part("second", 4, load=True)
     assert first["losses"] == whole["losses"][:2]

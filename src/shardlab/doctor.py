@@ -29,14 +29,12 @@ from typing import Literal, get_args
 
 from shardlab import hardware, ops
 from shardlab.memory import GIB
-from shardlab.placement import place
+from shardlab.placement import CHECKING_RANKS, place
 
 State = Literal["works", "fails", "not here"]
 COLOURS = {"works": "green", "fails": "bold red", "not here": "yellow"}
 
 PYTHON = (3, 11)
-MILESTONE_RANKS = 2
-"""Of a milestone whose marker does not say how many."""
 DISK_NEEDED = 2 * GIB
 MEMORY_NEEDED = 4 * GIB
 
@@ -146,7 +144,7 @@ def examine(build_ops: bool = False, say: Callable[[str], None] = print) -> Iter
     if torch is None or deepspeed is None:
         yield from (Finding(f"op {op}", "not here", "needs torch and DeepSpeed") for op in ops.OPS)
         return
-    for device in dict.fromkeys([hardware.device(), place(MILESTONE_RANKS, or_cpu=True).device]):
+    for device in dict.fromkeys([hardware.device(), place(CHECKING_RANKS, or_cpu=True).device]):
         for op in ops.OPS:
             yield op_finding(op, build_ops, [*tools, aio] if op == "async_io" else tools, say, device)
 
@@ -404,9 +402,9 @@ def _accelerator(torch: dict) -> Finding:
 
 
 def _milestone_ranks() -> Finding:
-    where = place(MILESTONE_RANKS, or_cpu=True)
+    where = place(CHECKING_RANKS, or_cpu=True)
     on = "GPUs" if where.device == "cuda" else f"the CPU: {where.why}" if where.why else "the CPU"
-    return Finding("ranks of milestones", "works", f"{MILESTONE_RANKS} ranks run on {on}")
+    return Finding("ranks of milestones", "works", f"{CHECKING_RANKS} ranks run on {on}")
 
 
 def _deepspeed() -> tuple[Finding, dict | None]:

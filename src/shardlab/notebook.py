@@ -56,19 +56,24 @@ def start(stem: str) -> Exercises:
         ValueError: there is no such lab.
     """
     from shardlab.launch import warm_up
+    from shardlab.placement import CHECKING_RANKS, place
 
     path = switch.exercises_folder() / "exercises" / f"{stem}.py"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("lab*.py")))
         raise ValueError(f"there is no lab '{stem}' in {path.parent}; there are: {known}")
     switch.use_exercises(switch.exercises_folder())
-    warm_up()
+    checks = place(CHECKING_RANKS, or_cpu=True)
+    for device in dict.fromkeys([hardware.device(), checks.device]):
+        warm_up(device)
     gpus = hardware.gpu_count()
     machine = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"{hardware.cpu_cores()} CPU cores, no GPU"
     shown = path.relative_to(hardware.ROOT) if path.is_relative_to(hardware.ROOT) else path
     print(
         f"Your file: {shown} (saved changes are picked up by themselves)\nThis machine: {machine}. Size: {SIZES[hardware.size()]}."
     )
+    if checks.note:
+        print(f"Checks: {checks.note[0].lower()}{checks.note[1:]}")
     return Exercises(stem)
 
 

@@ -47,9 +47,9 @@ def environment(device: str | None = None) -> dict[str, str]:
         # Asks NVML, not CUDA: a process that has started CUDA cannot fork ranks.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     }
-    if device == "cuda" and "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        # A list with an entry such as 10.0a ends a build of deepspeed 0.19.8 in an error.
-        variables["TORCH_CUDA_ARCH_LIST"] = ";".join(sorted({".".join(map(str, gpu.capability)) for gpu in hardware.gpus()}))
+    if device == "cuda" and (cards := hardware.gpus()):
+        # A container's own list with an entry such as 10.0a ends a build of deepspeed 0.19.8 in an error.
+        variables["TORCH_CUDA_ARCH_LIST"] = ";".join(sorted({".".join(map(str, gpu.capability)) for gpu in cards}))
     if device == "cpu" and hardware.driver_is_here():
         variables["CUDA_VISIBLE_DEVICES"] = ""
     return variables

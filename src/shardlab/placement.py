@@ -23,6 +23,10 @@ FREE_NEEDED = 2 * GIB
 """Bytes that must be free on a GPU. CUDA and NCCL take about 1 GiB for a rank before it has allocated anything."""
 
 
+CHECKING_RANKS = 2
+"""Ranks of a milestone that does not say how many."""
+
+
 class TooFewGpus(ValueError):
     """A run for measuring that the GPUs here have no room for; the message says why, and what to do."""
 

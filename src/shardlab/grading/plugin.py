@@ -19,7 +19,7 @@ import pytest
 from shardlab import slurm, switch
 from shardlab.grading.milestones import BoxedLab, BoxEnded, Lab, MilestoneFailed, launched, own_folder
 from shardlab.grading.scoreboard import Milestone, render
-from shardlab.placement import Placement, place
+from shardlab.placement import CHECKING_RANKS, Placement, place
 
 
 def pytest_addoption(parser) -> None:
@@ -98,7 +98,7 @@ def run_experiments(request):
 
 def _ranks(item) -> int:
     """Ranks of the largest run of a milestone."""
-    return item.get_closest_marker("milestone").kwargs.get("ranks", 2)
+    return item.get_closest_marker("milestone").kwargs.get("ranks", CHECKING_RANKS)
 
 
 def _placement(item) -> Placement:
