@@ -14,15 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Lock
 
 from shardlab import authoring, doctor, hardware, placement, slurm, switch
 
@@ -42,8 +43,12 @@ def hardware_name() -> str:
     return f"{len(gpus)}x{model[1].lower() if model else 'gpu'}"
 
 
+_mine = threading.local()
+"""`cores`: those that this thread's part may use. Ranks that share cores with those of another part wait for each other in vain."""
+
+
 def run(words: list[str], **variables: str) -> tuple[int, str]:
-    """Exit status and output of `python` with these words, in the course's folder."""
+    """Exit status and output of `python` with these words, in the course's folder, on this part's cores."""
     done = subprocess.run(
         [sys.executable, *words],
         cwd=hardware.ROOT,
@@ -54,6 +59,7 @@ def run(words: list[str], **variables: str) -> tuple[int, str]:
         text=True,
         timeout=LIMIT,
         check=False,
+        preexec_fn=lambda: os.sched_setaffinity(0, _mine.cores),
     )
     return done.returncode, done.stdout
 
@@ -156,7 +162,7 @@ def prove(stems: list[str], parts: list[str], mutants_of: list[str], out: Path, 
     """Run the parts, and write the file anew after each; whether none of them failed."""
     found = json.loads(out.read_text()) if out.exists() else {}
     found |= {"what": __doc__.splitlines()[0], "command": "python bench/proof.py"} | surroundings()
-    lock, tasks = Lock(), []
+    lock, tasks = threading.Lock(), []
     for part, judge in (("milestones", milestones), ("notebook", notebook), ("lecture", lecture), ("mutants", mutants)):
         of = mutants_of if part == "mutants" else stems
         tasks += [(stem, part, judge) for stem in of if part in parts]
@@ -182,7 +188,10 @@ def prove(stems: list[str], parts: list[str], mutants_of: list[str], out: Path, 
                 print(came["reason"], flush=True)
         return came["verdict"] != "failed"
 
-    with ThreadPoolExecutor(jobs) as pool:
+    shares, cores = queue.SimpleQueue(), sorted(os.sched_getaffinity(0))
+    for number in range(jobs):
+        shares.put(cores[number * len(cores) // jobs : (number + 1) * len(cores) // jobs])
+    with ThreadPoolExecutor(jobs, initializer=lambda: setattr(_mine, "cores", shares.get())) as pool:
         return all(list(pool.map(work, tasks)))
 
 
@@ -265,7 +274,7 @@ def main() -> int:
     parser.add_argument("--labs", help="labs, such as 1,2; all by default")
     parser.add_argument("--parts", help=f"of {', '.join(PARTS)}; all by default", default=",".join(PARTS))
     parser.add_argument("--mutants", help="labs whose wrong answers are tried, such as 2", default="")
-    parser.add_argument("--jobs", type=int, default=1, help="parts at a time (default: 1); each takes two cores and more")
+    parser.add_argument("--jobs", type=int, default=1, help="parts at a time, each on cores of its own (default: 1)")
     parser.add_argument("--out", type=Path, help="default: bench/results/proof-<hardware>.json")
     parser.add_argument("--render", action="store_true", help="only write docs/proof.md")
     options = parser.parse_args()
@@ -273,6 +282,8 @@ def main() -> int:
         PAGE.write_text(render())
         print(f"wrote {PAGE.relative_to(hardware.ROOT)}")
         return 0
+    if not 1 <= options.jobs <= max(1, hardware.cpu_cores() // 2):
+        parser.error(f"--jobs {options.jobs}: a part needs two cores, and there are {hardware.cpu_cores()}")
     if unknown := set(options.parts.split(",")) - set(PARTS):
         parser.error(f"--parts {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     if not switch.SOLUTIONS.is_dir():

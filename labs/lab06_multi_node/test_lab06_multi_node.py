@@ -351,7 +351,7 @@ def one_node_losses(experiment: Experiment, run_experiments, setup: str, workspa
     return Run.read(folder / alone.name).losses()
 
 
-@pytest.mark.milestone(task="6.5", points=15)
+@pytest.mark.milestone(task="6.5", ranks=4, points=15)
 def test_shares_of_the_global_batch(lab, run_experiments):
     read = f"lab 06, task 6.5; {LECTURE}, 'The global batch'"
     for global_batch, ranks in ((8, 2), (10, 3), (16, 6), (7, 7), (5, 1), (64, 24)):

@@ -8,7 +8,6 @@ pytest labs --task 2.1           one task
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from functools import partial
@@ -134,8 +133,9 @@ def pytest_runtest_protocol(item):
         from shardlab import doctor, hardware
 
         say, box = item.config.stash.get(SAY, None), item.config.stash.get(BOX, None)
-        # Its ranks may compute on another device than this process, which calls exercises too.
-        for op, device in itertools.product(names, dict.fromkeys([_placement(item).device, hardware.device()])):
+        # Its ranks may compute on another device than this process; one that starts no ranks loads its ops here.
+        device = _placement(item).device if "run_experiments" in item.fixturenames else hardware.device()
+        for op in names:
             if why := doctor.why_no_op(op, say or item.config.get_terminal_writer().line, device):
                 item.stash[_no_op] = why
                 break
@@ -149,7 +149,9 @@ def pytest_runtest_call(item):
     mark = _marker(item)
     if mark and "lab" in item.funcargs and (message := item.funcargs["lab"].unwritten(mark[0])):
         raise NotImplementedError(message)
-    if mark and mark[2] and _open_tasks(item, {mark[0]}):
+    if mark and mark[2] and (own := _open_tasks(item, {mark[0]})):
+        if {m.verdict for m in own} == {"not run"}:
+            pytest.skip("the task's own milestone could not run here")
         raise MilestoneFailed("The task's own milestone has not passed, so this one was not looked at.")
     if why := item.stash.get(_no_op, ""):
         pytest.skip(why)
@@ -201,13 +203,13 @@ def _comes_first(item, error: BaseException, task: str) -> str:
     if isinstance(error, SyntaxError | ImportError | BoxEnded):
         return ""  # of the whole file, and no other task's fault
     open_ = _open_tasks(item, set(item.get_closest_marker("milestone").kwargs.get("needs", ())))
-    return open_[0] if open_ else ""
+    return open_[0].task if open_ else ""
 
 
-def _open_tasks(item, tasks: set[str]) -> list[str]:
-    """Those of some tasks of the lab that have been judged and have not passed."""
+def _open_tasks(item, tasks: set[str]) -> list[Milestone]:
+    """The milestones of some tasks of the lab that have been judged and have not passed."""
     judged = item.config.stash[_outcomes]
-    return [m.task for m in judged if m.task in tasks and m.lab == _stem(item.path) and m.verdict != "passed"]
+    return [m for m in judged if m.task in tasks and m.lab == _stem(item.path) and m.verdict != "passed"]
 
 
 def _is_unwritten(error: BaseException) -> bool:
