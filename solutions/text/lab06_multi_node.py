@@ -161,7 +161,8 @@ if not why_not:
     show([two_nodes, one_node])
 
 # %% [markdown]
-# On the local cluster both nodes share this machine's cores, so neither is faster by right: run the cells again, and the two may change places. What differs is the road that the gradients take. One node's ranks add them up in
+# On the local cluster both nodes share this machine's cores, so neither is faster by right: run the cells again, and the two may change places. (Its nodes have no
+# GPUs. On a machine that has some, the job ran on the CPU and the one node perhaps on GPUs: compare the losses then, and not the speed.) What differs is the road that the gradients take. One node's ranks add them up in
 # shared memory; two nodes' ranks send them through a network. And a job is *cold*: each node imports torch and DeepSpeed anew, which this notebook's warm processes have behind them.
 #
 # ## 6.5 The same training on any number of nodes

@@ -109,7 +109,7 @@ def demo(
         settings |= {"random_weights": True, "save": False}
     console.print(
         f"{settings['model']} on {settings['data']}: "
-        f"{settings['ranks']} ranks, {settings['precision']}, {settings['steps']} steps, "
+        f"{settings['ranks']} rank{'s' * (settings['ranks'] > 1)}, {settings['precision']}, {settings['steps']} steps, "
         f"global batch {settings['micro_batch']} × {settings['accumulation']} × {settings['ranks']}",
         highlight=False,
     )
