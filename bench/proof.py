@@ -226,7 +226,8 @@ def render() -> str:
         "Made by `python bench/proof.py --render` from `bench/results/proof-*.json`, which `python bench/proof.py` writes on a",
         "machine. The reference solutions are judged. *9 of 9* are milestones passed; what could not run there is *not run*, and",
         "does not count as passed. Where a milestone has more ranks than there are GPUs, its ranks ran on the CPU",
-        "(`src/shardlab/placement.py` has the rule).",
+        "(`src/shardlab/placement.py` has the rule). Several labs were judged at a time (`--jobs`), so the samples/s of the demo are",
+        "no measurement; `bench/results/stages-*.json` has those.",
         "",
     ]
     heads = {"milestones": "milestones", "notebook": "lab notebook", "lecture": "lecture", "mutants": "wrong answers"}
@@ -249,6 +250,9 @@ def render() -> str:
         rows = [row for parts in labs.values() for row in parts.get("milestones", {}).get("rows", [])]
         reasons = dict.fromkeys(row["message"] for row in rows if row["verdict"] == "not run")
         lines += [f"Not run there: {reason}" for reason in reasons] + [""] * bool(reasons)
+        for row in rows:
+            if row["verdict"] == "failed" and not row["hidden"]:
+                lines += [f"Task {row['task']} said:", "", "```", row["message"], "```", ""]
         course = found["parts"].get("course", {})
         if "demo" in course and "printed" in course["demo"]:
             lines += [f"`{course['demo']['command']}`:", "", "```", *course["demo"]["printed"], "```", ""]
@@ -278,11 +282,14 @@ def main() -> int:
     parser.add_argument("--mutants", help="labs whose wrong answers are tried, such as 2", default="")
     parser.add_argument("--jobs", type=int, default=1, help="labs at a time, each on cores of its own (default: 1)")
     parser.add_argument("--out", type=Path, help="default: bench/results/proof-<hardware>.json")
-    parser.add_argument("--render", action="store_true", help="only write docs/proof.md")
+    parser.add_argument("--render", action="store_true", help="only write docs/proof.md; with --out -, print it")
     options = parser.parse_args()
     if options.render:
-        PAGE.write_text(render())
-        print(f"wrote {PAGE.relative_to(hardware.ROOT)}")
+        if options.out == Path("-"):
+            print(render(), end="")
+        else:
+            PAGE.write_text(render())
+            print(f"wrote {PAGE.relative_to(hardware.ROOT)}")
         return 0
     if not 1 <= options.jobs <= max(1, hardware.cpu_cores() // 2):
         parser.error(f"--jobs {options.jobs}: each needs two cores, and there are {hardware.cpu_cores()}")

@@ -19,7 +19,7 @@ from shardlab.grading.gradebook import tasks_of
 from shardlab.grading.graders import files_of, milestones_of
 from shardlab.grading.matrix import Mutant, MutantError, mutants
 from shardlab.grading.milestones import Lab, MilestoneFailed, require, require_error
-from shardlab.grading.scoreboard import VERDICTS, Milestone, next_step, render, render_board, render_html
+from shardlab.grading.scoreboard import VERDICTS, Milestone, next_step, render, render_board, render_html, render_text
 from shardlab.hardware import ROOT
 
 USAGE_ERROR = pytest.ExitCode.USAGE_ERROR
@@ -441,7 +441,7 @@ def test_ops_are_compiled_before_the_clock_of_a_milestone_runs(tmp_path, monkeyp
     (tmp_path / "test_lab09_ops.py").write_text(WITH_OPS)
     asked = []
 
-    def why_no_op(op, say):
+    def why_no_op(op, say, device):
         asked.append(op)
         say(f"{op}: compiling once")
         time.sleep(1.5 if op == "cpu_adam" else 0)
@@ -456,6 +456,89 @@ def test_ops_are_compiled_before_the_clock_of_a_milestone_runs(tmp_path, monkeyp
         "9.3": ("not implemented", "Task 9.3: complete it"),
     }
     assert asked == ["cpu_adam", "pin_memory", "async_io"] and "cpu_adam: compiling once" in said
+
+
+OWN = """
+import pytest
+
+
+@pytest.mark.milestone(task="9.1", points=1)
+def test_needs_what_is_not_here(lab):
+    assert lab.answer()
+    pytest.skip("no such thing here → get it")
+
+
+@pytest.mark.milestone(task="9.2", points=1)
+def test_fails(lab):
+    assert lab.answer() == 2
+
+
+@pytest.mark.milestone(task="9.3", points=1)
+def test_starts_more_ranks_than_its_marker_says(lab, run_experiments):
+    from shardlab.runs import Experiment
+
+    run_experiments([Experiment(name="three", ranks=3)])
+
+
+@pytest.mark.milestone(task="9.4", points=1)
+def test_meets_a_gpu_that_does_not_work(lab):
+    raise RuntimeError("CUDA error: out of memory")
+
+
+@pytest.mark.milestone(task="9.5", points=1)
+def test_meets_tensors_apart(lab):
+    raise RuntimeError("Expected all tensors to be on the same device, but got mat1 is on cpu, others on cuda:0")
+"""
+HIDDEN = """
+import pytest
+
+
+@pytest.mark.milestone(task="9.1")
+def test_hidden_of_one_that_was_not_run(lab):
+    raise AssertionError("it must not be looked at")
+
+
+@pytest.mark.milestone(task="9.2")
+def test_hidden_of_one_that_failed(lab):
+    raise AssertionError("it must not be looked at")
+"""
+
+
+@pytest.fixture(scope="module")
+def of_many_kinds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    (folder / "exercises").mkdir()
+    (folder / "exercises" / "__init__.py").touch()
+    (folder / "exercises" / "lab09_kinds.py").write_text("def answer():\n    return 1\n")
+    (folder / "test_lab09_kinds.py").write_text(OWN)
+    (folder / "hidden_lab09_kinds.py").write_text(HIDDEN)
+    files = [folder / "test_lab09_kinds.py", folder / "hidden_lab09_kinds.py"]
+    return {(m.task, m.hidden): m for m in grade("lab09_kinds", exercises=folder, files=files)}
+
+
+def test_hidden_milestone_of_a_task_that_could_not_run_is_not_run(of_many_kinds):
+    assert of_many_kinds["9.1", False].verdict == of_many_kinds["9.1", True].verdict == "not run"
+    assert "own milestone could not run here" in of_many_kinds["9.1", True].message
+    assert of_many_kinds["9.2", True].verdict == "failed"
+
+
+def test_marker_that_names_too_few_ranks_is_told(of_many_kinds):
+    """On two GPUs three ranks would end in an error of CUDA, and nobody would know why."""
+    assert "an experiment has 3 ranks; the milestone's marker says ranks=2" in of_many_kinds["9.3", False].message
+
+
+@pytest.mark.parametrize(("task", "says"), [("9.4", "the GPU and not your function"), ("9.5", "docstring says which device")])
+def test_what_a_gpu_does_is_not_taken_for_a_wrong_form(of_many_kinds, task, says):
+    assert says in of_many_kinds[task, False].message
+    assert "another form than its docstring" not in of_many_kinds[task, False].message
+
+
+def test_scoreboard_says_once_where_ranks_ran():
+    on_cpu = "the CPU: 2 ranks need 2 GPUs, one each, and 1 is visible"
+    board = [Milestone("lab09_x", f"9.{n}", "test_x", 5, "passed", ran_on=on_cpu if n > 1 else "") for n in (1, 2, 3)]
+    for text in (render(board, width=160), render_board(board), render_html(board), render_text(board)):
+        assert text.count("Ranks ran on the CPU: 2 ranks need 2 GPUs") == 1
+    assert "Ranks ran" not in render([Milestone("lab09_x", "9.1", "test_x", 5, "passed")])
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

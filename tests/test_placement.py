@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 import types
+from multiprocessing import forkserver
 
 import pytest
 
-from shardlab import hardware, launch, ops, placement
+from shardlab import hardware, launch, ops, placement, preflight
 from shardlab.placement import GIB, Placement, TooFewGpus, place
 from shardlab.progress import Quiet
 from shardlab.runs import Experiment
@@ -114,6 +115,41 @@ def test_a_program_under_a_launcher_is_refused_in_one_sentence(machine, tmp_path
         with pytest.raises(SystemExit, match=said):
             launch.run_under_launcher(Experiment(name="two", ranks=2), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_ranks_that_do_not_fit_on_the_gpu_train_on_the_cpu(machine, tmp_path, monkeypatch):
+    """A launcher that takes its machine for one with a GPU: its two ranks come from a server of their own, and train as ever."""
+    zero = {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto"}
+    zero |= {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
+    zero |= {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
+    settings = {"program": "shardlab.training:train_text", "micro_batch": 2, "accumulation": 1, "steps": 2, "max_tokens": 32}
+    plan = Experiment(name="two", ranks=2, train_examples=32, evaluate=False, save=False, deepspeed=zero, **settings)
+    for name in ops.environment():
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # a launch sets them, and the next test must not find them
+    monkeypatch.setattr(launch, "_servers", {})
+    machine(H100)
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    said = []
+    try:
+        (run,) = launch.launch(plan, runs=tmp_path, timeout=120, display=Quiet(said.append), or_cpu=True)
+        assert list(launch._servers) == ["cpu"] and launch._servers["cpu"] is not forkserver._forkserver
+    finally:
+        launch._servers["cpu"]._stop()
+    assert "Ranks run on the CPU: 2 ranks need 2 GPUs, one each, and 1 is visible." in said
+    assert run.outcome == "finished" and len(run.losses()) == 2
+    assert (run.record_json["hardware"]["ranks_on"], run.record_json["hardware"]["gpus"]) == ("cpu", [])
+    assert "device_memory" not in run.results
+
+
+def test_preflight_names_the_node_with_more_ranks_than_gpus():
+    reports = [{"node": "a", "gpus": 2}] * 2 + [{"node": "b", "gpus": 1}] * 2 + [{"node": "c", "gpus": 0}] * 4
+    assert preflight.crowded(reports) == ["b: 2 ranks need 2 GPUs, one each, and 1 is visible"]
+
+
+def test_page_of_what_was_run_where_is_what_the_results_say():
+    program = [sys.executable, str(hardware.ROOT / "bench" / "proof.py"), "--render", "--out", "-"]
+    page = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    assert page == (hardware.ROOT / "docs" / "proof.md").read_text(), "python bench/proof.py --render writes it again"
 
 
 # --- what CUDA_VISIBLE_DEVICES names ----------------------------------------------------------------------------------

@@ -62,9 +62,8 @@ def place(ranks: int, *, or_cpu: bool) -> Placement:
     gpus = hardware.gpu_count()
     if not gpus:
         return Placement("cpu", _why_no_gpu())
-    if ranks > gpus:
-        visible = "1 is" if gpus == 1 else f"{gpus} are"
-        why, remedy = f"{ranks} ranks need {ranks} GPUs, one each, and {visible} visible", f"Take {gpus} rank{'s' * (gpus > 1)}"
+    if why := too_few(ranks, gpus):
+        remedy = f"Take {gpus} rank{'s' * (gpus > 1)}"
     else:
         full = [(index, gpu) for index, gpu in enumerate(hardware.gpus()[:ranks]) if gpu.free < FREE_NEEDED]
         if not full:
@@ -75,6 +74,13 @@ def place(ranks: int, *, or_cpu: bool) -> Placement:
     if or_cpu:
         return Placement("cpu", why)
     raise TooFewGpus(f"{why}. {remedy}; or put CUDA_VISIBLE_DEVICES= in front of the command, to run on the CPU.")
+
+
+def too_few(ranks: int, gpus: int) -> str:
+    """What is wrong with so many ranks on a machine with so many GPUs; empty where each has its own, and where there is no GPU."""
+    if not gpus or ranks <= gpus:
+        return ""
+    return f"{ranks} ranks need {ranks} GPUs, one each, and {'1 is' if gpus == 1 else f'{gpus} are'} visible"
 
 
 def _why_no_gpu() -> str:

@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -118,6 +119,14 @@ def uneven(reports: list[dict]) -> list[str]:
     return found
 
 
+def crowded(reports: list[dict]) -> list[str]:
+    """Nodes with more ranks than GPUs, a sentence each."""
+    from shardlab.placement import too_few
+
+    ranks, gpus = Counter(report["node"] for report in reports), {report["node"]: report["gpus"] for report in reports}
+    return [f"{node}: {why}" for node in ranks if (why := too_few(ranks[node], gpus[node]))]
+
+
 def all_reduce(store, rank: int, ranks: int, seconds: float) -> str | None:
     """An all-reduce over all ranks, as training does it; why it failed, or None."""
     import torch
@@ -128,7 +137,7 @@ def all_reduce(store, rank: int, ranks: int, seconds: float) -> str | None:
     gpu = hardware.gpu_count() > 0
     try:
         if gpu:
-            torch.cuda.set_device(int(os.environ.get("SLURM_LOCALID", "0")) % torch.cuda.device_count())
+            torch.cuda.set_device(int(os.environ.get("SLURM_LOCALID", "0")))
         dist.init_process_group(
             "nccl" if gpu else "gloo",
             store=dist.PrefixStore("all-reduce", store),
@@ -192,7 +201,8 @@ def check(rank: int, ranks: int, address: str, port: int, folder: Path, seconds:
         store.wait([f"problems/{other}"], timedelta(seconds=5 * ranks + seconds))
         every += json.loads(store.get(f"problems/{other}"))
     present = list(reports.values())
-    every += [f"{report['node']}: {problem}" for report in present for problem in report["problems"]] + uneven(present)
+    every += [f"{report['node']}: {problem}" for report in present for problem in report["problems"]]
+    every += uneven(present) + crowded(present)
     if rank == 0:
         print(table(present))
     if not every:
