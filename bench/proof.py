@@ -226,8 +226,8 @@ def render() -> str:
         "Made by `python bench/proof.py --render` from `bench/results/proof-*.json`, which `python bench/proof.py` writes on a",
         "machine. The reference solutions are judged. *9 of 9* are milestones passed; what could not run there is *not run*, and",
         "does not count as passed. Where a milestone has more ranks than there are GPUs, its ranks ran on the CPU",
-        "(`src/shardlab/placement.py` has the rule). Several labs were judged at a time (`--jobs`), so the samples/s of the demo are",
-        "no measurement; `bench/results/stages-*.json` has those.",
+        "(`src/shardlab/placement.py` has the rule). Several labs were judged at a time (`--jobs`), so the samples/s of the demo",
+        "are no measurement; `bench/results/stages-*.json` has those.",
         "",
     ]
     heads = {"milestones": "milestones", "notebook": "lab notebook", "lecture": "lecture", "mutants": "wrong answers"}

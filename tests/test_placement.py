@@ -8,7 +8,7 @@ from multiprocessing import forkserver
 
 import pytest
 
-from shardlab import hardware, launch, ops, placement, preflight
+from shardlab import doctor, hardware, launch, ops, placement, preflight
 from shardlab.placement import GIB, Placement, TooFewGpus, place
 from shardlab.progress import Quiet
 from shardlab.runs import Experiment
@@ -139,6 +139,13 @@ def test_ranks_that_do_not_fit_on_the_gpu_train_on_the_cpu(machine, tmp_path, mo
     assert run.outcome == "finished" and len(run.losses()) == 2
     assert (run.record_json["hardware"]["ranks_on"], run.record_json["hardware"]["gpus"]) == ("cpu", [])
     assert "device_memory" not in run.results
+
+
+def test_doctor_says_what_ranks_of_milestones_run_on(machine):
+    machine(H100)
+    assert doctor._milestone_ranks().detail == "2 ranks run on the CPU: 2 ranks need 2 GPUs, one each, and 1 is visible"
+    machine(H100, H100)
+    assert doctor._milestone_ranks().detail == "2 ranks run on GPUs"
 
 
 def test_preflight_names_the_node_with_more_ranks_than_gpus():

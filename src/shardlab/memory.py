@@ -363,8 +363,12 @@ class MemorySampler:
 
             from shardlab import hardware
 
-            handle = hardware.nvml_handles()[self.local_rank]
-            readers[f"gpu{self.rank}"] = lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used
+            try:
+                handle = hardware.nvml_handles()[self.local_rank]
+                readers[f"gpu{self.rank}"] = lambda: pynvml.nvmlDeviceGetMemoryInfo(handle).used
+                readers[f"gpu{self.rank}"]()
+            except (pynvml.NVMLError, IndexError):  # in some containers NVML does not see the GPU that CUDA does
+                readers.pop(f"gpu{self.rank}", None)
         return readers
 
     def _loop(self) -> None:
