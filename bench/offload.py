@@ -16,6 +16,7 @@ from stages import figures, write_results
 
 from shardlab import progress
 from shardlab.launch import LaunchError, launch
+from shardlab.placement import TooFewGpus
 from shardlab.runs import Experiment, Run
 
 
@@ -111,6 +112,8 @@ def main() -> None:
         started = time.monotonic()
         try:
             launch(experiment, runs=options.runs, timeout=330, display=progress.Quiet())
+        except TooFewGpus as error:
+            raise SystemExit(str(error)) from None
         except LaunchError as error:
             print(str(error)[:300])
         on_disk = sum(path.stat().st_size for path in options.nvme.rglob("*") if path.is_file())

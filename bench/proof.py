@@ -160,8 +160,13 @@ def surroundings() -> dict:
 
 def prove(stems: list[str], parts: list[str], mutants_of: list[str], out: Path, jobs: int) -> bool:
     """Run the parts, and write the file anew after each; whether none of them failed."""
-    found = json.loads(out.read_text()) if out.exists() else {}
-    found |= {"what": __doc__.splitlines()[0], "command": "python bench/proof.py"} | surroundings()
+    here, found = surroundings(), json.loads(out.read_text()) if out.exists() else {}
+    for what in ("versions", "hardware"):
+        keys = here[what] if what == "versions" else ("cpu", "gpus")
+        if differ := [key for key in keys if found and found[what].get(key) != here[what][key]]:
+            told = ", ".join(f"{key} {found[what].get(key)} → {here[what][key]}" for key in differ)
+            raise SystemExit(f"{out} was made elsewhere ({told}), so nothing is added. Give --out another file, or remove it.")
+    found |= {"what": __doc__.splitlines()[0], "command": found.get("command", "python " + " ".join(sys.argv))} | here
     lock, judges = threading.Lock(), {"milestones": milestones, "notebook": notebook, "lecture": lecture, "mutants": mutants}
     whole = {"demo": demo, "refusal": refusal}
     # One part of a lab after the other: two that kill a node of the same cluster would end each other's jobs.
@@ -235,7 +240,9 @@ def render() -> str:
         machine, versions = found["hardware"], found["versions"]
         gpus = ", ".join(f"{count} × {gpu}" for gpu, count in Counter(machine["gpus"]).items()) or "no GPU"
         lines += [f"## {name}", "", f"{gpus}; {machine['cpu_cores']} cores of {machine['cpu']}."]
-        lines += [", ".join(f"{package} {version}" for package, version in versions.items() if version) + "."]
+        pinned = {package: f" (pinned: {doctor.pins()[package]})" for package in versions if package in doctor.pins()}
+        pinned = {package: note for package, note in pinned.items() if versions[package] not in note}
+        lines += [", ".join(f"{package} {version}{pinned.get(package, '')}" for package, version in versions.items()) + "."]
         lines += [f"libaio {found['libaio']}. Slurm {found['slurm']}.", ""]
         where = found["milestones_of_2_ranks"]
         lines += [f"Milestones of two ranks ran on {'GPUs' if where['device'] == 'cuda' else 'the CPU'}"]
@@ -250,6 +257,9 @@ def render() -> str:
         rows = [row for parts in labs.values() for row in parts.get("milestones", {}).get("rows", [])]
         reasons = dict.fromkeys(row["message"] for row in rows if row["verdict"] == "not run")
         lines += [f"Not run there: {reason}" for reason in reasons] + [""] * bool(reasons)
+        notes = dict.fromkeys(part["note"] for parts in labs.values() for part in parts.values() if "note" in part)
+        for note in notes:
+            lines += [f"Note: {note}", ""]
         for row in rows:
             if row["verdict"] == "failed" and not row["hidden"]:
                 lines += [f"Task {row['task']} said:", "", "```", row["message"], "```", ""]

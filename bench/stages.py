@@ -13,6 +13,7 @@ from pathlib import Path
 from shardlab import memory, progress, report, switch
 from shardlab.demo import METHODS, experiments
 from shardlab.launch import LaunchError, launch
+from shardlab.placement import TooFewGpus
 from shardlab.runs import Run
 
 H100_BF16_FLOPS = 989e12  # dense bf16, H100 and H200 SXM, NVIDIA's datasheet
@@ -123,6 +124,8 @@ def main() -> None:
     for experiment in planned:
         try:
             launch(experiment, runs=options.runs, timeout=240, display=progress.Terminal())
+        except TooFewGpus as error:
+            raise SystemExit(str(error)) from None
         except LaunchError as error:
             print(f"{experiment.method}: {error}")
         last = Run.read(options.runs / experiment.name)

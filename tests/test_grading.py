@@ -527,7 +527,10 @@ def test_marker_that_names_too_few_ranks_is_told(of_many_kinds):
     assert "an experiment has 3 ranks; the milestone's marker says ranks=2" in of_many_kinds["9.3", False].message
 
 
-@pytest.mark.parametrize(("task", "says"), [("9.4", "the GPU and not your function"), ("9.5", "docstring says which device")])
+WHAT_GPUS_DO = [("9.4", "the GPU and not your function"), ("9.5", "docstring says which device")]
+
+
+@pytest.mark.parametrize(("task", "says"), WHAT_GPUS_DO)
 def test_what_a_gpu_does_is_not_taken_for_a_wrong_form(of_many_kinds, task, says):
     assert says in of_many_kinds[task, False].message
     assert "another form than its docstring" not in of_many_kinds[task, False].message

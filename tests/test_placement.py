@@ -47,7 +47,7 @@ def test_too_few_gpus_refuse_a_measurement_and_not_a_check(machine):
     machine(H100)
     assert place(2, or_cpu=True).device == "cpu"
     assert place(2, or_cpu=True).note == "Ranks run on the CPU: 2 ranks need 2 GPUs, one each, and 1 is visible."
-    with pytest.raises(TooFewGpus, match="2 ranks need 2 GPUs.*1 is visible. Take 1 rank; or put CUDA_VISIBLE_DEVICES= in front"):
+    with pytest.raises(TooFewGpus, match="2 ranks need 2 GPUs.*1 is visible. Take 1 rank; or run on the CPU: DS_ACCELERATOR=cpu"):
         place(2, or_cpu=False)
 
 
@@ -72,7 +72,12 @@ HIDING = [("CUDA_VISIBLE_DEVICES", ""), ("CUDA_VISIBLE_DEVICES", "-1"), ("DS_ACC
 def test_gpus_can_be_hidden(monkeypatch, variable, value):
     """Nothing is said of a driver then: whoever hides the GPUs knows that they are there."""
     monkeypatch.setattr(hardware, "driver_is_here", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    hardware._gpu_count.cache_clear()
+    assert hardware.gpu_count() == 1
+    hardware._gpu_count.cache_clear()
     monkeypatch.setenv(variable, value)
     assert hardware.gpu_count() == 0 and hardware.device() == "cpu"
     assert place(4, or_cpu=False) == Placement("cpu")
@@ -95,9 +100,13 @@ def test_ops_for_the_cpu_and_for_gpus_do_not_share_a_folder(machine, monkeypatch
         folders = {device: hardware.ops_folder(device) for device in ("cuda", "cpu")}
         assert folders["cuda"] != folders["cpu"]
         # A launch puts the folder of its own device into the environment; that is nobody's choice.
-        if not chosen:
-            monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folders["cuda"]))
+        for device in ("cuda", "cpu"):
+            monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folders[device]))
             assert {device: hardware.ops_folder(device) for device in ("cuda", "cpu")} == folders
+        # Nor does it matter whether the process that asks has GPUs.
+        machine(driver=False)
+        assert {device: hardware.ops_folder(device) for device in ("cuda", "cpu")} == folders
+        machine(H100)
 
 
 def test_a_launch_that_is_refused_leaves_nothing_behind(machine, tmp_path):

@@ -30,9 +30,12 @@ export HF_HUB_OFFLINE=1
 {% for key, value in site.variables.items() %}
 export {{ key }}={{ value|quoted }}
 {% endfor %}
-{% if not site.gpus_per_node %}
+{% if site.gpus_per_node %}
+# A notebook on a node without GPUs sets it to cpu, and sbatch hands it over.
+unset DS_ACCELERATOR
+{% else %}
 # The site profile names no GPUs, so jobs ask for none; a rank must not take one that it happens to see.
-export CUDA_VISIBLE_DEVICES=
+export CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu
 {% endif %}
 # srun does not take --cpus-per-task from the job since Slurm 22.05.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}

@@ -76,13 +76,13 @@ def _checked(name: str, settings: JobSettings, site: Site) -> tuple[int, int, in
         raise BatchError(f"--nodes {nodes}: '{name}' runs on one node; several are for multi-node")
     if nodes > site.max_nodes:
         raise BatchError(f"--nodes {nodes}: {site.name} lets a job have {site.max_nodes} (max_nodes in the site profile)")
-    wanted = {"baseline": 1, "jupyter": 1, "grading": 1, "class": 1}.get(name, site.gpus_per_node)
+    wanted = {"baseline": 1, "jupyter": 1, "grading": 1, "class": 0}.get(name, site.gpus_per_node)
     gpus = settings.gpus_per_node if settings.gpus_per_node is not None else min(wanted, site.gpus_per_node)
     if gpus < 0 or gpus > site.gpus_per_node:
         raise BatchError(
             f"--gpus-per-node {gpus}: a node of {site.name} has {site.gpus_per_node} (gpus_per_node in the site profile)"
         )
-    if site.gpus_per_node and not gpus:
+    if site.gpus_per_node and not gpus and name != "class":
         raise BatchError("--gpus-per-node 0: these nodes have GPUs, and the ranks need one each")
     if gpus and settings.ranks_per_node not in (None, gpus):
         raise BatchError(f"--ranks-per-node {settings.ranks_per_node}: with GPUs it is one rank a GPU, here {gpus}")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shardlab import hardware, switch
 from shardlab.launch import LaunchError, launch
+from shardlab.placement import TooFewGpus
 from shardlab.runs import Experiment, Run
 
 METHODS = {
@@ -42,7 +43,7 @@ def experiments(methods: list[str], **settings) -> list[Experiment]:
     return found
 
 
-def run_demo(methods: list[str], runs: Path, **settings) -> tuple[list[Run], LaunchError | None]:
+def run_demo(methods: list[str], runs: Path, **settings) -> tuple[list[Run], LaunchError | TooFewGpus | None]:
     """Run the methods one after the other; a method that fails does not keep the others from running.
 
     Returns:
@@ -55,6 +56,10 @@ def run_demo(methods: list[str], runs: Path, **settings) -> tuple[list[Run], Lau
     for experiment in planned:
         try:
             finished += launch(experiment, runs=runs)
+        except TooFewGpus as error:
+            if not finished:
+                raise
+            first_error = first_error or error  # somebody else has taken a GPU meanwhile
         except LaunchError as error:
             first_error = first_error or error
             finished.append(Run.read(runs / experiment.name))

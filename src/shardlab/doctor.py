@@ -388,7 +388,7 @@ def _accelerator(torch: dict) -> Finding:
             )
         cards = Counter((card, memory // GIB) for card, memory in found["cards"])
         return Finding(name, "works", ", ".join(f"{n} × {card}, {gib} GiB" for (card, gib), n in cards.items()) + f"; {cores}")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu"
     if Path("/dev/nvidiactl").exists() and not hidden:
         version = torch["version"].partition("+")[0]
         remedy = (

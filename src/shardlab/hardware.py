@@ -147,7 +147,11 @@ def best_precision() -> str:
     """
     if not gpu_count():
         return "fp32"
-    return "bf16" if all(gpu.capability >= (8, 0) for gpu in gpus()) else "fp16"
+    if cards := gpus():
+        return "bf16" if all(gpu.capability >= (8, 0) for gpu in cards) else "fp16"
+    import torch
+
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def default_ranks() -> int:
@@ -174,7 +178,8 @@ def ops_folder(for_device: str | None = None) -> Path:
     ours = cache_folder() / "ops"
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     if chosen and Path(chosen).parent != ours:
-        return Path(chosen) if for_device == device() else Path(chosen, for_device)
+        plain = Path(chosen).parent if Path(chosen).name == "cuda" else Path(chosen)  # a launch on GPUs has put the latter there
+        return plain / "cuda" if for_device == "cuda" else plain
     from importlib.metadata import version
 
     cpu = next((line for line in _cpuinfo() if line.startswith("flags")), platform.processor())
@@ -200,7 +205,7 @@ def describe(for_device: str | None = None) -> dict:
         for_device: `cuda` or `cpu`, what the run's ranks compute on; by default what this process does.
     """
     for_device = for_device or device()
-    names = [gpu.name for gpu in gpus()] if for_device == "cuda" else []
+    names = [gpu.name for gpu in gpus()] or ["a GPU that NVML does not name"] * gpu_count() if for_device == "cuda" else []
     return {"host": platform.node(), "cpu": cpu_name(), "cpu_cores": cpu_cores(), "gpus": names, "ranks_on": for_device}
 
 

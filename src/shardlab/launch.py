@@ -88,10 +88,15 @@ def warm_up(device: str | None = None) -> None:
         device: `cuda` or `cpu`, what its ranks compute on; by default what this process does.
     """
     own = hardware.device()
-    os.environ.update(ops.environment(own))
+    variables = ops.environment(own)
+    variables.pop("CUDA_VISIBLE_DEVICES", None)  # the server gets it; here it would look like somebody's choice
+    os.environ.update(variables)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     device = device or own
-    server = _servers.setdefault(device, forkserver._forkserver if device == own else forkserver.ForkServer())
+    if device not in _servers:
+        taken = device != own or forkserver._forkserver in _servers.values()
+        _servers[device] = forkserver.ForkServer() if taken else forkserver._forkserver
+    server = _servers[device]
     # A site without network must not wait for the hub; real loading code still asks it unless this is set.
     server.set_forkserver_preload(PRELOAD)
     with _environment(ops.environment(device)):
@@ -134,6 +139,7 @@ def launch(
     display: progress.Quiet | None = None,
     or_cpu: bool = False,
     largest: int | None = None,
+    exact: bool = False,
     start_method: str = "forkserver",
 ) -> list[Run]:
     """Run experiments on this machine, one after the other; those with equal `ranks` share their processes.
@@ -146,6 +152,7 @@ def launch(
         or_cpu: these runs check something, so where GPUs are too few for the ranks of any of them, all of them run on the CPU. By
             default they measure, and are refused there.
         largest: ranks of the largest run that these are compared with, if it is in another launch; where those ranks run, these do.
+        exact: losses will be compared to 1e-5, so ranks on GPUs compute without TF32 and with deterministic kernels, at some cost.
         start_method: "fork" where this process is warm itself and has computed nothing yet, as in a box of the grading.
 
     Returns:
@@ -187,7 +194,7 @@ def launch(
     display.begin(rows)
     try:
         for ranks, group in groupby(all_runs, key=lambda run: run.experiment.ranks):
-            results |= _launch_group(list(group), ranks, where, or_cpu, deadline, timeout, display, start_method)
+            results |= _launch_group(list(group), ranks, where, exact, deadline, timeout, display, start_method)
     except BaseException as error:
         _mark_unfinished(all_runs, error)
         raise
@@ -218,7 +225,7 @@ def _launch_group(
     runs: list[Run],
     ranks: int,
     where: Placement,
-    checking: bool,
+    exact: bool,
     deadline: float | None,
     timeout: float | None,
     display,
@@ -246,7 +253,7 @@ def _launch_group(
     if where.device == "cpu":
         shared["GLOO_SOCKET_IFNAME"] = "lo"
         shared["LOCAL_SIZE"] = str(ranks)
-    elif checking:
+    elif exact:
         shared |= EXACT
     envs = {rank: shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)}
     job = ([str(run.folder) for run in runs], str(logs), os.getpid())

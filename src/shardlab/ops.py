@@ -47,6 +47,8 @@ def environment(device: str | None = None) -> dict[str, str]:
         # Asks NVML, not CUDA: a process that has started CUDA cannot fork ranks.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     }
+    if device == "cuda":
+        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as NVML counts, which says how much memory is free
     if device == "cuda" and (cards := hardware.gpus()):
         # A container's own list with an entry such as 10.0a ends a build of deepspeed 0.19.8 in an error.
         variables["TORCH_CUDA_ARCH_LIST"] = ";".join(sorted({".".join(map(str, gpu.capability)) for gpu in cards}))

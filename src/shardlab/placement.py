@@ -4,10 +4,11 @@ Each rank on a GPU has one of its own: NCCL does not put two ranks on one GPU.
 
 - No GPU here: ranks run on the CPU, with gloo.
 - A run for *measuring* asks for GPUs on a machine that has any. Too few for its ranks, or one that others use up: it is refused.
-- A run for *checking* takes the GPUs if there are enough, else all its ranks run on the CPU, and that is said. Its results are the
-  same there: what it compares are losses, bytes and files, never times.
+- A run for *checking* takes the GPUs if there are enough, else all its ranks run on the CPU, and that is said. Losses, bytes and
+  files are the same there; a speed in its table is then the CPU's.
 
-`CUDA_VISIBLE_DEVICES=` in front of a command hides the GPUs; for the `deepspeed` launcher it is `DS_ACCELERATOR=cpu`.
+`DS_ACCELERATOR=cpu` in front of a command hides the GPUs from the course's ranks, also where the `deepspeed` launcher starts them;
+`CUDA_VISIBLE_DEVICES=` hides them from everything, but that launcher sets it anew.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def place(ranks: int, *, or_cpu: bool) -> Placement:
         remedy = "End them (`nvidia-smi` lists them), or name other GPUs in CUDA_VISIBLE_DEVICES"
     if or_cpu:
         return Placement("cpu", why)
-    raise TooFewGpus(f"{why}. {remedy}; or put CUDA_VISIBLE_DEVICES= in front of the command, to run on the CPU.")
+    on_cpu = "or run on the CPU: DS_ACCELERATOR=cpu in front of the command, or_cpu=True in a notebook's launch()"
+    raise TooFewGpus(f"{why}. {remedy}; {on_cpu}.")
 
 
 def too_few(ranks: int, gpus: int) -> str:

@@ -241,6 +241,8 @@ def prepare_process(experiment: Experiment) -> None:
     gc.collect()
     if torch.cuda.is_available():
         if os.environ.get("SHARDLAB_EXACT"):
+            # The variable for cuBLAS is not enough where torch was loaded before it was set.
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -389,12 +389,12 @@ def launched(experiments: list, *, task: str, largest: int, timeout: float = 120
     device = place(largest, or_cpu=True).device
     key = hashlib.sha256(json.dumps([[e.model_dump() for e in experiments], sources, device]).encode()).hexdigest()
     if key not in _RUNS:
-        place = own_folder() if theirs else shared_folder()
-        folder = place / key[:12]
-        with once(key[:12], place) as first:
+        kept = own_folder() if theirs else shared_folder()
+        folder, checking = kept / key[:12], {"or_cpu": True, "largest": largest, "exact": True}
+        with once(key[:12], kept) as first:
             if first:
                 try:
-                    launch(experiments, runs=folder, timeout=timeout, display=progress.Quiet(), or_cpu=True, largest=largest)
+                    launch(experiments, runs=folder, timeout=timeout, display=progress.Quiet(), **checking)
                 except LaunchError as error:
                     if box is None or any("kill_at" in experiment.options for experiment in experiments):
                         raise

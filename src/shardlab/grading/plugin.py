@@ -240,7 +240,7 @@ def _message(excinfo, task: str, folder) -> str:
         got = str(error)
     elif GPU_TROUBLE.search(got):
         likely = GPU_ADVICE
-    elif "to be on the same device" in got:
+    elif APART.search(got):
         likely = "a tensor on the CPU where one on the GPU is due, or the other way round; the task's docstring says which device"
     if places:
         likely = f"the last line of yours that ran: {places[-1]}"
@@ -255,10 +255,13 @@ def _message(excinfo, task: str, folder) -> str:
     )
 
 
-GPU_TROUBLE = re.compile(r"CUDA (driver )?error|CUDA out of memory|NCCL error|cuBLAS error|CUBLAS_STATUS", re.IGNORECASE)
+GPU_TROUBLE = re.compile(
+    r"CUDA (driver )?error(?!: device-side assert)|CUDA out of memory|NCCL error(?!.*invalid usage)|CUBLAS_STATUS", re.IGNORECASE
+)
+APART = re.compile(r"to be on the same device|No backend type associated with device type")
 GPU_ADVICE = (
     "the GPU and not your function: other processes use it up, or its driver does not work (`nvidia-smi`, `shardlab doctor`). "
-    "With CUDA_VISIBLE_DEVICES= in front of the command the check runs on the CPU"
+    "With CUDA_VISIBLE_DEVICES= in front of the command (for a notebook, of `jupyter lab`) the check runs on the CPU"
 )
 
 
