@@ -277,7 +277,8 @@ print("steps 11 and 12 on two ranks, 13 and 14 on one:", [round(loss, 4) for los
 # torchrun --nproc-per-node 2 src/exercises/lab03_engine.py --stage 2
 # ```
 #
-# Without GPUs, `--num_gpus 2` means two ranks on the CPU. These launchers know nothing of this notebook's warm processes, so they take half a minute to
+# Each rank needs a GPU of its own: on a machine with one, take `--num_gpus 1`, or put `DS_ACCELERATOR=cpu` in front of the command. Then, and without GPUs,
+# `--num_gpus 2` means two ranks on the CPU. These launchers know nothing of this notebook's warm processes, so they take half a minute to
 # begin. `--compare` trains with every stage, without and with offload. On H200s, BLOOM-560m's shape in bf16, sequences of 512, micro-batch 8,
 # accumulation 2, it measured:
 
