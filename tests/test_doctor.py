@@ -252,6 +252,27 @@ def test_an_op_that_no_lab_loads_here_is_not_compiled(ops_folder):
     assert doctor.op_finding("fused_adam").state == "fails", "whoever loads it all the same would wait for ever"
 
 
+def test_an_op_that_counts_as_built_is_not_built_again_by_a_rank():
+    """Ninja is asked, as DeepSpeed asks it when an op is loaded: a build of minutes there would be on a milestone's clock."""
+    built = [op for op in ops.OPS if ops.is_built(op)]
+    if not built:
+        pytest.skip("no op is built here: shardlab doctor --build-ops")
+    for op in built:
+        variables = os.environ | ops.environment()
+        done = subprocess.run(["ninja", "-n"], cwd=ops.library(op).parent, capture_output=True, text=True, env=variables)
+        assert "no work to do" in done.stdout, (op, done.stdout + done.stderr)
+
+
+def test_ops_are_built_anew_for_another_installation(monkeypatch):
+    """A virtual environment that was made again at the same place has sources that are newer than the ops of the one before."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    before = hardware.ops_folder()
+    assert hardware.ops_folder() == before
+    installed = hardware._installed
+    monkeypatch.setattr(hardware, "_installed", lambda package: installed(package) + "1" * (package == "deepspeed"))
+    assert hardware.ops_folder() != before
+
+
 def test_a_stale_lock_fails(ops_folder):
     lock = leave_a_lock("cpu_adam")
     finding = doctor.op_finding("cpu_adam")

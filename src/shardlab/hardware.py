@@ -169,7 +169,8 @@ def ops_folder(for_device: str | None = None) -> Path:
 
     The ops are compiled with `-march=native`, so a build made on a login node can be wrong for a compute node. The
     folder's name therefore carries the processor, the Python and the torch that it was made with, and the device: DeepSpeed
-    builds one and the same op otherwise for ranks on the CPU than for ranks on GPUs.
+    builds one and the same op otherwise for ranks on the CPU than for ranks on GPUs. And it carries when torch and DeepSpeed were
+    installed: their sources are newer than an op that was built before, so each rank would build it again as it loads it.
 
     Args:
         for_device: `cuda` or `cpu`: what the ranks that load the ops compute on; by default what this process does.
@@ -180,12 +181,18 @@ def ops_folder(for_device: str | None = None) -> Path:
     if chosen and Path(chosen).parent != ours:
         plain = Path(chosen).parent if Path(chosen).name == "cuda" else Path(chosen)  # a launch on GPUs has put the latter there
         return plain / "cuda" if for_device == "cuda" else plain
-    from importlib.metadata import version
-
     cpu = next((line for line in _cpuinfo() if line.startswith("flags")), platform.processor())
-    made_with = f"{platform.machine()}/{cpu}/{sys.version_info[:2]}/{version('torch')}/{version('deepspeed')}/{sys.prefix}"
+    made_with = f"{platform.machine()}/{cpu}/{sys.version_info[:2]}/{_installed('torch')}/{_installed('deepspeed')}/{sys.prefix}"
     made_with += "/cuda" if for_device == "cuda" else ""
     return ours / hashlib.sha256(made_with.encode()).hexdigest()[:12]
+
+
+def _installed(package: str) -> str:
+    """A package's version, and when its files were written."""
+    from importlib.metadata import distribution
+
+    found = distribution(package)
+    return f"{found.version} {Path(found.locate_file(f'{package}/__init__.py')).stat().st_mtime_ns}"
 
 
 def _cpuinfo() -> list[str]:
