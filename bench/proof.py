@@ -78,14 +78,19 @@ def milestones(stem: str) -> dict:
     return {"verdict": "passed" if code == 0 else "failed", "rows": rows}
 
 
-def notebook(stem: str) -> dict:
-    """The lab's notebook from top to bottom with the solutions, and the verdicts of its checks."""
+def execute(source: Path, target: Path) -> tuple[int, str]:
+    """Execute a notebook's text source with the solutions, its runs beside the target: exit status and output."""
     program = "import sys; from pathlib import Path; from shardlab import authoring, switch; "
     program += "authoring.execute_notebook(Path(sys.argv[1]), Path(sys.argv[2]), switch.SOLUTIONS)"
+    return run(["-c", program, str(source), str(target)], SHARDLAB_RUNS=str(target.with_name("runs")))
+
+
+def notebook(stem: str) -> dict:
+    """The lab's notebook from top to bottom with the solutions, and the verdicts of its checks."""
     source = hardware.ROOT / "solutions" / "text" / f"{stem}.py"
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary, "out.ipynb")
-        code, output = run(["-c", program, str(source), str(target)], SHARDLAB_RUNS=f"{temporary}/runs")
+        code, output = execute(source, target)
         if code:
             return {"verdict": "failed", "reason": output[-2000:]}
         shown = target.read_text()
@@ -100,10 +105,8 @@ def lecture(stem: str) -> dict:
     source = next((hardware.ROOT / "solutions" / "text").glob(f"{number}_*.py"), None)
     if source is None:
         return {"verdict": "not run", "reason": "there is no lecture beside this lab"}
-    program = "import sys; from pathlib import Path; from shardlab import authoring, switch; "
-    program += "authoring.execute_notebook(Path(sys.argv[1]), Path(sys.argv[2]), switch.SOLUTIONS)"
     with tempfile.TemporaryDirectory() as temporary:
-        code, output = run(["-c", program, str(source), f"{temporary}/out.ipynb"], SHARDLAB_RUNS=f"{temporary}/runs")
+        code, output = execute(source, Path(temporary, "out.ipynb"))
     return {"verdict": "failed", "reason": output[-2000:]} if code else {"verdict": "passed"}
 
 
@@ -312,6 +315,8 @@ def main() -> int:
     out = options.out or RESULTS / f"proof-{hardware_name()}.json"
     mutants_of = chosen_labs(options.mutants) if options.mutants else []
     stems = chosen_labs(options.labs)
+    if absent := [stem for stem in mutants_of if stem not in stems]:
+        parser.error(f"--mutants {', '.join(absent)}: name it in --labs too")
     return 0 if prove(stems, options.parts.split(","), mutants_of, out, options.jobs) else 1
 
 

@@ -388,8 +388,7 @@ def _accelerator(torch: dict) -> Finding:
             )
         cards = Counter((card, memory // GIB) for card, memory in found["cards"])
         return Finding(name, "works", ", ".join(f"{n} × {card}, {gib} GiB" for (card, gib), n in cards.items()) + f"; {cores}")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu"
-    if Path("/dev/nvidiactl").exists() and not hidden:
+    if Path("/dev/nvidiactl").exists() and not hardware.gpus_are_hidden():
         version = torch["version"].partition("+")[0]
         remedy = (
             "nvidia-smi    # the CUDA version that it names must be at least torch's"
@@ -402,9 +401,7 @@ def _accelerator(torch: dict) -> Finding:
 
 
 def _milestone_ranks() -> Finding:
-    where = place(CHECKING_RANKS, or_cpu=True)
-    on = "GPUs" if where.device == "cuda" else f"the CPU: {where.why}" if where.why else "the CPU"
-    return Finding("ranks of milestones", "works", f"{CHECKING_RANKS} ranks run on {on}")
+    return Finding("ranks of milestones", "works", f"{CHECKING_RANKS} ranks run on {place(CHECKING_RANKS, or_cpu=True).on}")
 
 
 def _deepspeed() -> tuple[Finding, dict | None]:

@@ -40,7 +40,7 @@ def gpu_count() -> int:
     The driver's device files are looked at first, since asking torch costs two seconds of import.
     """
     # The deepspeed launcher sets CUDA_VISIBLE_DEVICES for ranks on the CPU too, but not this variable.
-    if not driver_is_here() or os.environ.get("DS_ACCELERATOR") == "cpu":
+    if not driver_is_here() or gpus_are_hidden():
         return 0
     return _gpu_count(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
@@ -50,10 +50,13 @@ def driver_is_here() -> bool:
     return any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg", "kfd"))
 
 
+def gpus_are_hidden() -> bool:
+    """Whether somebody has chosen to leave the GPUs out, if there are any."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
 @lru_cache
 def _gpu_count(visible: str | None) -> int:
-    if visible is not None and visible.strip() in ("", "-1"):
-        return 0
     import torch
 
     return torch.cuda.device_count()

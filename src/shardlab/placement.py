@@ -13,7 +13,6 @@ Each rank on a GPU has one of its own: NCCL does not put two ranks on one GPU.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,9 +44,14 @@ class Placement:
     why: str = ""
 
     @property
+    def on(self) -> str:
+        """`GPUs`; or `the CPU`, and why."""
+        return "GPUs" if self.device == "cuda" else f"the CPU: {self.why}" if self.why else "the CPU"
+
+    @property
     def note(self) -> str:
         """A sentence for the learner; empty where there was no choice."""
-        return f"Ranks run on the CPU: {self.why}." if self.why else ""
+        return f"Ranks run on {self.on}." if self.why else ""
 
 
 def place(ranks: int, *, or_cpu: bool) -> Placement:
@@ -86,7 +90,6 @@ def too_few(ranks: int, gpus: int) -> str:
 
 
 def _why_no_gpu() -> str:
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu"
-    if hidden or not hardware.driver_is_here():
+    if hardware.gpus_are_hidden() or not hardware.driver_is_here():
         return ""
     return "there is a GPU's driver here, but torch finds no GPU that it can use; `shardlab doctor` says why"

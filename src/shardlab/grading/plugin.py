@@ -91,7 +91,7 @@ def _lab(item) -> Lab:
 def run_experiments(request):
     """`run_experiments(experiments)`: finished runs by name, on real ranks; equal experiments share one launch."""
     where = _placement(request.node)
-    request.node.stash[_ran_on] = "GPUs" if where.device == "cuda" else f"the CPU: {where.why}" if where.why else ""
+    request.node.stash[_ran_on] = where.on if where.device == "cuda" or where.why else ""
     return partial(launched, task=_marker(request.node)[0], largest=_ranks(request.node), box=request.config.stash.get(BOX, None))
 
 
