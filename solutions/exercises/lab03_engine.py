@@ -30,7 +30,7 @@ import torch
 from datasets import Dataset
 
 from shardlab import hardware, ops, report, switch
-from shardlab.launch import run_under_launcher
+from shardlab.launch import leave_process_group, run_under_launcher
 from shardlab.models import load_model, load_tokenizer
 from shardlab.runs import Experiment, Run, write_json
 from shardlab.training import StateRecorder, barrier, gather, rank, text_rows, world_size
@@ -572,6 +572,7 @@ def main() -> int:
         experiment = Experiment(name=name, method=f"stage {stage}{' + offload' if offload else ''}", deepspeed=config,
                                 options=options, **common)
         finished.append(run_under_launcher(experiment, "runs"))
+    leave_process_group()
     if rank() == 0 and not chosen.compare:
         print(summary(finished[0]))
     if rank() == 0 and chosen.compare:

@@ -174,7 +174,7 @@ def run(
 
     from shardlab import hardware, report, switch
     from shardlab.demo import METHODS, default_settings
-    from shardlab.launch import launch, run_under_launcher
+    from shardlab.launch import launch, leave_process_group, run_under_launcher
     from shardlab.runs import Experiment
 
     switch.use_exercises(switch.SOLUTIONS if solutions else switch.exercises_folder())
@@ -212,6 +212,7 @@ def run(
         run_ = run_under_launcher(experiment, runs, resume=resume)
         if int(os.environ["RANK"]) == 0:
             report.print_table([run_])
+        leave_process_group()
         return
     finished = launch(experiment, runs=runs, timeout=limit)
     report.print_table(finished)

@@ -389,11 +389,12 @@ def _rank_main(folders: list[str], logs: str, launcher: int) -> dict[str, dict]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
-    _leave()
+    leave_process_group()
     return results
 
 
-def _leave() -> None:
+def leave_process_group() -> None:
+    """For the end of a program on ranks: a rank that just ends lets NCCL on the others print a stack trace of the lost connection."""
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -521,6 +522,7 @@ def main(arguments: list[str]) -> int:
         return 2
     experiment = Experiment.model_validate_json(Path(arguments[0]).read_text())
     run_under_launcher(experiment, arguments[1], resume=True)
+    leave_process_group()
     return 0
 
 

@@ -90,9 +90,14 @@ def _lab(item) -> Lab:
 @pytest.fixture
 def run_experiments(request):
     """`run_experiments(experiments)`: finished runs by name, on real ranks; equal experiments share one launch."""
-    where = _placement(request.node)
-    request.node.stash[_ran_on] = where.on if where.device == "cuda" or where.why else ""
-    return partial(launched, task=_marker(request.node)[0], largest=_ranks(request.node), box=request.config.stash.get(BOX, None))
+    launch = partial(launched, task=_marker(request.node)[0], largest=_ranks(request.node), box=request.config.stash.get(BOX, None))
+
+    def run(experiments: list, timeout: float = 120) -> dict:
+        where = _placement(request.node)
+        request.node.stash[_ran_on] = where.on if where.device == "cuda" or where.why else ""
+        return launch(experiments, timeout=timeout)
+
+    return run
 
 
 def _ranks(item) -> int:
