@@ -643,8 +643,10 @@ def test_surviving(lab, run_experiments, workspace, slurm_beside_exercises):
     (whole,) = jobs.run_jobs([script], running=180, meanwhile=kill)
     one_node = one_node_losses(experiment, run_experiments, "", workspace, site)
     losses = Run.read(run).losses() if (run / "run.json").exists() else []
+    # Ranks with another number of threads add in another order: 1.4e-5 apart after 40 steps with 1 thread and with 3. Training that
+    # began anew, or took a step twice, is off by as much as neighbouring steps are, up to 0.6.
     require(
-        whole.job.restarts >= 1 and farthest(losses, one_node) <= 1e-5,
+        whole.job.restarts >= 1 and farthest(losses, one_node) <= 1e-4,
         expected="a job whose second node was killed to go on, and to end with the curve of a job that was left alone",
         got=f"{whole.job.state}, started again {whole.job.restarts} ×, {len(losses)} of {len(one_node)} steps; {whole.told}",
         likely="the job failed at its start: see its first error"
