@@ -283,6 +283,7 @@ def _compile_and_run(source: str, *flags: str) -> tuple[int, str]:
         Path(folder, "probe.cpp").write_text(source)
         program = str(Path(folder, "probe"))
         code, output = _run([*cxx(), "-std=c++20", str(Path(folder, "probe.cpp")), "-o", program, *flags], 60)
+        output = output.replace(f"{folder}/", "")  # nobody finds it there any more
         return (code, output) if code else _run([program], 10)
 
 

@@ -394,7 +394,7 @@ def _rank_main(folders: list[str], logs: str, launcher: int) -> dict[str, dict]:
 
 
 def leave_process_group() -> None:
-    """For the end of a program on ranks: a rank that just ends lets NCCL on the others print a stack trace of the lost connection."""
+    """For the end of a program on ranks: where one just ends, NCCL on the others prints a stack trace of the lost connection."""
     import torch.distributed as dist
 
     if dist.is_initialized():
