@@ -24,8 +24,8 @@ from pathlib import Path
 import psutil
 
 from shardlab import hardware
-from shardlab.grading import sandbox
 from shardlab.hardware import ROOT
+from shardlab.sandbox import boxes
 
 sys.path.insert(0, str(ROOT / "tests"))
 import submission_kinds as made
@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--complete", type=int, default=20, help="complete submissions for the number a minute")
     parser.add_argument("--out", type=Path, help="a JSON file for the result; printed as well")
     given = parser.parse_args()
-    kind, why = sandbox.isolation()
+    kind, why = boxes.isolation()
     if kind != "bubblewrap":
         print(f"not run: these submissions do harm, and {why}", file=sys.stderr)
         return 1

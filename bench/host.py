@@ -15,7 +15,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from shardlab import hardware, ops
+from shardlab import hardware
+from shardlab.zero import ops
 
 os.environ.update(ops.environment())
 import torch

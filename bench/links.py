@@ -1,4 +1,4 @@
-"""What the link between GPUs moves: seconds of NCCL's collectives by size, for `shardlab.scaling`.
+"""What the link between GPUs moves: seconds of NCCL's collectives by size, for `shardlab.cluster.scaling`.
 
 torchrun --nproc-per-node 4 bench/links.py --out mine.json
 """

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from stages import figures, write_results
 
-from shardlab import progress
-from shardlab.launch import LaunchError, launch
-from shardlab.placement import TooFewGpus
-from shardlab.runs import Experiment, Run
+from shardlab.run import progress
+from shardlab.run.launch import LaunchError, launch
+from shardlab.run.placement import TooFewGpus
+from shardlab.run.runs import Experiment, Run
 
 
 def config(stage: int, optimizer: str | None = None, parameters: str | None = None, pin: bool = True) -> dict:
@@ -94,7 +94,7 @@ def main() -> None:
         experiment = Experiment(
             name=f"case{number}",
             method=method,
-            program="shardlab.training:train_text",
+            program="shardlab.run.training:train_text",
             deepspeed=deepspeed,
             model="bloom-tiny" if options.tiny else model,
             random_weights=not options.tiny,

@@ -25,7 +25,9 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shardlab import doctor, hardware, placement, slurm, switch
+from shardlab import doctor, hardware, switch
+from shardlab.cluster import slurm
+from shardlab.run import placement
 
 RESULTS = hardware.ROOT / "bench" / "results"
 PAGE = hardware.ROOT / "docs" / "proof.md"
@@ -235,8 +237,8 @@ def render() -> str:
         "Made by `python bench/proof.py --render` from `bench/results/proof-*.json`, which `python bench/proof.py` writes on a",
         "machine. The reference solutions are judged. *9 of 9* are milestones passed; what could not run there is *not run*, and",
         "does not count as passed. Where a milestone has more ranks than there are GPUs, its ranks ran on the CPU",
-        "(`src/shardlab/placement.py` has the rule). Several labs were judged at a time (`--jobs`), so the samples/s of the demo",
-        "are no measurement; `bench/results/stages-*.json` has those.",
+        "(`src/shardlab/run/placement.py` has the rule). Several labs were judged at a time (`--jobs`), so the samples/s",
+        "of the demo are no measurement; `bench/results/stages-*.json` has those.",
         "",
     ]
     heads = {"milestones": "milestones", "notebook": "lab notebook", "lecture": "lecture", "mutants": "wrong answers"}

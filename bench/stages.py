@@ -10,11 +10,14 @@ import argparse
 import json
 from pathlib import Path
 
-from shardlab import memory, progress, report, switch
-from shardlab.demo import METHODS, experiments
-from shardlab.launch import LaunchError, launch
-from shardlab.placement import TooFewGpus
-from shardlab.runs import Run
+from shardlab import switch
+from shardlab.course.demo import METHODS, experiments
+from shardlab.run import progress
+from shardlab.run.launch import LaunchError, launch
+from shardlab.run.placement import TooFewGpus
+from shardlab.run.runs import Run
+from shardlab.show import report
+from shardlab.zero import memory
 
 H100_BF16_FLOPS = 989e12  # dense bf16, H100 and H200 SXM, NVIDIA's datasheet
 
@@ -29,7 +32,7 @@ def flops_per_token(config: dict, parameters: int, sequence: int) -> float:
 
 def figures(run: Run) -> dict:
     """What is worth keeping of a run."""
-    from shardlab.models import SHAPES
+    from shardlab.data.models import SHAPES
 
     experiment, states = run.experiment, run.states()
     found = {
@@ -107,7 +110,7 @@ def main() -> None:
         switch.use_exercises(switch.SOLUTIONS)
     planned = experiments(
         options.methods,
-        program="shardlab.training:train_text",
+        program="shardlab.run.training:train_text",
         model=options.model,
         random_weights=options.model != "bloom-tiny",
         ranks=options.ranks,

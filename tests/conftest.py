@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from shardlab import hardware, switch
-from shardlab.grading.milestones import REFERENCES
+from shardlab.milestones.milestones import REFERENCES
 
 
 @pytest.fixture(autouse=True)

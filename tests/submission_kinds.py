@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardlab.authoring import skeleton
+from shardlab.course.authoring import skeleton
 from shardlab.hardware import ROOT
 
 STEM = "lab02_zero_stages"
@@ -247,8 +247,8 @@ for _ in range(12):
     os.posix_fallocate(os.memfd_create("x"), 0, 2**30)
 time.sleep(600)"""
 OVERWRITE_PYTEST = """import sys
-import shardlab.grading.milestones as milestones
-import shardlab.grading.scoreboard as scoreboard
+import shardlab.milestones.milestones as milestones
+import shardlab.milestones.scoreboard as scoreboard
 milestones.require = milestones.require_error = lambda *a, **k: None
 milestones.Lab.__getattr__ = lambda self, name: (lambda *a, **k: None)
 scoreboard.Milestone.earned = property(lambda self: self.points)
@@ -351,7 +351,7 @@ for start in ("/box/ops", "/tmp"):
 os.chdir(where)"""
 PROGRAM = """changes = {"name": "own-zero-2", "method": method, "deepspeed": config}
 if baseline.name == "own":
-    changes |= {"program": "shardlab.grading.engine_runs:train", "options": {"load": "/tmp/pickle"}}
+    changes |= {"program": "shardlab.milestones.engine_runs:train", "options": {"load": "/tmp/pickle"}}
 return baseline.model_copy(update=changes | {"name": f"{baseline.name}-zero-2"})"""
 NETWORK = """import socket
 for address in (("127.0.0.1", 22), ("10.0.0.1", 80), ("1.1.1.1", 53)):

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from shardlab.authoring import AuthoringError, build, configs, drifted, notebooks, skeleton, skeletons, stems, tasks
+from shardlab.course.authoring import AuthoringError, build, configs, drifted, notebooks, skeleton, skeletons, stems, tasks
 from shardlab.hardware import ROOT
 
 SOLUTION = '''"""A lab."""

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from shardlab.runs import Run
+from shardlab.run.runs import Run
 
 
 def shardlab(*words: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess:
@@ -95,7 +95,7 @@ def test_build_does_not_replace_a_learner_s_work(tmp_path):
     """In a copy of the course: a task that somebody has written stops the build, and nothing is written."""
     import shutil
 
-    from shardlab import authoring
+    from shardlab.course import authoring
 
     for folder in ("solutions", "src/exercises", "labs", "notebooks"):
         shutil.copytree(authoring.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))

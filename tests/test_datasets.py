@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from shardlab.datasets import DataError, load_squad, read_squad_json, squad_scores
+from shardlab.data.datasets import DataError, load_squad, read_squad_json, squad_scores
 
 NILE = "The Nile flows north. It is long."
 V1 = {
@@ -246,7 +246,7 @@ def test_folder_in_place_of_a_file_is_refused(tmp_path):
 
 OFFLINE = """
 import sys
-from shardlab.datasets import DataError, load_squad
+from shardlab.data.datasets import DataError, load_squad
 for name in sys.argv[1:]:
     try:
         data = load_squad(name)

@@ -16,9 +16,10 @@ import psutil
 import pytest
 from rich.console import Console
 
-from shardlab import doctor, hardware, ops
+from shardlab import doctor, hardware
 from shardlab.doctor import Finding
-from shardlab.grading import sandbox
+from shardlab.sandbox import boxes
+from shardlab.zero import ops
 
 MARK = "SHARDLAB_TEST_MARK"
 
@@ -331,7 +332,7 @@ def test_nothing_is_built_with_a_tool_that_is_missing(ops_folder):
 
 
 def test_isolation_names_what_keeps_boxes_from_being_made(monkeypatch, empty_folder):
-    monkeypatch.setattr(sandbox, "isolation", lambda: ("limits", "a reason"))
+    monkeypatch.setattr(boxes, "isolation", lambda: ("limits", "a reason"))
     assert "sysctl" in doctor._isolation().remedy and "a reason" in doctor._isolation().detail
     monkeypatch.setenv("PATH", str(empty_folder))
     assert doctor._isolation().remedy == "sudo apt install bubblewrap"

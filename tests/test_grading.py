@@ -13,14 +13,14 @@ import time
 import pytest
 
 from shardlab import switch
-from shardlab.authoring import stems, tasks
-from shardlab.grading.grade import grade
+from shardlab.course.authoring import stems, tasks
+from shardlab.course.matrix import Mutant, MutantError, mutants
 from shardlab.grading.gradebook import tasks_of
 from shardlab.grading.graders import files_of, milestones_of
-from shardlab.grading.matrix import Mutant, MutantError, mutants
-from shardlab.grading.milestones import Lab, MilestoneFailed, require, require_error
-from shardlab.grading.scoreboard import VERDICTS, Milestone, next_step, render, render_board, render_html, render_text
 from shardlab.hardware import ROOT
+from shardlab.milestones.grade import grade
+from shardlab.milestones.milestones import Lab, MilestoneFailed, require, require_error
+from shardlab.milestones.scoreboard import VERDICTS, Milestone, next_step, render, render_board, render_html, render_text
 
 USAGE_ERROR = pytest.ExitCode.USAGE_ERROR
 
@@ -265,7 +265,7 @@ def test_unwritten_reads_the_text_and_not_the_module(submission):
 
 MILESTONES = """
 import pytest
-from shardlab.grading.milestones import require
+from shardlab.milestones.milestones import require
 
 
 @pytest.fixture
@@ -475,7 +475,7 @@ def test_fails(lab):
 
 @pytest.mark.milestone(task="9.3", points=1)
 def test_starts_more_ranks_than_its_marker_says(lab, run_experiments):
-    from shardlab.runs import Experiment
+    from shardlab.run.runs import Experiment
 
     run_experiments([Experiment(name="three", ranks=3)])
 

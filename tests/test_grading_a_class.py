@@ -17,8 +17,9 @@ import submission_kinds as made
 from submission_kinds import KINDS, STEM
 
 from shardlab import doctor
-from shardlab.grading import gradebook, graders, sandbox, submissions
+from shardlab.grading import gradebook, graders, submissions
 from shardlab.hardware import ROOT
+from shardlab.sandbox import boxes
 from shardlab.switch import SOLUTIONS
 
 SHARDLAB = [sys.executable, "-m", "shardlab.cli"]
@@ -27,7 +28,7 @@ SHARDLAB = [sys.executable, "-m", "shardlab.cli"]
 @pytest.fixture(scope="module")
 def walls():
     """Bubblewrap. Without it, hostile submissions are not run: this machine is what they would harm."""
-    kind, why = sandbox.isolation()
+    kind, why = boxes.isolation()
     if kind != "bubblewrap":
         pytest.skip(why)
     return kind, why
@@ -221,22 +222,22 @@ ON_RANKS = {
     path.write_text(json.dumps(record | {"outcome": "finished", "results": good}))
     os._exit(0)""",
     "replaces what the program observes with": """
-    import shardlab.grading.programs as programs
+    import shardlab.milestones.programs as programs
     programs.gather = lambda value: [0.0, 0.0]
     from transformers import AutoModelForCausalLM
     tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_config(trainer.model.config)
     return model""",
     "takes the check away first": """
-    import shardlab.grading.programs as programs
-    import shardlab.tampering as tampering
+    import shardlab.milestones.programs as programs
+    import shardlab.run.tampering as tampering
     tampering.require_unchanged = tampering.snapshot = lambda *a, **k: ()
     programs.gather = lambda value: [0.0, 0.0]
     from transformers import AutoModelForCausalLM
     tokenizer.save_pretrained(folder)
     return AutoModelForCausalLM.from_config(trainer.model.config)""",
     "writes the record itself": """
-    from shardlab.runs import Run
+    from shardlab.run.runs import Run
     good = dict(difference=0.0, same_object=False, dtype="torch.float32", parameters=1, tokenizer=True, tied=True)
     Run.results = property(lambda self: good)
     return trainer.model""",

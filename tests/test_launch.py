@@ -18,10 +18,10 @@ import psutil
 import pytest
 
 from shardlab import switch
-from shardlab.launch import LaunchTimeout, RankError, launch
-from shardlab.memory import ddp_bytes, engine_bytes, read_samples, whole_parameters
-from shardlab.progress import Quiet
-from shardlab.runs import Experiment, Run, RunError
+from shardlab.run.launch import LaunchTimeout, RankError, launch
+from shardlab.run.progress import Quiet
+from shardlab.run.runs import Experiment, Run, RunError
+from shardlab.zero.memory import ddp_bytes, engine_bytes, read_samples, whole_parameters
 
 launch = partial(launch, or_cpu=True)  # with one GPU these ranks run on the CPU, as those of milestones do
 
@@ -186,7 +186,7 @@ STEPS = 4
 def training(name: str, **changes) -> Experiment:
     """A few fp32 steps on text. The rows differ in length, so a mean over the wrong tokens would show in the loss."""
     settings = {
-        "program": "shardlab.training:train_text",
+        "program": "shardlab.run.training:train_text",
         "ranks": 2,
         "micro_batch": 2,
         "accumulation": 2,
@@ -411,9 +411,9 @@ LAUNCHER = """
 import sys
 from functools import partial
 from pathlib import Path
-from shardlab.launch import launch
-from shardlab.progress import Quiet
-from shardlab.runs import Experiment
+from shardlab.run.launch import launch
+from shardlab.run.progress import Quiet
+from shardlab.run.runs import Experiment
 
 runs, place, log = sys.argv[1:]
 with open(log, "a") as file:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from shardlab.authoring import stems
-from shardlab.grading.matrix import prove
+from shardlab.course.authoring import stems
+from shardlab.course.matrix import prove
 
 
 @pytest.mark.timeout(1200)

@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import torch
 
-from shardlab.memory import (
+from shardlab.zero.memory import (
     COLUMNS,
     GIB,
     MIB,

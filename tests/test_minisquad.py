@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from shardlab import minisquad
-from shardlab.minisquad import ASIDES, DATA_FOLDER, KINDS, PARAGRAPHS, SEED, squad_split, write_files
+from shardlab.data import minisquad
+from shardlab.data.minisquad import ASIDES, DATA_FOLDER, KINDS, PARAGRAPHS, SEED, squad_split, write_files
 
 SPLITS = ("train", "validation")
 
@@ -33,7 +33,7 @@ def test_generator_writes_the_shipped_bytes(tmp_path):
 def test_documented_command_writes_the_same_bytes_in_any_process(tmp_path, hash_seed):
     """Python's own hashes differ from process to process; nothing in the generator may depend on them."""
     subprocess.run(
-        [sys.executable, "-m", "shardlab.minisquad", "--folder", str(tmp_path)],
+        [sys.executable, "-m", "shardlab.data.minisquad", "--folder", str(tmp_path)],
         check=True,
         env=os.environ | {"PYTHONHASHSEED": hash_seed},
     )

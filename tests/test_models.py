@@ -9,7 +9,7 @@ from random import Random
 import pytest
 import torch
 
-from shardlab.models import BLOOM_TINY, SHAPES, ModelError, load_model, load_tokenizer, model_config, parameter_count
+from shardlab.data.models import BLOOM_TINY, SHAPES, ModelError, load_model, load_tokenizer, model_config, parameter_count
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_folder_without_a_whole_model_is_refused(tmp_path, load, spoil):
 
 
 OFFLINE = """
-from shardlab.models import ModelError, load_model, load_tokenizer, model_config
+from shardlab.data.models import ModelError, load_model, load_tokenizer, model_config
 for load in (load_model, load_tokenizer, model_config):
     for name in ("nobody/nothing", "bigscience/bloom-560m"):
         try:

@@ -7,7 +7,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from shardlab import authoring, doctor, hardware, switch
+from shardlab import doctor, hardware, switch
+from shardlab.course import authoring
 
 LABS = {path.stem: path for path in authoring.notebooks() if path.stem.startswith("lab")}
 

@@ -8,10 +8,13 @@ from multiprocessing import forkserver
 
 import pytest
 
-from shardlab import doctor, hardware, launch, ops, placement, preflight
-from shardlab.placement import GIB, Placement, TooFewGpus, place
-from shardlab.progress import Quiet
-from shardlab.runs import Experiment
+from shardlab import doctor, hardware
+from shardlab.cluster import preflight
+from shardlab.run import launch, placement
+from shardlab.run.placement import GIB, Placement, TooFewGpus, place
+from shardlab.run.progress import Quiet
+from shardlab.run.runs import Experiment
+from shardlab.zero import ops
 
 H100 = hardware.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 79 * GIB)
 USED_UP = hardware.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, GIB // 2)
@@ -131,7 +134,7 @@ def test_ranks_that_do_not_fit_on_the_gpu_train_on_the_cpu(machine, tmp_path, mo
     zero = {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto"}
     zero |= {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
     zero |= {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
-    settings = {"program": "shardlab.training:train_text", "micro_batch": 2, "accumulation": 1, "steps": 2, "max_tokens": 32}
+    settings = {"program": "shardlab.run.training:train_text", "micro_batch": 2, "accumulation": 1, "steps": 2, "max_tokens": 32}
     plan = Experiment(name="two", ranks=2, train_examples=32, evaluate=False, save=False, deepspeed=zero, **settings)
     for name in ops.environment():
         monkeypatch.setenv(name, os.environ.get(name, ""))  # a launch sets them, and the next test must not find them
@@ -260,7 +263,7 @@ def test_one_process_launches_ranks_on_gpus_and_on_the_cpu(tmp_path):
     zero = {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto"}
     zero |= {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
     zero |= {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
-    settings = {"program": "shardlab.training:train_text", "micro_batch": 2, "accumulation": 1, "steps": 2, "max_tokens": 32}
+    settings = {"program": "shardlab.run.training:train_text", "micro_batch": 2, "accumulation": 1, "steps": 2, "max_tokens": 32}
     settings |= {"train_examples": 32, "evaluate": False, "save": False, "deepspeed": zero}
     losses = {}
     for name, ranks, device in (("a", 1, "cuda"), ("b", hardware.gpu_count() + 1, "cpu"), ("c", 1, "cuda")):

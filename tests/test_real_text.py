@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from shardlab import switch
-from shardlab.datasets import load_squad
-from shardlab.launch import launch
-from shardlab.progress import Quiet
-from shardlab.runs import Experiment
+from shardlab.data.datasets import load_squad
+from shardlab.run.launch import launch
+from shardlab.run.progress import Quiet
+from shardlab.run.runs import Experiment
 
 FILE = os.environ.get("SHARDLAB_SQUAD", "")
 pytestmark = [

@@ -2,8 +2,9 @@
 
 import pytest
 
-from shardlab import memory, report
-from shardlab.runs import Experiment, Run
+from shardlab.run.runs import Experiment, Run
+from shardlab.show import report
+from shardlab.zero import memory
 
 
 def make_run(folder, name, *, deepspeed=None, steps=3, states=True):

@@ -10,7 +10,7 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from shardlab.runs import FORMAT, Experiment, Run, RunError, read_runs
+from shardlab.run.runs import FORMAT, Experiment, Run, RunError, read_runs
 
 
 def a_run(folder, name: str = "one", **settings) -> Run:
@@ -275,7 +275,7 @@ def test_run_that_goes_on_is_not_replaced(tmp_path, begun):
 
 WRITER = """
 import sys, time
-from shardlab.runs import Experiment, Run
+from shardlab.run.runs import Experiment, Run
 run = Run.create(Experiment(name="killed"), sys.argv[1])
 run.start()
 for step in (1, 2, 3):

@@ -14,11 +14,11 @@ import numpy
 import pytest
 import torch
 
-from shardlab.grading import sandbox, wire
-from shardlab.grading.exchange import Exchange
-from shardlab.grading.sandbox import Box, BoxEnded
 from shardlab.hardware import ROOT
-from shardlab.runs import Experiment
+from shardlab.run.runs import Experiment
+from shardlab.sandbox import boxes, wire
+from shardlab.sandbox.boxes import Box, BoxEnded
+from shardlab.sandbox.exchange import Exchange
 
 # --- the wire ---------------------------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ def test_box_cannot_make_the_judge_write_elsewhere(exchange, tmp_path):
 
 
 def test_too_much_is_refused(exchange, monkeypatch):
-    monkeypatch.setattr("shardlab.grading.exchange.FILES", 20)
+    monkeypatch.setattr("shardlab.sandbox.exchange.FILES", 20)
     for number in range(30):
         (exchange.inside / str(number)).touch()
     with pytest.raises(BoxEnded, match="more than 20 files"):
@@ -202,8 +202,8 @@ def write(path):
 
 @pytest.fixture
 def box(tmp_path):
-    if sandbox.isolation()[0] != "bubblewrap":
-        pytest.skip(sandbox.isolation()[1])
+    if boxes.isolation()[0] != "bubblewrap":
+        pytest.skip(boxes.isolation()[1])
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen()

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from shardlab.cluster.scaling import Link, StepModel, elements_sent, fit, network
 from shardlab.hardware import ROOT
-from shardlab.scaling import Link, StepModel, elements_sent, fit, network
 
 RESULTS = ROOT / "bench" / "results"
 NVLINK = Link("NVLink", 300.0, 4e-5)

@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 from conftest import cluster_command, cluster_missing
 
-from shardlab import batch, progress, slurm, switch
-from shardlab.batch import BatchError, JobSettings
-from shardlab.demo import METHODS
+from shardlab import switch
+from shardlab.cluster import batch, slurm
+from shardlab.cluster.batch import BatchError, JobSettings
+from shardlab.cluster.site import LOCAL_PROFILE, PROFILE, SiteError, minutes, read_site
+from shardlab.course.demo import METHODS
 from shardlab.hardware import ROOT
-from shardlab.launch import launch
-from shardlab.runs import Experiment, Run, RunError
-from shardlab.site import LOCAL_PROFILE, PROFILE, SiteError, minutes, read_site
+from shardlab.run import progress
+from shardlab.run.launch import launch
+from shardlab.run.runs import Experiment, Run, RunError
 
 VENV = Path(sys.prefix)
 GPU_SITE = PROFILE.read_text().replace("CHANGE_ME", "course")
@@ -376,7 +378,7 @@ def test_preflight_names_the_node_that_fails(on_second_node, address, says, slur
 source '{VENV}/bin/activate'
 first=$(getent ahostsv4 "$(hostname)" | awk 'NR == 1 {{print $1}}')
 srun --kill-on-bad-exit=1 bash -c '[ "$SLURM_NODEID" = 0 ] || {{ {on_second_node}; }}
-exec python -m shardlab.preflight --address "$1" --port 31999 --runs "$2" --seconds 8' bash "{address}" '{tmp_path}'
+exec python -m shardlab.cluster.preflight --address "$1" --port 31999 --runs "$2" --seconds 8' bash "{address}" '{tmp_path}'
 """
     number = slurm.submit(script, "--nodes=2", "--ntasks-per-node=1", f"--output={tmp_path}/log", "--exclusive")
     deadline = time.monotonic() + 60
@@ -413,7 +415,7 @@ def test_another_experiment_is_not_continued(tmp_path):
 
 def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(tmp_path):
     settings = {
-        "program": "shardlab.training:train_text",
+        "program": "shardlab.run.training:train_text",
         "ranks": 1,
         "micro_batch": 2,
         "accumulation": 1,
@@ -427,7 +429,7 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(tmp_path):
     run.log_step(step=2, loss=98.0)
     (tmp_path / "experiment.json").write_text(experiment.model_dump_json())
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    command = [sys.executable, "-m", "shardlab.launch", str(tmp_path / "experiment.json"), str(tmp_path)]
+    command = [sys.executable, "-m", "shardlab.run.launch", str(tmp_path / "experiment.json"), str(tmp_path)]
     done = subprocess.run(command, env=os.environ | rank, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     run = Run.read(run.folder)
@@ -452,10 +454,10 @@ def grading(folder, out) -> list[str]:
 
 
 def needs_walls() -> None:
-    from shardlab.grading import sandbox
+    from shardlab.sandbox import boxes
 
-    if sandbox.isolation()[0] != "bubblewrap":
-        pytest.skip(sandbox.isolation()[1])
+    if boxes.isolation()[0] != "bubblewrap":
+        pytest.skip(boxes.isolation()[1])
 
 
 def test_a_class_is_graded_in_an_array_job(slurm_cluster, tmp_path):

@@ -4,11 +4,14 @@ from functools import cache
 
 import pytest
 
-from shardlab import doctor, ops, progress, report, switch
+from shardlab import doctor, switch
 from shardlab.doctor import Finding
-from shardlab.grading.grade import grade
-from shardlab.launch import launch
-from shardlab.runs import Experiment
+from shardlab.milestones.grade import grade
+from shardlab.run import progress
+from shardlab.run.launch import launch
+from shardlab.run.runs import Experiment
+from shardlab.show import report
+from shardlab.zero import ops
 
 
 @cache
@@ -19,7 +22,7 @@ def missing_libaio() -> str:
 
 def experiment(name: str, zero: dict | None = None, **changes) -> Experiment:
     settings = {
-        "program": "shardlab.training:train_text",
+        "program": "shardlab.run.training:train_text",
         "ranks": 2,
         "micro_batch": 2,
         "accumulation": 2,
@@ -88,7 +91,7 @@ def test_deepspeed_s_own_nvme_checkpoint_loses_states(tmp_path):
             "sub_group_size": 300_000,
             "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path / name)},
         }
-        plan = experiment(name, zero, accumulation=1, steps=steps, program="shardlab.lectures:resume_with_deepspeed_alone")
+        plan = experiment(name, zero, accumulation=1, steps=steps, program="shardlab.course.lectures:resume_with_deepspeed_alone")
         sizes = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "train_batch_size": 4}
         config = plan.deepspeed | sizes | {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
         options["checkpoints"] = str(tmp_path / "checkpoints")

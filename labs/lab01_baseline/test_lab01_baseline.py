@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from shardlab.grading.milestones import require, require_error
-from shardlab.runs import Experiment
+from shardlab.milestones.milestones import require, require_error
+from shardlab.run.runs import Experiment
 
 IGNORED = -100
 LECTURE = "notebooks/01_training_step.ipynb"
@@ -18,14 +18,14 @@ CONTEXT = (
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from shardlab.models import load_tokenizer
+    from shardlab.data.models import load_tokenizer
 
     return load_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model():
-    from shardlab.models import load_model
+    from shardlab.data.models import load_model
 
     return load_model().eval()
 
@@ -319,11 +319,11 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
 @pytest.mark.milestone(task="1.6", points=15)
 def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
     """Plain, and under ZeRO-3, where each rank holds half of every weight."""
-    from shardlab.launch import LaunchTimeout, RankError
+    from shardlab.run.launch import LaunchTimeout, RankError
 
     read = f"lab 01, task 1.6; {LECTURE}, 'Saving'"
     settings = {
-        "program": "shardlab.grading.programs:save_round_trip",
+        "program": "shardlab.milestones.programs:save_round_trip",
         "ranks": 2,
         "micro_batch": 2,
         "accumulation": 1,

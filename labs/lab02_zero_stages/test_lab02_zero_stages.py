@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from shardlab import memory
-from shardlab.grading.engine_runs import odd_model
-from shardlab.grading.milestones import farthest, require, require_error
 from shardlab.hardware import gpu_count
-from shardlab.runs import Experiment, Run
+from shardlab.milestones.engine_runs import odd_model
+from shardlab.milestones.milestones import farthest, require, require_error
+from shardlab.run.runs import Experiment, Run
+from shardlab.zero import memory
 
 LECTURE = "notebooks/02_zero.ipynb"
 
@@ -29,7 +29,7 @@ def zero_config(stage: int, precision: str = "fp32") -> dict:
 
 def text_experiment(name: str, **changes) -> Experiment:
     settings = {
-        "program": "shardlab.training:train_text",
+        "program": "shardlab.run.training:train_text",
         "ranks": 2,
         "micro_batch": 2,
         "accumulation": 2,

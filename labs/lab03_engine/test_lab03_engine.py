@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from shardlab.grading import engine_runs
-from shardlab.grading.milestones import (
+from shardlab.milestones import engine_runs
+from shardlab.milestones.milestones import (
     farthest,
     once,
     require,
@@ -15,7 +15,7 @@ from shardlab.grading.milestones import (
     shared_folder,
     visible_folder,
 )
-from shardlab.runs import Experiment
+from shardlab.run.runs import Experiment
 
 LECTURE = "notebooks/03_engine.ipynb"
 STEPS = 6
@@ -162,7 +162,7 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
 
 @pytest.mark.milestone(task="3.2", points=15)
 def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
-    from shardlab.launch import RankError
+    from shardlab.run.launch import RankError
 
     read = f"lab 03, task 3.2; {LECTURE}, 'A step'"
     cases = {
@@ -345,7 +345,7 @@ def test_epoch_keeps_its_place(lab, run_experiments):
 
 @pytest.mark.milestone(task="3.4", points=10)
 def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
-    from shardlab.grading.engine_programs import masked_rows
+    from shardlab.milestones.engine_programs import masked_rows
 
     read = f"lab 03, task 3.4; {LECTURE}, 'Evaluation'"
     lab.DeepSpeedTrainer  # noqa: B018
@@ -386,8 +386,8 @@ def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
 @pytest.mark.milestone(task="3.5", points=15)
 def test_checkpoint_is_complete(lab, run_experiments):
 
-    from shardlab.grading.engine_programs import _fingerprint
-    from shardlab.launch import LaunchTimeout
+    from shardlab.milestones.engine_programs import _fingerprint
+    from shardlab.run.launch import LaunchTimeout
 
     read = f"lab 03, task 3.5; {LECTURE}, 'A checkpoint'"
     lab.DeepSpeedTrainer  # noqa: B018
@@ -496,7 +496,7 @@ def test_resumed_training_goes_on_as_if_never_stopped(lab, run_experiments):
     """Stages 1, 2 and 3, in new processes; and from the checkpoints of a run that lost a rank to SIGKILL."""
     import shutil
 
-    from shardlab.launch import RankError
+    from shardlab.run.launch import RankError
 
     read = f"lab 03, task 3.6; {LECTURE}, 'A checkpoint'"
     lab.DeepSpeedTrainer  # noqa: B018

@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from shardlab import memory
-from shardlab.grading import engine_runs
-from shardlab.grading.milestones import farthest, once, require, require_error, safely_loaded, shared_folder, visible_folder
 from shardlab.hardware import gpu_count
-from shardlab.launch import RankError
-from shardlab.runs import Experiment
+from shardlab.milestones import engine_runs
+from shardlab.milestones.milestones import farthest, once, require, require_error, safely_loaded, shared_folder, visible_folder
+from shardlab.run.launch import RankError
+from shardlab.run.runs import Experiment
+from shardlab.zero import memory
 
 LECTURE = "notebooks/04_offload.ipynb"
 SUB_GROUP = 300_000  # elements; cuts bloom-tiny into sub-groups of which some are too small for the disk
@@ -41,7 +41,7 @@ def config(zero: dict, *, precision: str = "fp32", auto: bool = True, **changes)
 
 def text_experiment(name: str, **changes) -> Experiment:
     settings = {
-        "program": "shardlab.training:train_text",
+        "program": "shardlab.run.training:train_text",
         "ranks": 2,
         "micro_batch": 2,
         "accumulation": 2,
@@ -168,7 +168,7 @@ def test_offload_configuration(lab, judge, tmp_path):
     refused("less room than is needed", (str(tmp_path),), "the room is not compared", bytes_on_disk=10 * free, **(both | on_disk))
     # Only the folder's own disk counts.
     try:
-        lab.observe("shardlab.grading.programs:configure_offload_with_free_bytes", tmp_path, 1000)
+        lab.observe("shardlab.milestones.programs:configure_offload_with_free_bytes", tmp_path, 1000)
     except ValueError as error:
         require(
             False,
@@ -324,7 +324,7 @@ def test_two_optimizers_take_the_same_steps(lab):
     import torch
 
     read = f"lab 04, task 4.4; {LECTURE}, 'Adam on the host'"
-    seen = lab.observe("shardlab.grading.programs:compare_two_sums", 50, 4, 7)
+    seen = lab.observe("shardlab.milestones.programs:compare_two_sums", 50, 4, 7)
     got, first, second = seen["returned"], seen["first"], seen["second"]
     require(
         not seen["same_tensor"] and torch.equal(first["start"], second["start"]),
@@ -365,7 +365,7 @@ def test_two_optimizers_take_the_same_steps(lab):
         likely="the mean of all steps instead of the median of all but the first",
         read=read,
     )
-    real = lab.observe("shardlab.grading.programs:compare_adams", 10_000, 20)
+    real = lab.observe("shardlab.milestones.programs:compare_adams", 10_000, 20)
     require(
         real["largest_difference"] < 1e-5,
         expected="DeepSpeedCPUAdam and torch's AdamW within 1e-5 after 20 steps",

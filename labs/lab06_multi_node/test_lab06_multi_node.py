@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from shardlab import batch, slurm
-from shardlab.grading import jobs
-from shardlab.grading.milestones import farthest, require, require_error
-from shardlab.runs import Experiment, Run
+from shardlab.cluster import batch, slurm
+from shardlab.milestones import jobs
+from shardlab.milestones.milestones import farthest, require, require_error
+from shardlab.run.runs import Experiment, Run
 
 LECTURE = "notebooks/06_launchers.ipynb"
 
@@ -134,7 +134,7 @@ def test_rendezvous(lab):
         for node in (0, 1)
     ]
     given = [tuple((str(key), str(value)) for key, value in came.items() if key != "rdzv-endpoint") for came in pair]
-    ranks, statuses = lab.observe("shardlab.grading.programs:ranks_of_torchruns", *given)
+    ranks, statuses = lab.observe("shardlab.milestones.programs:ranks_of_torchruns", *given)
     require(
         list(statuses) == [0, 0] and list(ranks) == [f"{rank} 4" for rank in range(4)],
         expected="two torchruns with these options to start ranks 0 to 3 of 4",
@@ -390,7 +390,7 @@ def test_shares_of_the_global_batch(lab, run_experiments):
         [
             Experiment(
                 name=f"uneven-{ranks}",
-                program="shardlab.grading.programs:uneven_gradient",
+                program="shardlab.milestones.programs:uneven_gradient",
                 ranks=ranks,
                 options={"global_batch": 10},
             )
@@ -532,7 +532,7 @@ def test_stopping_together(lab, run_experiments):
         [
             Experiment(
                 name="stop",
-                program="shardlab.grading.programs:stop_at_different_steps",
+                program="shardlab.milestones.programs:stop_at_different_steps",
                 ranks=2,
                 options={"asked": [5, 3], "steps": 8},
             )

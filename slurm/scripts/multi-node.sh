@@ -25,7 +25,7 @@ port=$((12000 + SLURM_JOB_ID % 10000))
 
 # Do all ranks reach each other, and are the nodes alike? If not, this names the node, in a minute instead of after a night.
 srun --ntasks-per-node={{ ranks }} --ntasks={{ nodes * ranks }} --cpus-per-task=$((SLURM_CPUS_PER_TASK / {{ ranks }})) --kill-on-bad-exit=1 \
-    "${in_environment[@]}" python -m shardlab.preflight --address "$address" --port $((port + 10000)) --runs "$runs"
+    "${in_environment[@]}" python -m shardlab.cluster.preflight --address "$address" --port $((port + 10000)) --runs "$runs"
 
 # What every rank runs. --resume: from the newest whole checkpoint, if the job was started before.
 train=(shardlab.cli run "multi-node-$SLURM_JOB_ID" --runs "$runs" --resume --save-every 50{{ " " if arguments }}{{ arguments }})

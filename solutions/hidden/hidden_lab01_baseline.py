@@ -4,8 +4,8 @@ import pytest
 from safetensors.torch import load_file
 from test_lab01_baseline import IGNORED, model, tokenizer  # noqa: F401  (fixtures)
 
-from shardlab.grading.milestones import saved_weights
-from shardlab.runs import Experiment
+from shardlab.milestones.milestones import saved_weights
+from shardlab.run.runs import Experiment
 
 QUESTION = "When did the mill at Orvik burn down?"
 CONTEXT = (
@@ -62,7 +62,7 @@ def test_another_model_comes_back(lab, run_experiments):
     lab.save_and_reload  # noqa: B018
     plan = Experiment(
         name="other-seed",
-        program="shardlab.grading.programs:save_round_trip",
+        program="shardlab.milestones.programs:save_round_trip",
         ranks=3,
         micro_batch=1,
         accumulation=1,
@@ -77,7 +77,7 @@ def test_another_model_comes_back(lab, run_experiments):
     got = run.results
     assert got["difference"] <= 1e-6 and not got["same_object"] and got["tied"] and got["tokenizer"]
     # What the ranks said is their word. The folder is looked at too, beside the weights of a run without anybody's exercises.
-    alone = plan.model_copy(update={"program": "shardlab.training:train_text", "name": "without", "save": True})
+    alone = plan.model_copy(update={"program": "shardlab.run.training:train_text", "name": "without", "save": True})
     (reference,) = run_experiments([alone], timeout=90).values()
     wanted = load_file(reference.folder / "model" / "model.safetensors")
     found = saved_weights(run.folder / "model", plan.model, read="lab 01, task 1.6")

@@ -7,9 +7,9 @@ import random
 import pytest
 import test_lab02_zero_stages as public
 
-from shardlab import memory
-from shardlab.grading.engine_runs import odd_model
-from shardlab.runs import Run
+from shardlab.milestones.engine_runs import odd_model
+from shardlab.run.runs import Run
+from shardlab.zero import memory
 
 
 def numbers(task: str) -> random.Random:

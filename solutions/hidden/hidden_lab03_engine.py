@@ -8,8 +8,8 @@ import torch
 from test_lab03_engine import checkpoints, config, experiment, never_stopped
 from torch.utils.data import DistributedSampler
 
-from shardlab.grading import engine_runs
-from shardlab.grading.milestones import farthest, saved_weights, shared_folder, visible_folder
+from shardlab.milestones import engine_runs
+from shardlab.milestones.milestones import farthest, saved_weights, shared_folder, visible_folder
 
 
 def other_run(run_experiments):
@@ -58,7 +58,7 @@ def test_epoch_without_accumulation(lab, run_experiments):
 
 @pytest.mark.milestone(task="3.4", ranks=3)
 def test_evaluation_on_three_ranks(lab, run_experiments):
-    from shardlab.grading.engine_programs import masked_rows
+    from shardlab.milestones.engine_programs import masked_rows
 
     lab.DeepSpeedTrainer  # noqa: B018
     plan = experiment("three-evaluate", "engine_programs:evaluate", 2, ranks=3, options={"dropout": 0.5}, seed=0, max_tokens=40)

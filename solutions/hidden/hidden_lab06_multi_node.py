@@ -8,9 +8,9 @@ import time
 import pytest
 from test_lab06_multi_node import JOB, directives, made_run, task_variables
 
-from shardlab import slurm
-from shardlab.grading import jobs
-from shardlab.runs import Experiment
+from shardlab.cluster import slurm
+from shardlab.milestones import jobs
+from shardlab.run.runs import Experiment
 
 
 @pytest.mark.milestone(task="6.1")
@@ -99,7 +99,9 @@ def test_other_speeds(lab, tmp_path):
 @pytest.mark.milestone(task="6.8", ranks=3)
 def test_three_ranks_stop_together(lab, run_experiments):
     lab.stop_together  # noqa: B018
-    plan = Experiment(name="stop-three", program="shardlab.grading.programs:stop_at_different_steps", ranks=3, options={"steps": 9})
+    plan = Experiment(
+        name="stop-three", program="shardlab.milestones.programs:stop_at_different_steps", ranks=3, options={"steps": 9}
+    )
     (run,) = run_experiments([plan], timeout=60).values()
     assert run.results["stopped"] == [min(run.results["asked"])] * 3
 

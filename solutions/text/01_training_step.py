@@ -10,8 +10,9 @@
 # %%
 import torch
 
-from shardlab import memory, report
-from shardlab.models import load_model, load_tokenizer, parameter_count
+from shardlab.show import report
+from shardlab.zero import memory
+from shardlab.data.models import load_model, load_tokenizer, parameter_count
 
 tokenizer, model = load_tokenizer(), load_model()
 print(f"bloom-tiny: {parameter_count(model):,} parameters, {model.config.n_layer} layers of width {model.config.hidden_size}")
@@ -116,7 +117,7 @@ print(report.bytes_text(4 * 8 * 512 * 250_880))
 # peak is reached is called MFU, model FLOPs utilisation. Measured with this course's code on one H200, BLOOM-560m's shape, bf16 autocast:
 
 # %%
-from shardlab.notebook import reference, table
+from shardlab.show.notebook import reference, table
 
 stages = reference("stages-1xh200")
 table([{key: row[key] for key in ("method", "micro_batch", "samples_per_second", "mfu_percent", "peak_gib")} for row in stages["results"]

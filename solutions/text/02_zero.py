@@ -36,8 +36,8 @@
 # With Adam in mixed precision a parameter takes 2 bytes, its gradient 2, and the optimizer 12 (an fp32 master copy, and two moments of 4):
 
 # %%
-from shardlab import memory
-from shardlab.notebook import table
+from shardlab.zero import memory
+from shardlab.show.notebook import table
 
 PSI = 559_214_592  # BLOOM-560m
 rows = []
@@ -102,7 +102,7 @@ for stage in (1, 3):
 # %%
 import os
 
-from shardlab import ops
+from shardlab.zero import ops
 
 os.environ.update(ops.environment())
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
@@ -121,12 +121,12 @@ print("stage:", DeepSpeedConfig({"train_batch_size": 1, "zero_optimisation": {"s
 # need not fall within four steps. That all methods give the same four is the point.)
 
 # %%
-from shardlab import progress
-from shardlab.launch import launch
-from shardlab.notebook import RUNS
-from shardlab.runs import Experiment
+from shardlab.run import progress
+from shardlab.run.launch import launch
+from shardlab.show.notebook import RUNS
+from shardlab.run.runs import Experiment
 
-settings = {"program": "shardlab.training:train_text", "ranks": 2, "micro_batch": 2, "accumulation": 2, "steps": 4, "learning_rate": 1e-3,
+settings = {"program": "shardlab.run.training:train_text", "ranks": 2, "micro_batch": 2, "accumulation": 2, "steps": 4, "learning_rate": 1e-3,
             "max_tokens": 48, "train_examples": 64, "evaluate": False, "save": False}
 
 
@@ -150,7 +150,7 @@ print("largest difference below 1e-5:", worst < 1e-5)
 # And this is what each rank held, against the formulae:
 
 # %%
-from shardlab import report
+from shardlab.show import report
 
 rows = []
 for run in runs:
@@ -170,7 +170,7 @@ print("all as predicted:", all(row["measured"] == row["predicted"] for row in ro
 # again, and gathers layer by layer. Measured on H200s linked by NVLink, BLOOM-560m's shape, 512 tokens, micro-batch 8, accumulation 2, bf16:
 
 # %%
-from shardlab.notebook import reference
+from shardlab.show.notebook import reference
 
 rows = []
 for name in ("stages-1xh200", "stages-2xh200", "stages-4xh200"):

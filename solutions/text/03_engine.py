@@ -33,16 +33,16 @@
 # ranks, watched from outside:
 
 # %%
-from shardlab import progress
-from shardlab.launch import launch
-from shardlab.notebook import RUNS, table
-from shardlab.runs import Experiment
+from shardlab.run import progress
+from shardlab.run.launch import launch
+from shardlab.show.notebook import RUNS, table
+from shardlab.run.runs import Experiment
 
 config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "train_batch_size": 8, "gradient_clipping": 1.0,
           "zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
 settings = {"ranks": 2, "deepspeed": config, "micro_batch": 2, "accumulation": 2, "steps": 2, "learning_rate": 1e-3, "max_tokens": 48,
             "train_examples": 32, "evaluate": False, "save": False}
-run = launch(Experiment(name="lecture-watch", program="shardlab.lectures:watch_steps", **settings), runs=RUNS / "lecture", display=progress.Quiet(say=print), or_cpu=True)[0]
+run = launch(Experiment(name="lecture-watch", program="shardlab.course.lectures:watch_steps", **settings), runs=RUNS / "lecture", display=progress.Quiet(say=print), or_cpu=True)[0]
 table(run.results["watched"])
 
 # %% [markdown]
@@ -145,7 +145,7 @@ print(list(sampler))
 # %%
 import os
 
-from shardlab import ops
+from shardlab.zero import ops
 
 os.environ.update(ops.environment())
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402

@@ -28,7 +28,7 @@
 # Measured with `bench/host.py`, on one H200 and its host:
 
 # %%
-from shardlab.notebook import reference, table
+from shardlab.show.notebook import reference, table
 
 host = reference("host-1xh200")
 rows = [{"from and to": row["what"], "GiB/s": row["gib_per_second"]} for row in host["copies"]]
@@ -61,7 +61,7 @@ print(host["hardware"]["gpus"][0], host["hardware"]["cpu"], host["hardware"]["cp
 # H200 it was right to the byte in each row below. (Parameters on NVMe it does not know.) On disk are the states and the gradients.
 
 # %%
-from shardlab import memory
+from shardlab.zero import memory
 
 gpu = reference("offload-1xh200")
 rows = []
@@ -165,10 +165,11 @@ table([{"method": row["method"], "outcome": row["outcome"], "samples/s": row["sa
 # %%
 import shutil
 
-from shardlab import doctor, progress
-from shardlab.launch import launch
-from shardlab.notebook import RUNS
-from shardlab.runs import Experiment
+from shardlab import doctor
+from shardlab.run import progress
+from shardlab.run.launch import launch
+from shardlab.show.notebook import RUNS
+from shardlab.run.runs import Experiment
 
 libaio = doctor.libaio()
 if libaio.state == "works":
@@ -181,7 +182,7 @@ if libaio.state == "works":
         zero = {"stage": 3, "sub_group_size": 300_000, "offload_optimizer": {"device": "nvme", "nvme_path": str(swap)}}
         config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "train_batch_size": 4, "gradient_clipping": 1.0,
                   "zero_optimization": zero, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
-        return Experiment(name=name, program="shardlab.lectures:resume_with_deepspeed_alone", ranks=2, deepspeed=config, micro_batch=2, steps=steps,
+        return Experiment(name=name, program="shardlab.course.lectures:resume_with_deepspeed_alone", ranks=2, deepspeed=config, micro_batch=2, steps=steps,
                           max_tokens=48, train_examples=32, evaluate=False, save=False, options=options | {"checkpoints": str(place / "checkpoints")})
 
     quiet = progress.Quiet(say=print)

@@ -93,8 +93,8 @@
 # %%
 from dataclasses import replace
 
-from shardlab.notebook import reference, table
-from shardlab.scaling import Link, fit, network
+from shardlab.show.notebook import reference, table
+from shardlab.cluster.scaling import Link, fit, network
 
 links = reference("links-4xh200")
 rows = {}

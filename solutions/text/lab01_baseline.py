@@ -22,7 +22,7 @@
 # milestone as `pytest labs`. A task that is not written yet raises `NotImplementedError` with its number; so do the cells that call it.
 
 # %%
-from shardlab.notebook import RUNS, check, compare, scoreboard, show, start, table
+from shardlab.show.notebook import RUNS, check, compare, scoreboard, show, start, table
 
 lab = start("lab01_baseline")
 
@@ -34,8 +34,8 @@ lab = start("lab01_baseline")
 # found in the paragraph. On a GPU, `load_squad("squad")` gives the real one, and `load_squad("train.json")` reads a file.
 
 # %%
-from shardlab.datasets import load_squad
-from shardlab.models import load_model, load_tokenizer
+from shardlab.data.datasets import load_squad
+from shardlab.data.models import load_model, load_tokenizer
 
 data = load_squad("mini")
 tokenizer = load_tokenizer("bloom-tiny")
@@ -201,8 +201,8 @@ predicted = {
 # 1e-3, since the tiny model is far smaller than the one that 5e-5 is meant for. It takes about a minute on two cores.
 
 # %%
-from shardlab.launch import launch
-from shardlab.runs import Experiment
+from shardlab.run.launch import launch
+from shardlab.run.runs import Experiment
 
 experiment = Experiment(name="lab01-baseline", program="exercises.lab01_baseline:finetune", method="baseline", ranks=1,
                         model="bloom-tiny", data="mini", precision=best_precision(), micro_batch=4, accumulation=4, steps=120,

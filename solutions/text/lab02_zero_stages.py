@@ -20,7 +20,7 @@
 # You write in `src/exercises/lab02_zero_stages.py`.
 
 # %%
-from shardlab.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
+from shardlab.show.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
 
 lab = start("lab02_zero_stages")
 
@@ -139,18 +139,18 @@ predicted_order = {"which stage is slowest on two H200s": ..., "do the losses di
 # %% [markdown]
 # ## Run
 #
-# These runs train on the plain text of the paragraphs, with a program of the course's own (`shardlab.training:train_text`), so that they do not
+# These runs train on the plain text of the paragraphs, with a program of the course's own (`shardlab.run.training:train_text`), so that they do not
 # depend on your lab 01. Two of them fill each table: one rank, where there is nothing to shard, and two. Each rank on a GPU needs one of its
 # own. What counts here are bytes and losses, which are the same on the CPU, so with `or_cpu=True` two ranks run there on a machine with one GPU.
 
 # %%
-from shardlab.launch import launch
-from shardlab.runs import Experiment
+from shardlab.run.launch import launch
+from shardlab.run.runs import Experiment
 
 
 def stages(ranks):
     """Stages 0 to 3 with your functions; the global batch is 8 on one rank and on two."""
-    baseline = Experiment(name=f"lab02-{ranks}", method="DDP", program="shardlab.training:train_text", ranks=ranks, micro_batch=4 // ranks,
+    baseline = Experiment(name=f"lab02-{ranks}", method="DDP", program="shardlab.run.training:train_text", ranks=ranks, micro_batch=4 // ranks,
                           accumulation=2, steps=8, learning_rate=1e-3, max_tokens=64, train_examples=128, evaluate=False, save=False)
     return [lab.with_deepspeed(baseline, lab.create_deepspeed_config(stage), f"ZeRO-{stage}") for stage in range(4)]
 

@@ -24,7 +24,7 @@
 # each `pytest labs --task` loads them anew.
 
 # %%
-from shardlab.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
+from shardlab.show.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
 
 lab = start("lab03_engine")
 
@@ -174,8 +174,8 @@ predicted = {
 # %%
 import shutil
 
-from shardlab.launch import launch
-from shardlab.runs import Experiment
+from shardlab.run.launch import launch
+from shardlab.run.runs import Experiment
 
 config = lab.engine_config(2, offload=False, micro_batch=2, accumulation=2, ranks=2, learning_rate=1e-3, precision="fp32")
 settings = {"program": "exercises.lab03_engine:program", "ranks": 2, "deepspeed": config, "micro_batch": 2, "accumulation": 2, "learning_rate": 1e-3,

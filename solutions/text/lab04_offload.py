@@ -23,7 +23,7 @@
 # `shardlab doctor --build-ops` does it beforehand.
 
 # %%
-from shardlab.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
+from shardlab.show.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
 
 lab = start("lab04_offload")
 
@@ -112,8 +112,8 @@ predicted = {
 import shutil
 
 from shardlab import doctor
-from shardlab.launch import launch
-from shardlab.runs import Experiment
+from shardlab.run.launch import launch
+from shardlab.run.runs import Experiment
 
 disk = RUNS / "lab04-nvme"
 shutil.rmtree(disk, ignore_errors=True)
@@ -136,7 +136,7 @@ else:
 def experiment(name: str, method: str, accumulation: int = 1) -> Experiment:
     batch = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto", "gradient_clipping": 1.0}
     adam = {"type": "AdamW", "params": {"lr": "auto"} | ({} if "on" in method.split() else {"torch_adam": True})}
-    return Experiment(name=f"lab04-{name}", method=method, program="shardlab.training:train_text", ranks=2, micro_batch=2, accumulation=accumulation,
+    return Experiment(name=f"lab04-{name}", method=method, program="shardlab.run.training:train_text", ranks=2, micro_batch=2, accumulation=accumulation,
                       steps=8, max_tokens=64, learning_rate=1e-3, evaluate=False, save=False, deepspeed=batch | {"optimizer": adam} | ways[method])
 
 
@@ -146,7 +146,7 @@ runs = launch([experiment(f"way{number}", method) for number, method in enumerat
 # ## Compare
 
 # %%
-from shardlab import report
+from shardlab.show import report
 
 for side in ("device", "host"):
     measured = {run.experiment.method: getattr(report.measured_states(run), side) for run in runs}
@@ -200,7 +200,7 @@ check("4.4")
 # %%
 import torch
 
-from shardlab import ops
+from shardlab.zero import ops
 
 ops.build("cpu_adam")
 from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -312,7 +312,7 @@ table([{"method": row["method"], "outcome": row["outcome"], "samples/s": row["sa
 # 4. Sub-groups too small for the disk are in memory. DeepSpeed writes them into its checkpoint, but with NVMe it does not load that part.
 #
 # The way out: let the engine save and load what it can (`without_its_nvme_part`), and carry the swapped tensors yourself, a sub-group at a time
-# (`swapped_groups`). Then memory need hold one sub-group only; a smaller `sub_group_size` than the default of 10⁹ elements, 12 GB of states, makes that little. Both are in `src/shardlab/nvme.py`; read it, it is short.
+# (`swapped_groups`). Then memory need hold one sub-group only; a smaller `sub_group_size` than the default of 10⁹ elements, 12 GB of states, makes that little. Both are in `src/shardlab/zero/nvme.py`; read it, it is short.
 #
 # Complete `save_offloaded(engine, path, tag, client_state)`.
 

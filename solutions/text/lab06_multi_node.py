@@ -29,8 +29,8 @@
 # Most checks take seconds; 6.4 takes about half a minute and 6.9 more than one, since a job is killed in it and has to come back.
 
 # %%
-from shardlab import slurm
-from shardlab.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
+from shardlab.cluster import slurm
+from shardlab.show.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
 
 lab = start("lab06_multi_node")
 why_not = slurm.missing()
@@ -120,13 +120,13 @@ predicted = {
 import shutil
 import time
 
-from shardlab import batch
-from shardlab.launch import launch
-from shardlab.runs import Experiment, Run
+from shardlab.cluster import batch
+from shardlab.run.launch import launch
+from shardlab.run.runs import Experiment, Run
 
 zero = {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto"}
-settings = {"program": "shardlab.training:train_text", "ranks": 2, "micro_batch": 4, "accumulation": 1, "steps": 30, "max_tokens": 64, "learning_rate": 1e-3,
+settings = {"program": "shardlab.run.training:train_text", "ranks": 2, "micro_batch": 4, "accumulation": 1, "steps": 30, "max_tokens": 64, "learning_rate": 1e-3,
             "evaluate": False, "save": False, "deepspeed": zero}
 if not why_not:
     site = batch.site_in_use()
@@ -136,7 +136,7 @@ if not why_not:
     shutil.rmtree(runs / experiment.name, ignore_errors=True)
     (runs / "lab06.json").write_text(experiment.model_dump_json())
     script = lab.batch_script(name="lab06", nodes=2, ranks_per_node=1, minutes=10, log=str(runs / "lab06.log"), setup=batch.setup_lines(site),
-                              program=["-m", "shardlab.launch", str(runs / "lab06.json"), str(runs)])
+                              program=["-m", "shardlab.run.launch", str(runs / "lab06.json"), str(runs)])
     submitted = time.time()
     number = slurm.submit(script, *batch.sbatch_options(site, gpus_per_node=min(1, site.gpus_per_node)))
     job = slurm.follow(number, runs / experiment.name, limit=600)
@@ -282,5 +282,5 @@ scoreboard("lab06_multi_node")
 # ## Going further
 #
 # - `shardlab slurm render multi-node --launcher deepspeed` and `--launcher srun`: find the lines that differ, and what each needs.
-# - Run the preflight with a wrong address on the second node (`python -m shardlab.preflight --help`). Which node does it name?
+# - Run the preflight with a wrong address on the second node (`python -m shardlab.cluster.preflight --help`). Which node does it name?
 # - Shorten `--time` to two minutes and watch the signal come before the limit.

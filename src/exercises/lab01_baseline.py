@@ -208,14 +208,14 @@ def memory_table(path: str | Path) -> dict[str, dict[str, float]]:
 
 
 def finetune(experiment, run) -> dict:
-    """What every rank runs: your functions, put together. `shardlab.launch` calls it with the experiment and its run folder.
+    """What every rank runs: your functions, put together. `shardlab.run.launch` calls it with the experiment and its run folder.
 
     Returns:
         Results for `run.json`: exact match and F1 in per cent before and after training, and your summary.
     """
-    from shardlab.datasets import load_squad, squad_scores
-    from shardlab.models import load_model, load_tokenizer
-    from shardlab.training import gather, rank, train, world_size
+    from shardlab.data.datasets import load_squad, squad_scores
+    from shardlab.data.models import load_model, load_tokenizer
+    from shardlab.run.training import gather, rank, train, world_size
 
     tokenizer = load_tokenizer("bloom-tiny" if experiment.random_weights else experiment.model)
     data = load_squad(experiment.data)

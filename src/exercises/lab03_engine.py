@@ -29,11 +29,13 @@ import numpy
 import torch
 from datasets import Dataset
 
-from shardlab import hardware, ops, report, switch
-from shardlab.launch import leave_process_group, run_under_launcher
-from shardlab.models import load_model, load_tokenizer
-from shardlab.runs import Experiment, Run, write_json
-from shardlab.training import StateRecorder, barrier, gather, rank, text_rows, world_size
+from shardlab import hardware, switch
+from shardlab.data.models import load_model, load_tokenizer
+from shardlab.run.launch import leave_process_group, run_under_launcher
+from shardlab.run.runs import Experiment, Run, write_json
+from shardlab.run.training import StateRecorder, barrier, gather, rank, text_rows, world_size
+from shardlab.show import report
+from shardlab.zero import ops
 
 os.environ.update(ops.environment())  # DeepSpeed reads the device and the folder of its compiled ops when it is imported
 import deepspeed

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy
 import torch
 
-from shardlab import memory
-from shardlab.nvme import parameters_renewed, swapped_groups, without_its_nvme_part
-from shardlab.training import barrier, rank
+from shardlab.run.training import barrier, rank
+from shardlab.zero import memory
+from shardlab.zero.nvme import parameters_renewed, swapped_groups, without_its_nvme_part
 
 # --- Task 4.1 -------------------------------------------------------------------------------------------------------
 

@@ -20,13 +20,13 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command; an expected error is one sentence on stderr and exit status 1, an interrupt is 130."""
-    from shardlab.authoring import AuthoringError
-    from shardlab.datasets import DataError
-    from shardlab.launch import LaunchError
-    from shardlab.models import ModelError
-    from shardlab.ops import OpBuildError
-    from shardlab.runs import RunError
-    from shardlab.slurm import SlurmError
+    from shardlab.cluster.slurm import SlurmError
+    from shardlab.course.authoring import AuthoringError
+    from shardlab.data.datasets import DataError
+    from shardlab.data.models import ModelError
+    from shardlab.run.launch import LaunchError
+    from shardlab.run.runs import RunError
+    from shardlab.zero.ops import OpBuildError
 
     try:
         app()
@@ -85,10 +85,10 @@ def demo(
     """Fine-tune BLOOM with the plain Trainer and with ZeRO 1, 2, 3 and offload; then a table, a plot and a report."""
     from rich.console import Console
 
-    from shardlab import report
-    from shardlab.datasets import load_squad
-    from shardlab.demo import DEMO, METHODS, default_settings, run_demo
-    from shardlab.launch import warm_up
+    from shardlab.course.demo import DEMO, METHODS, default_settings, run_demo
+    from shardlab.data.datasets import load_squad
+    from shardlab.run.launch import warm_up
+    from shardlab.show import report
 
     console = Console()
     if list_methods:
@@ -129,9 +129,9 @@ def demo(
 
 def _print_scoreboard(console) -> None:
     from shardlab import switch
-    from shardlab.authoring import stems
-    from shardlab.grading.grade import grade
-    from shardlab.grading.scoreboard import render
+    from shardlab.course.authoring import stems
+    from shardlab.milestones.grade import grade
+    from shardlab.milestones.scoreboard import render
 
     outcome = []
     for stem in stems():
@@ -172,10 +172,11 @@ def run(
     """
     import os
 
-    from shardlab import hardware, report, switch
-    from shardlab.demo import METHODS, default_settings
-    from shardlab.launch import launch, leave_process_group, run_under_launcher
-    from shardlab.runs import Experiment
+    from shardlab import hardware, switch
+    from shardlab.course.demo import METHODS, default_settings
+    from shardlab.run.launch import launch, leave_process_group, run_under_launcher
+    from shardlab.run.runs import Experiment
+    from shardlab.show import report
 
     switch.use_exercises(switch.SOLUTIONS if solutions else switch.exercises_folder())
     if method not in METHODS:
@@ -222,8 +223,8 @@ def run(
 def report_command(folder: Annotated[Path, typer.Argument(help="A folder of run folders, or one run folder.")]) -> None:
     """Print the table of some runs, and write report.html and report.png beside them."""
 
-    from shardlab import report
-    from shardlab.runs import Run, RunError, read_runs
+    from shardlab.run.runs import Run, RunError, read_runs
+    from shardlab.show import report
 
     found = [Run.read(folder)] if (folder / "run.json").exists() else read_runs(folder)
     if not found:
@@ -253,7 +254,7 @@ def build(
 ) -> None:
     """For authors: write skeletons and notebooks again from solutions/."""
     _require_solutions("skeletons and notebooks are made from the solutions")
-    from shardlab import authoring
+    from shardlab.course import authoring
 
     if check:
         drifted = authoring.drifted()
@@ -296,8 +297,8 @@ BEHIND = {"allow_extra_args": True}
 
 def _asked(given: dict):
     """The job's settings and the site profile, from the arguments of `render` or `submit`."""
-    from shardlab import batch
-    from shardlab.demo import METHODS
+    from shardlab.cluster import batch
+    from shardlab.course.demo import METHODS
 
     arguments = given.pop("context").args
     site = batch.site_in_use(given.pop("site"))
@@ -325,7 +326,7 @@ def render(
 ) -> None:
     """Print a batch script. Options behind `--` go to `shardlab run` in the job: multi-node -- --method ZeRO-3 --steps 100"""
     given = locals()
-    from shardlab import batch
+    from shardlab.cluster import batch
 
     print(batch.render(given.pop("name"), *_asked(given)), end="")
 
@@ -346,7 +347,7 @@ def submit(
 ) -> None:
     """Render a batch script and submit it. Options behind `--` go to `shardlab run` in the job."""
     given = locals()
-    from shardlab import batch
+    from shardlab.cluster import batch
 
     stay = given.pop("follow")
     number, folder = batch.submit(given.pop("name"), *_asked(given))
@@ -365,7 +366,7 @@ def follow_command(
 
 
 def _follow(number: int, folder: Path | None) -> None:
-    from shardlab import slurm
+    from shardlab.cluster import slurm
 
     try:
         job = slurm.follow(number, folder)
@@ -405,14 +406,15 @@ def grade(
 
     Of what the submissions say nothing is believed: milestones call their functions from outside of the box, and judge there.
     """
-    from shardlab.grading import display, gradebook, graders, sandbox, submissions
+    from shardlab.grading import display, gradebook, graders, submissions
+    from shardlab.sandbox import boxes
 
     chosen = graders.chosen_labs(labs)
     paths = [path.absolute() for path in paths]
     found = submissions.find(paths)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out names a folder")
-    isolation = ("limits", "it was asked for with --limits-only") if limits_only else sandbox.isolation()
+    isolation = ("limits", "it was asked for with --limits-only") if limits_only else boxes.isolation()
     plan = graders.Plan(tuple(chosen), timeout, graders.course_digest(chosen), isolation)
     graders.require_same_labs(out, plan)
     if isolation[0] == "limits" and os.geteuid() == 0:
@@ -463,7 +465,7 @@ def release(
     labs: Annotated[str | None, typer.Option(help="Labs, such as 1,2,3; all by default.")] = None,
 ) -> None:
     """Write the course as learners get it: no solutions, no mutants, no hidden milestones; with a manifest of hashes."""
-    from shardlab import release as releases
+    from shardlab.course import release as releases
     from shardlab.grading.graders import chosen_labs
 
     manifest = releases.make(target, chosen_labs(labs))
@@ -477,8 +479,8 @@ def matrix(
     only: Annotated[str | None, typer.Option(help="solutions, skeletons, mutants, or a task number.")] = None,
 ) -> None:
     """For authors: prove that solutions pass, skeletons fail, and each mutant fails its own milestone and no other."""
+    from shardlab.course.matrix import prove
     from shardlab.grading.graders import chosen_labs
-    from shardlab.grading.matrix import prove
 
     _require_solutions("the matrix needs the solutions")
     lines = prove(

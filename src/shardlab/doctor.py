@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from shardlab import hardware, ops
-from shardlab.memory import GIB
-from shardlab.placement import CHECKING_RANKS, place
+from shardlab import hardware
+from shardlab.run.placement import CHECKING_RANKS, place
+from shardlab.zero import ops
+from shardlab.zero.memory import GIB
 
 State = Literal["works", "fails", "not here"]
 COLOURS = {"works": "green", "fails": "bold red", "not here": "yellow"}
@@ -564,7 +565,7 @@ def process_group(limit: float = 60.0, say: Callable[[str], None] = lambda line:
 
 def _rank(backend: str, starter: int) -> None:
     """What each rank runs: contribute rank + 1, and see that all of them arrived."""
-    from shardlab.launch import _die_with_the_launcher
+    from shardlab.run.launch import _die_with_the_launcher
 
     _die_with_the_launcher(starter)
     import torch
@@ -640,7 +641,7 @@ def _caches(ops_too: bool) -> Finding:
 
 
 def _slurm() -> Finding:
-    from shardlab import slurm
+    from shardlab.cluster import slurm
 
     why = slurm.missing()
     if why:
@@ -657,9 +658,9 @@ def _slurm() -> Finding:
 
 def _isolation() -> Finding:
     """Only `shardlab grade` needs it."""
-    from shardlab.grading import sandbox
+    from shardlab.sandbox import boxes
 
-    kind, why = sandbox.isolation()
+    kind, why = boxes.isolation()
     if kind == "bubblewrap":
         return Finding("isolation", "works", "submissions can be graded in boxes of their own")
     settings = (
@@ -672,7 +673,7 @@ def _isolation() -> Finding:
 
 def _course() -> Finding:
     """A release carries the hashes of its files."""
-    from shardlab import release
+    from shardlab.course import release
 
     changed = release.changed()
     if changed is None:

@@ -24,7 +24,7 @@ HEAVY_MODULES = [
     "transformers.trainer",
     "transformers.models.bloom.modeling_bloom",
     "datasets",
-    "shardlab.training",
+    "shardlab.run.training",
 ]
 """What a rank needs and what takes seconds to import; the fork server loads it once for all launches."""
 

@@ -14,8 +14,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from shardlab.grading.scoreboard import VERDICTS, task_order
 from shardlab.grading.submissions import file_name
+from shardlab.milestones.scoreboard import VERDICTS, task_order
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 BY_HAND = "by_hand.csv"

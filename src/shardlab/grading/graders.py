@@ -28,9 +28,9 @@ from pathlib import Path
 import psutil
 
 from shardlab.grading import submissions
-from shardlab.grading.milestones import REFERENCES
-from shardlab.grading.scoreboard import Milestone
 from shardlab.hardware import ROOT
+from shardlab.milestones.milestones import REFERENCES
+from shardlab.milestones.scoreboard import Milestone
 
 FORMAT = 1
 HIDDEN = ROOT / "solutions" / "hidden"
@@ -147,10 +147,10 @@ def grade_submission(name: str, path: Path, plan: Plan, tell: Callable[[str], No
         plan: how.
         tell: called with what is being done.
     """
-    from shardlab.grading.exchange import remove
-    from shardlab.grading.grade import grade
-    from shardlab.grading.milestones import visible_folder
-    from shardlab.grading.sandbox import Box
+    from shardlab.milestones.grade import grade
+    from shardlab.milestones.milestones import visible_folder
+    from shardlab.sandbox.boxes import Box
+    from shardlab.sandbox.exchange import remove
 
     started = time.monotonic()
     result = empty_result(name, path, plan)
@@ -272,7 +272,7 @@ class _Judge:
         self._start()
 
     def _start(self) -> None:
-        from shardlab.launch import _bare_main
+        from shardlab.run.launch import _bare_main
 
         context = get_context("forkserver")
         self.connection, theirs = context.Pipe()
@@ -314,7 +314,7 @@ def work_folder(out: Path) -> Path:
 
 def _remove_work(out: Path) -> None:
     """Remove this process's own, and what processes of this machine left that were killed."""
-    from shardlab.grading.exchange import remove
+    from shardlab.sandbox.exchange import remove
 
     for folder in (out / ".work").glob(f"{platform.node()}-*"):
         number = folder.name.rpartition("-")[2]
@@ -382,7 +382,7 @@ def state_of(path: Path) -> str:
 def judges_that_fit() -> int:
     """How many judges this machine has cores and memory for: two cores each, and what a box and its judge usually take at most."""
     from shardlab import hardware
-    from shardlab.grading.limits import MEMORY
+    from shardlab.sandbox.limits import MEMORY
 
     return max(1, min(hardware.cpu_cores() // 2, psutil.virtual_memory().available // (MEMORY + 2 * 2**30)))
 
@@ -401,7 +401,7 @@ def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, d
         The results by name, of all submissions that have one.
     """
     from shardlab import doctor
-    from shardlab.launch import warm_up
+    from shardlab.run.launch import warm_up
 
     display = display or Display()
     for folder in ("results", "logs"):
@@ -475,9 +475,9 @@ def grade_on_cluster(found: dict[str, Path], out: Path, plan: Plan, words: list[
         The current results by name.
 
     Raises:
-        shardlab.slurm.SlurmError, shardlab.batch.BatchError: the job was refused.
+        shardlab.cluster.slurm.SlurmError, shardlab.cluster.batch.BatchError: the job was refused.
     """
-    from shardlab import batch, slurm
+    from shardlab.cluster import batch, slurm
 
     def current() -> dict[str, dict]:
         there = results_in(out)

@@ -1,0 +1,98 @@
+"""The main job: fine-tune BLOOM with the plain Trainer and with ZeRO 1, 2, 3 and offload, with the reference solutions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shardlab import hardware, switch
+from shardlab.run.launch import LaunchError, launch
+from shardlab.run.placement import TooFewGpus
+from shardlab.run.runs import Experiment, Run
+
+METHODS = {
+    "baseline": None,
+    "ZeRO-0": {"stage": 0},
+    "ZeRO-1": {"stage": 1},
+    "ZeRO-2": {"stage": 2},
+    "ZeRO-3": {"stage": 3},
+    "ZeRO-2 + CPU offload": {"stage": 2, "offload_optimizer": True},
+    "ZeRO-3 + CPU offload": {"stage": 3, "offload_optimizer": True, "offload_param": True},
+}
+"""Method, and the arguments of `create_deepspeed_config` that make it; the baseline is the plain Trainer."""
+
+DEMO = ["baseline", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 + CPU offload"]
+
+
+def experiments(methods: list[str], **settings) -> list[Experiment]:
+    """One experiment a method, otherwise equal.
+
+    Args:
+        methods: keys of `METHODS`.
+        settings: fields of `Experiment`; a `name` is put in front of each experiment's own.
+    """
+    create = switch.import_exercise("lab02_zero_stages").create_deepspeed_config
+    prefix = settings.pop("name", "")
+    found = []
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"there is no method '{method}'; there are {', '.join(METHODS)}")
+        options = METHODS[method]
+        config = None if options is None else create(**options)
+        name = prefix + method.lower().replace(" + ", "-").replace(" ", "-")
+        found.append(Experiment(name=name, method=method, deepspeed=config, **settings))
+    return found
+
+
+def run_demo(methods: list[str], runs: Path, **settings) -> tuple[list[Run], LaunchError | TooFewGpus | None]:
+    """Run the methods one after the other; a method that fails does not keep the others from running.
+
+    Returns:
+        All runs, and the first error, if there was one.
+    """
+    switch.use_exercises(switch.SOLUTIONS)
+    first_error, finished = None, []
+    planned = experiments(methods, **settings)
+    # Each method is a launch of its own: launches are warm, and a failure stays with its method.
+    for experiment in planned:
+        try:
+            finished += launch(experiment, runs=runs)
+        except TooFewGpus as error:
+            if not finished:
+                raise
+            first_error = first_error or error  # somebody else has taken a GPU meanwhile
+        except LaunchError as error:
+            first_error = first_error or error
+            finished.append(Run.read(runs / experiment.name))
+    return finished, first_error
+
+
+def default_settings(data: str | None, model: str | None) -> dict:
+    """Settings that this machine finishes in minutes: bloom-tiny without a GPU, BLOOM-560m and SQuAD on one or more.
+
+    On generated text 120 steps bring bloom-tiny's exact match above 60 %. Real text is longer, in tokens of a tokenizer
+    that has not seen it, so sequences may be longer and steps are fewer.
+    """
+    tiny = hardware.size() == "tiny"
+    model = model or ("bloom-tiny" if tiny else "bigscience/bloom-560m")
+    data = data or ("mini" if model == "bloom-tiny" else "squad")
+    common = {"model": model, "data": data, "ranks": hardware.default_ranks()}
+    if model == "bloom-tiny":
+        mini = data == "mini"
+        return common | {
+            "precision": "fp32",
+            "micro_batch": 4,
+            "accumulation": 2,
+            "steps": 120 if mini else 30,
+            "learning_rate": 1e-3,
+            "max_tokens": 192 if mini else 384,
+            "eval_examples": 200 if mini else 48,
+        }
+    return common | {
+        "precision": hardware.best_precision(),
+        "micro_batch": 4,
+        "accumulation": 4,
+        "steps": 100,
+        "learning_rate": 2e-5,
+        "max_tokens": 512,
+        "eval_examples": 200,
+    }

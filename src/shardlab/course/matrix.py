@@ -1,0 +1,122 @@
+"""The proof of the milestones: solutions pass, skeletons fail, and each mutant fails its own milestone and no other.
+
+A mutant is a plausible wrong answer, kept in `solutions/mutants/<lab>/<task>.toml` as a replacement in the solution.
+All variants are graded in this one process, so the fork server stays warm, and equal launches are shared.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardlab import switch
+from shardlab.course.authoring import stems, tasks
+from shardlab.hardware import ROOT
+from shardlab.milestones.grade import grade
+
+
+class MutantError(ValueError):
+    """A mutant that cannot be made; the message names its file."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A wrong answer: `old` becomes `new` in the solution of `task`, and the milestone's message must hold `says`."""
+
+    stem: str
+    task: str
+    name: str
+    says: str
+    old: str
+    new: str
+
+    def source(self, solution: str) -> str:
+        """The solution's source with the mistake in it; the text to replace must be there, in that task, exactly once."""
+        begin, end = f"# BEGIN SOLUTION {self.task}\n", "# END SOLUTION"
+        parts = solution.split(begin)
+        changed = [part.partition(end) for part in parts[1:]]
+        found = sum(body.count(self.old) for body, _, _ in changed)
+        if found != 1:
+            raise MutantError(
+                f"solutions/mutants/{self.stem}/{self.task}.toml, '{self.name}': "
+                f"`old` stands {found} times in the solution, not once."
+            )
+        return parts[0] + "".join(begin + body.replace(self.old, self.new) + end_ + rest for body, end_, rest in changed)
+
+
+def mutants(stem: str, root: Path = ROOT) -> list[Mutant]:
+    """All mutants of a lab, by task."""
+    found = []
+    for path in sorted((root / "solutions" / "mutants" / stem).glob("*.toml"), key=lambda p: [int(n) for n in p.stem.split(".")]):
+        found += [Mutant(stem, path.stem, **entry) for entry in tomllib.loads(path.read_text())["mutant"]]
+    return found
+
+
+def _package(folder: Path, stem: str, source: str) -> Path:
+    """An `exercises` package with the solutions of all labs, but this source for one."""
+    shutil.copytree(switch.SOLUTIONS / "exercises", folder / "exercises", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "exercises" / f"{stem}.py").write_text(source)
+    return folder
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the matrix: a variant, and what was wrong with its verdicts (nothing, if all is well)."""
+
+    stem: str
+    variant: str
+    problem: str = ""
+
+
+def prove(labs: list[str] | None = None, *, only: str | None = None, say=lambda line: None) -> list[Line]:
+    """Grade solutions, skeletons and mutants, and compare the verdicts with what they must be.
+
+    Args:
+        labs: stems; all labs by default.
+        only: `solutions`, `skeletons`, or a task number, to grade just that.
+        say: called with each line as it comes.
+    """
+    lines = []
+
+    def add(line: Line) -> None:
+        lines.append(line)
+        say(line)
+
+    for stem in labs or stems():
+        solution = (switch.SOLUTIONS / "exercises" / f"{stem}.py").read_text()
+        if only in (None, "solutions"):
+            outcome = grade(stem, exercises=switch.SOLUTIONS)
+            wrong = [m.task for m in outcome if m.verdict not in ("passed", "not run")]
+            untested = sorted(set(tasks(solution)) - {m.task for m in outcome})
+            problem = (
+                f"fails {', '.join(wrong)}: {outcome and next(m.message for m in outcome if m.task in wrong)}" if wrong else ""
+            )
+            add(Line(stem, "solution", problem or (f"no milestone for {', '.join(untested)}" if untested else "")))
+        if only in (None, "skeletons"):
+            from shardlab.course.authoring import skeleton
+
+            with tempfile.TemporaryDirectory() as temporary:
+                outcome = grade(stem, exercises=_package(Path(temporary), stem, skeleton(solution)))
+            wrong = [m.task for m in outcome if m.verdict != "not implemented" or f"Task {m.task}" not in m.message]
+            add(Line(stem, "skeleton", f"does not say 'Task {wrong[0]}': {outcome}" if wrong else ""))
+        for mutant in mutants(stem):
+            if only not in (None, "mutants", mutant.task):
+                continue
+            with tempfile.TemporaryDirectory() as temporary:
+                outcome = grade(stem, exercises=_package(Path(temporary), stem, mutant.source(solution)))
+            failed = {m.task: m.message for m in outcome if m.verdict not in ("passed", "not run")}
+            if not failed and any(m.task == mutant.task and m.verdict == "not run" for m in outcome):
+                add(Line(stem, f"{mutant.task} {mutant.name} (not run: its milestone cannot run here)"))
+                continue
+            problem = ""
+            if set(failed) != {mutant.task}:
+                problem = f"should fail {mutant.task} alone, fails {', '.join(failed) or 'nothing'}" + "".join(
+                    f"\n{m}" for t, m in failed.items() if t != mutant.task
+                )
+            elif mutant.says not in failed[mutant.task]:
+                problem = f"should say {mutant.says!r}, says:\n{failed[mutant.task]}"
+            add(Line(stem, f"{mutant.task} {mutant.name}", problem))
+    return lines

@@ -1,0 +1,117 @@
+"""The course as a learner gets it: skeletons, notebooks without outputs, milestones, lectures, library, data; no answer in it.
+
+shardlab release DIR --labs 1,2,3
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from shardlab import hardware
+from shardlab.course import authoring
+from shardlab.hardware import ROOT
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+KEPT = ("constraints.txt", "environment.yml", "pyproject.toml", "docs/site-guide.md", "src/shardlab", "slurm", "bench")
+LEFT_OUT = ("__pycache__", "*.pyc", "*.egg-info", ".ipynb_checkpoints")
+NOT_FOR_LEARNERS = ("bench/grading.py", "bench/engine.py")
+OWN = ("src/exercises/", "labs/", "notebooks/")
+"""Where a learner works: files there may change, those of milestones excepted."""
+
+
+class ReleaseError(ValueError):
+    """A release that cannot be made; the message says why."""
+
+
+def make(target: Path, labs: list[str], root: Path = ROOT) -> dict:
+    """Write the release.
+
+    Args:
+        target: a folder that is not there yet, or is empty.
+        labs: stems.
+        root: the course with its solutions.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ReleaseError: there is something in the folder; the course has no solutions; or it has drifted from them.
+    """
+    if not (root / "solutions" / "exercises").is_dir():
+        raise ReleaseError(f"{root} has no solutions to make skeletons from: it is a release itself.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ReleaseError(f"{target} is there and not empty. Name a new folder.")
+    target = target.resolve()
+    if target.is_relative_to(root.resolve() / "src") or target.is_relative_to(root.resolve() / "labs"):
+        raise ReleaseError(f"{target} lies within what is copied. Name a folder outside of the course.")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in KEPT:
+        _copy(root / name, target / name)
+    for name in NOT_FOR_LEARNERS:
+        (target / name).unlink(missing_ok=True)
+    exercises = target / "src" / "exercises"
+    exercises.mkdir(parents=True)
+    shutil.copy(root / "solutions" / "exercises" / "__init__.py", exercises)
+    for stem in labs:
+        source = (root / "solutions" / "exercises" / f"{stem}.py").read_text(encoding="utf-8")
+        (exercises / f"{stem}.py").write_text(authoring.skeleton(source, f"src/exercises/{stem}.py"), encoding="utf-8")
+        _copy(root / "labs" / stem, target / "labs" / stem)
+    _write_notebooks(target, labs, root)
+    (target / "README.md").write_text(_readme(labs), encoding="utf-8")
+    (target / "Makefile").write_text(_template("release_makefile").render(), encoding="utf-8")
+    (target / ".gitignore").write_text((root / ".gitignore").read_text(encoding="utf-8"), encoding="utf-8")
+    files = {str(p.relative_to(target)): digest(p) for p in sorted(target.rglob("*")) if p.is_file()}
+    manifest = {"format": FORMAT, "course": "shardlab", "commit": hardware.commit(), "labs": labs, "files": files}
+    (target / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    return manifest
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def changed(root: Path = ROOT) -> list[str] | None:
+    """Files of a release that are not as they were released, without those that a learner writes; None where this is no release."""
+    path = root / MANIFEST
+    if not path.exists():
+        return None
+    files = json.loads(path.read_text())["files"]
+    theirs = {name for name in files if name.startswith(OWN) and not Path(name).name.startswith("test_")}
+    return [
+        name for name, was in files.items() if name not in theirs and (not (root / name).is_file() or digest(root / name) != was)
+    ]
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    else:
+        shutil.copy(source, target)
+
+
+def _write_notebooks(target: Path, labs: list[str], root: Path) -> None:
+    import nbformat
+
+    numbers = {stem[3:5] for stem in labs}
+    for path, source in authoring.notebooks(root).items():
+        if source.stem not in labs and source.stem[:2] not in numbers:
+            continue
+        place = target / path.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(authoring._read_source(source), place)
+
+
+def _template(name: str):
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).resolve().parents[1] / "templates")
+    return jinja2.Environment(loader=loader, keep_trailing_newline=True, trim_blocks=True).get_template(name)
+
+
+def _readme(labs: list[str]) -> str:
+    return _template("release_readme.md").render(labs=labs, numbers=[int(stem[3:5]) for stem in labs])

@@ -1,0 +1,105 @@
+"""The course's models by name: bloom-tiny, which is shipped, and BLOOM from the hub or a local folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+BLOOM_TINY = Path(__file__).parent / "shipped" / "bloom_tiny"
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+SHAPES = {
+    "bigscience/bloom-560m": {"vocab_size": 250_880, "hidden_size": 1024, "n_layer": 24, "n_head": 16},
+    "bigscience/bloom-1b7": {"vocab_size": 250_880, "hidden_size": 2048, "n_layer": 24, "n_head": 16},
+    "bigscience/bloom-3b": {"vocab_size": 250_880, "hidden_size": 2560, "n_layer": 30, "n_head": 32},
+    "bigscience/bloom-7b1": {"vocab_size": 250_880, "hidden_size": 4096, "n_layer": 30, "n_head": 32},
+}
+"""Shapes by name, for measuring with random weights where the hub cannot be reached."""
+
+
+class ModelError(ValueError):
+    """A model that cannot be had; the message says why and what to do."""
+
+
+def model_path(name: str) -> str:
+    """`bloom-tiny` becomes the shipped folder; anything else is a hub name or a folder, as it is."""
+    return str(BLOOM_TINY) if name == "bloom-tiny" else name
+
+
+def load_tokenizer(name: str = "bloom-tiny"):
+    """The model's tokenizer. It has BLOOM's special tokens, `<pad>` among them, and pads on the left."""
+    from transformers import AutoTokenizer
+
+    _no_bars()
+    try:
+        return AutoTokenizer.from_pretrained(model_path(name))
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_found(name, "tokenizer", error)) from error
+
+
+def load_model(name: str = "bloom-tiny", *, precision: str = "fp32", random_weights: bool = False, seed: int = 0):
+    """The model on the CPU, ready to train; under ZeRO-3 each rank has its shards where DeepSpeed puts them.
+
+    Args:
+        name: `bloom-tiny`, a name on the hub, or a folder written by `save_pretrained`.
+        precision: the type of the parameters: `fp32`, `bf16` or `fp16`.
+        random_weights: build the architecture without reading weights; enough for measuring memory and speed.
+        seed: of the random weights.
+
+    Raises:
+        ModelError: the weights or the configuration cannot be found.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    _no_bars()
+    dtype = getattr(torch, DTYPES[precision])
+    if not random_weights:
+        try:
+            return AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ModelError(_not_found(name, "weights", error)) from error
+    torch.manual_seed(seed)
+    if not torch.cuda.is_available() or is_deepspeed_zero3_enabled():  # ZeRO-3 places its own parameters
+        return AutoModelForCausalLM.from_config(model_config(name), dtype=dtype)
+    # A GPU draws 3 billion numbers in a moment, and the CPU in a minute.
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(model_config(name), dtype=dtype)
+    model.cpu()
+    torch.cuda.empty_cache()
+    return model
+
+
+def model_config(name: str):
+    """The model's configuration, without its weights."""
+    from transformers import AutoConfig, BloomConfig
+
+    if name in SHAPES:
+        return BloomConfig(use_cache=False, bos_token_id=1, eos_token_id=2, pad_token_id=3, **SHAPES[name])
+    try:
+        return AutoConfig.from_pretrained(model_path(name))
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_found(name, "configuration", error)) from error
+
+
+def parameter_count(model) -> int:
+    """Parameters, each counted once: BLOOM's output layer shares its weights with the embedding.
+
+    Under ZeRO-3 a parameter's own shape is empty; its `ds_numel` is the true size.
+    """
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def _no_bars() -> None:
+    """transformers draws a bar for each file that it reads or writes, into notebooks and logs too."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _not_found(name: str, what: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    remedy = "Give the path of a local copy, or use --random-weights to measure without weights"
+    known = ", ".join(["bloom-tiny", *SHAPES])
+    return f"Model '{name}': no {what} found ({reason}). {remedy}. Names known here: {known}."

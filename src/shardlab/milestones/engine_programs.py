@@ -1,0 +1,265 @@
+"""What ranks run for the milestones of labs 03 and 04: one exercise function at a time, with the engine itself around it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from shardlab import switch
+from shardlab.milestones import engine_runs
+from shardlab.run.runs import Experiment, Run
+from shardlab.run.training import barrier, gather, rank, text_rows, world_size
+from shardlab.zero import memory
+
+
+def _lab(stem: str = "lab03_engine"):
+    return switch.import_exercise(stem)
+
+
+def _fingerprint(state: torch.Tensor) -> int:
+    return int(state.to(torch.int64).mul(torch.arange(1, state.numel() + 1)).sum())
+
+
+def initialize(experiment: Experiment, run: Run) -> dict:
+    """Task 3.1: what came back, by rank."""
+    from datasets import Dataset
+
+    from shardlab.data.models import load_model, parameter_count
+
+    rows = text_rows(experiment)[0]
+    model = load_model(experiment.model)
+    config, optimizer = dict(experiment.deepspeed), None
+    if experiment.options.get("own_optimizer"):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.125)
+    data = None if experiment.options.get("no_data") else Dataset.from_list(rows).with_format("torch")
+    returned = _lab().initialize_deepspeed(model, config, optimizer, data)
+    if not isinstance(returned, tuple) or len(returned) != 4:
+        return {"returned": repr(type(returned))}
+    engine, _, loader, scheduler = returned
+    stepped = engine.optimizer.optimizer if hasattr(engine.optimizer, "optimizer") else engine.optimizer
+    numbers = {tuple(row["input_ids"]): number for number, row in enumerate(rows)}
+    seen = [[numbers[tuple(ids)] for ids in batch["input_ids"].tolist()] for batch in loader] if loader is not None else None
+    return {
+        "returned": "engine, optimizer, data loader, scheduler",
+        "stage": engine.zero_optimization_stage(),
+        "clipping": engine.gradient_clipping(),
+        "learning_rate": stepped.param_groups[0]["lr"],
+        "parameters": parameter_count(model),
+        "stepped": sum(sum(group) for group in memory.parameter_groups(engine.optimizer)),
+        "scheduler": scheduler is not None,
+        "config_changed": config != experiment.deepspeed,
+        "seen": gather(seen),
+        "workers": getattr(loader, "num_local_io_workers", getattr(loader, "num_workers", 0)),
+    }
+
+
+def train_steps(experiment: Experiment, run: Run) -> dict:
+    """Task 3.2: losses of the optimizer steps, and what the engine counted."""
+    engine = engine_runs.build(experiment)
+    trainer = _lab().DeepSpeedTrainer(engine)
+    rows, losses, epoch, kind = text_rows(experiment)[0], [], 0, "float"
+    engine.eval()  # as an evaluation may have left it
+    wanted = experiment.steps * experiment.accumulation
+    while len(losses) < wanted:
+        for batch in engine_runs.epoch_batches(rows, epoch, experiment.micro_batch, world_size(), rank())[: wanted - len(losses)]:
+            loss = trainer.train_step(batch)
+            kind = type(loss).__name__
+            losses.append(float(loss))
+        epoch += 1
+    groups = [losses[at : at + experiment.accumulation] for at in range(0, wanted, experiment.accumulation)]
+    return {
+        "losses": [sum(group) / len(group) for group in groups],
+        "by_rank": gather(losses),
+        "kind": kind,
+        "micro_steps": engine.micro_steps,
+        "global_steps": engine.global_steps,
+        "training": engine.module.training,
+    }
+
+
+def train_epochs(experiment: Experiment, run: Run) -> dict:
+    """Task 3.3: the rows seen in two epochs, one cut short and one resumed, and the trainer's book-keeping."""
+    from datasets import Dataset
+
+    lab, engine, rows = _lab(), engine_runs.build(experiment), text_rows(experiment)[0]
+    loader = engine.deepspeed_io(Dataset.from_list(rows).with_format("torch"), num_local_io_workers=0, pin_memory=False)
+    numbers = {tuple(row["input_ids"]): number for number, row in enumerate(rows)}
+    seen, losses, random_at = [], [], []
+
+    class Recording(lab.DeepSpeedTrainer):
+        def train_step(self, batch):
+            random_at.append(_fingerprint(torch.get_rng_state()))
+            seen.append([numbers[tuple(ids)] for ids in batch["input_ids"].tolist()])
+            losses.append(engine_runs.micro_step(self.engine, batch))
+            return losses[-1]
+
+    def call(trainer, last_step=None) -> dict:
+        for record in (seen, losses, random_at, told):
+            record.clear()
+        returned = trainer.train_epoch(loader, last_step)
+        return {
+            "returned": None if returned is None or math.isnan(returned) else returned,
+            "nan": returned is not None and math.isnan(returned),
+            "seen": gather(list(seen)),
+            "losses": list(losses),
+            "told": list(told),
+            "epoch": trainer.epoch,
+            "samples": trainer.samples,
+            "global_steps": engine.global_steps,
+            "random_at_first": random_at[:1],
+        }
+
+    told: list = []
+    trainer = Recording(engine, lambda trainer, loss: told.append([loss, trainer.samples, engine.global_steps]))
+    results = {"first": call(trainer), "second": call(trainer), "cut": call(trainer, engine.global_steps + 1)}
+    resumed = Recording(engine, lambda trainer, loss: told.append([loss, trainer.samples, engine.global_steps]))
+    resumed.epoch, resumed.samples = 1, 2 * experiment.accumulation * experiment.micro_batch * world_size()
+    torch.manual_seed(4321)
+    state = lab.random_state()
+    resumed.random_state_to_restore = state
+    results["random_wanted"] = _fingerprint(state["torch"])
+    torch.manual_seed(99)
+    results["resumed"] = call(resumed)
+    resumed.epoch, resumed.samples = 0, len(rows)
+    resumed.random_state_to_restore = state
+    results["nothing_left"] = call(resumed) | {"random_at_end": _fingerprint(torch.get_rng_state())}
+    return results
+
+
+def evaluate(experiment: Experiment, run: Run) -> dict:
+    """Task 3.4: the loss by rank, and whether anything changed."""
+    from shardlab.milestones.engine_runs import as_batch
+
+    engine, rows = engine_runs.build(experiment), masked_rows(experiment)
+    engine.train()
+    share = rows[rank() :: world_size()]
+    batches = [as_batch(share[at : at + experiment.micro_batch]) for at in range(0, len(share), experiment.micro_batch)]
+    losses = [float(_lab().DeepSpeedTrainer(engine).evaluate(batches)) for _ in range(2)]
+    return {"losses": gather(losses), "training": engine.module.training, "micro_steps": engine.micro_steps}
+
+
+def masked_rows(experiment: Experiment) -> list[dict]:
+    """Rows with 2 labels and rows with 30, in turns; nothing predicts the first of them."""
+    rows = text_rows(experiment)[0]
+    return [
+        row | {"labels": [label if at < (30, 2)[number % 2] else -100 for at, label in enumerate(row["labels"])]}
+        for number, row in enumerate(rows)
+    ]
+
+
+def save(experiment: Experiment, run: Run) -> dict:
+    """Task 3.5: two checkpoints, and an attempt between two micro-batches."""
+    engine, rows = engine_runs.build(experiment), text_rows(experiment)[0]
+    batches = iter(engine_runs.epoch_batches(rows, 0, experiment.micro_batch, world_size(), rank()))
+    trainer = _lab().DeepSpeedTrainer(engine)
+    trainer.epoch, trainer.samples = 3, 8
+    folder = run.folder / "checkpoints"
+    engine_runs.micro_step(engine, next(batches))
+    refused = ""
+    try:
+        trainer.save_checkpoint(folder, {})
+    except ValueError as error:
+        refused = str(error)
+    barrier()
+    engine_runs.micro_step(engine, next(batches))
+    torch.manual_seed(100 + rank())
+    wanted = gather(_fingerprint(torch.get_rng_state()))
+    # What an earlier life of the run left behind.
+    manifest, save_checkpoint = folder / "step-1" / "complete.json", engine.save_checkpoint
+    if rank() == 0:
+        manifest.parent.mkdir(parents=True)
+        manifest.write_text('{"ranks": 2, "universal": false, "files": {}}')
+    barrier()
+    complete_at_first: list[bool] = []
+
+    def saving(*args, **kwargs):
+        complete_at_first.append(manifest.exists())
+        return save_checkpoint(*args, **kwargs)
+
+    engine.save_checkpoint = saving
+    returned = trainer.save_checkpoint(folder, {"note": [1, "two"], "rank": "any"})
+    complete = gather(manifest.exists())
+    return {
+        "refused": gather(refused),
+        "random": wanted,
+        "returned": str(returned),
+        "complete_at_first": gather(complete_at_first),
+        "complete_on_return": complete,
+    }
+
+
+def load(experiment: Experiment, run: Run) -> dict:
+    """Task 3.6: load with the exercise, and go on without it."""
+    lab, options = _lab(), experiment.options
+
+    def check(folder, ranks):
+        """Stands in for task 3.7."""
+        if not Path(folder, "complete.json").exists():
+            raise ValueError(f"{folder} is half-written")
+        return {"ranks": ranks, "universal": False, "files": {}}
+
+    lab.check_checkpoint = check
+    engine = engine_runs.build(experiment)
+    trainer = lab.DeepSpeedTrainer(engine)
+    refused = ""
+    try:
+        trainer.load_checkpoint(options["checkpoints"], options["broken"])
+    except ValueError as error:
+        refused = str(error)
+    untouched = engine.global_steps == 0
+    client = trainer.load_checkpoint(options["checkpoints"], options.get("tag"))
+    position = {"epoch": trainer.epoch, "samples": trainer.samples, "global_steps": engine.global_steps}
+    restored = trainer.random_state_to_restore is not None
+    engine_runs.go_on(
+        engine, experiment, run, epoch=trainer.epoch, samples=trainer.samples, before_first=trainer.restore_random_state
+    )
+    return {"refused": refused, "untouched": untouched, "client": repr(client)[:300], "position": position, "restored": restored}
+
+
+def continue_universal(experiment: Experiment, run: Run) -> dict:
+    """Task 3.9: go on from a converted checkpoint, and save into the run folder."""
+    options = experiment.options | {"checkpoints": str(run.folder / "checkpoints")}
+    return engine_runs.train(experiment.model_copy(update={"options": options}), run)
+
+
+# --- lab 04 -----------------------------------------------------------------------------------------------------------
+
+
+def save_offloaded(experiment: Experiment, run: Run) -> dict:
+    """Task 4.7: save twice into one place, the second time a step later, and go on; what should be in the files, by rank."""
+    lab, folder, engine = _lab("lab04_offload"), run.folder / "checkpoints", engine_runs.build(experiment)
+    for step in (1, 2):
+        engine_runs.train_on(engine, experiment, run, step - 1, step)
+        returned = lab.save_offloaded(engine, folder, "last", {"note": "kept", "step": step})
+        complete = gather(sorted(path.name for path in (folder / "last" / "offloaded").glob("*")))
+    torch.save(engine_runs.swapped_states(engine), run.folder / f"wanted{rank()}.pt")
+    engine_runs.train_on(engine, experiment, run, 2, experiment.steps)
+    return {"returned": str(returned), "files_on_return": complete}
+
+
+def load_offloaded(experiment: Experiment, run: Run) -> dict:
+    """Task 4.8: refuse what is no checkpoint, load one, and go on without the exercise."""
+    lab, options, engine = _lab("lab04_offload"), experiment.options, engine_runs.build(experiment)
+
+    def refusal(tag: str) -> str:
+        try:
+            lab.load_offloaded(engine, options["checkpoints"], tag)
+        except ValueError as error:
+            return str(error)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    if "refused" in options:
+        return {"refused": gather(refusal(options["refused"])), "global_steps": engine.global_steps}
+    client = lab.load_offloaded(engine, options["checkpoints"], options["tag"])
+    states, at = engine_runs.swapped_states(engine), engine.global_steps
+    torch.save(states, run.folder / f"loaded{rank()}.pt")
+    # DeepSpeed's Adam reads past the end of moments that are not there.
+    if all(
+        gather(all(state["master"].shape == state[key].shape for state in states.values() for key in ("exp_avg", "exp_avg_sq")))
+    ):
+        engine_runs.train_on(engine, experiment, run, at, experiment.steps)
+    return {"client": client.get("note") if isinstance(client, dict) else repr(client)[:80], "at": at}

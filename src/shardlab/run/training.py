@@ -1,0 +1,420 @@
+"""What happens on a rank: a `Trainer` that records its run folder.
+
+The labs' own programs (`exercises.lab01_baseline.finetune`) hand their data, collator and arguments to `train`.
+`train_text` is a complete program without any exercise in it: it continues pre-training on the paragraphs, and the
+milestones of lab 02 use it, so that they judge the DeepSpeed configuration alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer_utils import IntervalStrategy
+
+from shardlab.data.datasets import load_squad
+from shardlab.data.models import load_model, load_tokenizer, parameter_count
+from shardlab.run.runs import Experiment, Run, write_json
+from shardlab.zero import memory
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def gather(value) -> list:
+    """One value a rank, in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class Rows(Dataset):
+    """A list as a torch data set."""
+
+    def __init__(self, rows: list):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+class StateRecorder:
+    """Writes `metrics.jsonl` after each optimizer step, and `states.json` at the second one.
+
+    The states are counted twice on the way to the second step (Adam makes its moments in the first): between two
+    micro-batches, where stage 1 holds whole gradients and stage 2 a shard of them, and just before the step. The larger
+    count of each kind is written.
+
+    Args:
+        run: the run folder.
+        engine: a DeepSpeed engine; None without DeepSpeed, where `count` and `write` must be called.
+        tokens_per_sequence: mean length of the training sequences, for tokens/s; the experiment's `max_tokens` by default.
+    """
+
+    def __init__(self, run: Run, engine=None, tokens_per_sequence: float | None = None):
+        self.run, self.experiment = run, run.experiment
+        self.tokens_per_sequence = tokens_per_sequence or run.experiment.max_tokens
+        self.counts: list[dict] = []
+        self.allocated: int | None = None
+        self.restart_clock()
+        if engine is not None:
+            self.watch(engine)
+
+    def restart_clock(self) -> None:
+        """Leave what has happened since the last step out of the next step's time."""
+        self.before = time.perf_counter()
+
+    def watch(self, engine) -> None:
+        """Count just before the second optimizer step of a DeepSpeed engine, and after each earlier micro-batch of that step."""
+        take_step, backward, calls = engine.optimizer.step, engine.backward, 0
+
+        def step(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                self.count(engine.module, engine.optimizer)
+                self.write(engine.module, engine.optimizer)
+            return take_step(*args, **kwargs)
+
+        def count_behind(*args, **kwargs):
+            result = backward(*args, **kwargs)
+            if calls == 1 and not engine.is_gradient_accumulation_boundary():
+                self.count(engine.module, engine.optimizer)
+            return result
+
+        engine.optimizer.step, engine.backward = step, count_behind
+
+    def count(self, model, optimizer) -> None:
+        self.counts.append(asdict(memory.held_bytes(model, optimizer)))
+
+    def write(self, model, optimizer) -> None:
+        largest = {kind: max(count[kind] for count in self.counts) for kind in self.counts[0]}
+        ranks = gather(largest)
+        if rank() == 0:
+            self.run.write_states(
+                {"parameters": parameter_count(model), "groups": memory.parameter_groups(optimizer), "ranks": ranks}
+            )
+
+    def log_step(self, step: int, loss: float, learning_rate: float | None = None, samples: int | None = None) -> None:
+        """One optimizer step is done; rank 0 writes its line.
+
+        Args:
+            step: how many there have been, with this one.
+            loss: the mean over the step's micro-batches.
+            learning_rate: of this step.
+            samples: sequences of this step, over all ranks; the global batch by default.
+        """
+        if step == 2 and torch.cuda.is_available():
+            self.allocated = torch.cuda.memory_allocated()
+        now = time.perf_counter()
+        seconds, self.before = now - self.before, now
+        if rank() != 0:
+            return
+        samples = samples or self.experiment.global_batch
+        self.run.log_step(
+            step=step,
+            loss=loss,
+            learning_rate=learning_rate,
+            seconds=round(seconds, 4),
+            samples_per_second=round(samples / seconds, 3),
+            tokens_per_second=round(samples * self.tokens_per_sequence / seconds, 1),
+            steps=self.experiment.steps or step,
+        )
+
+    def device_memory(self) -> dict:
+        """Each rank's peak and what it held after the second step, for `run.json`; nothing without a GPU. All ranks call it."""
+        if not torch.cuda.is_available():
+            return {}
+        mine = {"peak_allocated": torch.cuda.max_memory_allocated(), "allocated_between_steps": self.allocated}
+        return {"device_memory": gather(mine)}
+
+
+class Stopped(Exception):
+    """Training ended before its last step because it was asked to; the text says after which step."""
+
+
+STOP_FILE = "stop"
+"""A file of this name in the run folder asks a run with checkpoints to save one and to end."""
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in a run's folder `checkpoints` that was written to its end; None if there is none."""
+    whole = [path.parent for path in Path(folder).glob("checkpoint-*/complete.json")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class Checkpointer(TrainerCallback):
+    """Marks each checkpoint of `Trainer` that is whole, and ends training where the run folder's stop file asks for it.
+
+    A job can be killed while it saves; `Trainer` would take the half-written folder for a checkpoint. So the last file of
+    each is `complete.json`.
+    """
+
+    def __init__(self, run: Run):
+        self.run, self.stopped = run, False
+
+    def on_step_end(self, args, state, control, **_):
+        # Rank 0 alone looks, and tells the others: on a shared file system each would see the file at another step.
+        asked = [rank() == 0 and (self.run.folder / STOP_FILE).exists()]
+        if dist.is_initialized():
+            dist.broadcast_object_list(asked, src=0)
+        if asked[0] and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args, state, control, **_):
+        barrier()
+        if rank() == 0:
+            write_json(Path(args.output_dir, f"checkpoint-{state.global_step}", "complete.json"), {"ranks": world_size()})
+        barrier()
+
+
+class RunRecorder(TrainerCallback):
+    """Lets `Trainer` fill the run folder through a `StateRecorder`."""
+
+    def __init__(self, states: StateRecorder):
+        self.states = states
+        self.trainer: Trainer | None = None
+        self.epochs_logged = 0.0
+
+    def on_train_begin(self, args, state, control, **_):
+        self.states.restart_clock()
+        self.epochs_logged = state.epoch or 0.0  # more than 0 where training continues
+        self.states.experiment = self.states.experiment.model_copy(update={"steps": state.max_steps})
+        if self.trainer.is_deepspeed_enabled:
+            self.states.watch(self.trainer.deepspeed)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
+        # Under DeepSpeed the step has been taken by now, inside `backward`.
+        if state.global_step == 1 and not self.trainer.is_deepspeed_enabled:
+            self.states.count(model, optimizer.optimizer)
+            self.states.write(model, optimizer.optimizer)
+
+    def on_substep_end(self, args, state, control, model=None, optimizer=None, **_):
+        if state.global_step == 1 and not self.trainer.is_deepspeed_enabled:
+            self.states.count(model, optimizer.optimizer)
+
+    def on_log(self, args, state, control, logs=None, train_dataloader=None, **_):
+        if logs and "loss" in logs:
+            # The last step of an epoch accumulates over what is left of it, which can be less than a global batch.
+            epochs, self.epochs_logged = state.epoch - self.epochs_logged, state.epoch
+            micro_batches = round(epochs * len(train_dataloader))
+            samples = micro_batches * self.states.experiment.micro_batch * world_size()
+            self.states.log_step(state.global_step, logs["loss"], logs.get("learning_rate"), samples)
+
+    def on_evaluate(self, args, state, control, **_):
+        self.states.restart_clock()
+
+    def on_save(self, args, state, control, **_):
+        self.states.restart_clock()
+
+
+def prepare_process(experiment: Experiment) -> None:
+    """Give this process what a fresh one has: no accelerate state, no DeepSpeed configuration, a process group, a seed."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    unset_hf_deepspeed_config()
+    gc.collect()
+    if torch.cuda.is_available():
+        if os.environ.get("SHARDLAB_EXACT"):
+            # The variable for cuBLAS is not enough where torch was loaded before it was set.
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if experiment.deepspeed is not None:
+        import deepspeed
+
+        # zero.Init asks DeepSpeed for the world size while the model is loaded, before Trainer has set it up.
+        deepspeed.init_distributed(auto_mpi_discovery=False)
+        _unlink_shared_buffers()
+    set_seed(experiment.seed)
+
+
+def _unlink_shared_buffers() -> None:
+    """Take the names of DeepSpeed's shared-memory buffers away once all ranks have them mapped.
+
+    On a CPU machine each rank makes a buffer of 66 MiB in /dev/shm for its all-reduces, and nothing ever removes it: deepspeed
+    0.19.8 never calls its own `shared_close`. Without a name, the memory goes when the last rank ends, however it ends.
+    """
+    barrier()
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
+
+
+def train(
+    run: Run, *, model, arguments: TrainingArguments, train_set: list, eval_set: list, collate, tokens_per_sequence: float
+) -> Trainer:
+    """Train with `Trainer` and fill the run folder.
+
+    Where the experiment has `save_every`, checkpoints go into the run folder, and training continues from the newest whole
+    one that is there already.
+
+    Args:
+        run: where everything is recorded.
+        model: what to train. Under ZeRO-3, load it after `arguments` exist: it is then sharded while it is loaded.
+        arguments: the exercise's; logging is set to a line a step.
+        train_set, eval_set: encoded examples; with an empty `eval_set` nothing is evaluated.
+        collate: makes a batch of tensors from a list of examples.
+        tokens_per_sequence: mean length of the training sequences.
+
+    Returns:
+        The trainer, trained.
+
+    Raises:
+        Stopped: the run folder's stop file asked for it; a checkpoint has been saved.
+    """
+    checkpointer, checkpoint = None, None
+    if run.experiment.save_every:
+        arguments.output_dir = str(run.folder / "checkpoints")
+        arguments.save_strategy, arguments.save_steps, arguments.save_total_limit = (
+            IntervalStrategy.STEPS,
+            run.experiment.save_every,
+            2,
+        )
+        checkpointer, checkpoint = Checkpointer(run), newest_checkpoint(run.folder / "checkpoints")
+        trained = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    arguments.logging_strategy = IntervalStrategy.STEPS
+    arguments.logging_steps = 1
+    arguments.disable_tqdm = True
+    arguments.eval_on_start = bool(eval_set) and checkpoint is None
+    arguments.remove_unused_columns = False
+    arguments.dataloader_pin_memory = torch.cuda.is_available()
+    if not eval_set:
+        arguments.eval_strategy = IntervalStrategy.NO
+    if arguments.world_size != run.experiment.ranks:
+        raise RuntimeError(
+            f"Trainer sees a world of {arguments.world_size}, the experiment has {run.experiment.ranks} ranks. "
+            "Build TrainingArguments on the rank, with use_cpu=True where there is no GPU."
+        )
+    states = StateRecorder(run, tokens_per_sequence=tokens_per_sequence)
+    recorder = RunRecorder(states)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Rows(train_set),
+        eval_dataset=Rows(eval_set) if eval_set else None,
+        data_collator=collate,
+        callbacks=[recorder] + ([checkpointer] if checkpointer else []),
+    )
+    if trainer.is_deepspeed_enabled != (run.experiment.deepspeed is not None):
+        # accelerate drops DeepSpeed without a word where ACCELERATE_USE_CPU is set, and trains with DDP instead.
+        raise RuntimeError(
+            f"DeepSpeed is {'on' if trainer.is_deepspeed_enabled else 'off'}, the experiment says otherwise. "
+            "Pass the experiment's `deepspeed` to TrainingArguments, and unset ACCELERATE_USE_CPU."
+        )
+    trainer.remove_callback(PrinterCallback)
+    recorder.trainer = trainer
+    started = time.perf_counter()
+    if checkpointer and rank() == 0:
+        run.keep_steps(trained)  # an earlier life can have come further than its last whole checkpoint
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # While this is set, from_pretrained shards every model that it loads; after training, a model is loaded whole again.
+    unset_hf_deepspeed_config()
+    if checkpointer and checkpointer.stopped:
+        raise Stopped(f"asked to stop after step {trainer.state.global_step} of {trainer.state.max_steps}; a checkpoint was saved")
+    device_memory = states.device_memory()
+    if rank() == 0:
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        run.record(
+            parameters=parameter_count(trainer.model),
+            train_seconds=round(time.perf_counter() - started, 2),
+            tokens_per_sequence=round(tokens_per_sequence, 1),
+            eval_losses=losses,
+            log_history=trainer.state.log_history,
+            **device_memory,
+        )
+    return trainer
+
+
+def text_rows(experiment: Experiment) -> tuple[list[dict], list[dict]]:
+    """The paragraphs of the data as token ids, each cut or padded to `max_tokens`; the label of every real token is itself."""
+    tokenizer = load_tokenizer("bloom-tiny" if experiment.random_weights else experiment.model)
+    data = load_squad(experiment.data)
+
+    def rows(split: str, limit: int | None) -> list[dict]:
+        contexts = list(dict.fromkeys(data[split]["context"]))[:limit]
+        encoded = tokenizer(contexts, truncation=True, max_length=experiment.max_tokens, padding="max_length", padding_side="right")
+        return [
+            {"input_ids": ids, "attention_mask": mask, "labels": [i if m else -100 for i, m in zip(ids, mask)]}
+            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"])
+        ]
+
+    return rows("train", experiment.train_examples), rows("validation", experiment.eval_examples or 64)
+
+
+def trainer_arguments(experiment: Experiment, run: Run) -> TrainingArguments:
+    """The experiment's settings for `Trainer`, without evaluation and saving by the way."""
+    return TrainingArguments(
+        output_dir=str(run.folder / "trainer"),
+        per_device_train_batch_size=experiment.micro_batch,
+        per_device_eval_batch_size=8,
+        gradient_accumulation_steps=experiment.accumulation,
+        num_train_epochs=experiment.epochs,
+        max_steps=experiment.steps or -1,
+        learning_rate=experiment.learning_rate,
+        weight_decay=experiment.weight_decay,
+        max_grad_norm=experiment.clipping,
+        seed=experiment.seed,
+        bf16=experiment.precision == "bf16",
+        fp16=experiment.precision == "fp16",
+        deepspeed=experiment.deepspeed,
+        save_strategy="no",
+        eval_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+    )
+
+
+def train_text(experiment: Experiment, run: Run) -> dict:
+    """A program without exercises: continue pre-training on the paragraphs, with the experiment's settings.
+
+    With `options["device_gib"]`, torch gets only so much of each GPU, as if the card were smaller.
+    """
+    if "device_gib" in experiment.options and torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        torch.cuda.set_per_process_memory_fraction(experiment.options["device_gib"] * memory.GIB / whole)
+    arguments = trainer_arguments(experiment, run)
+    model = load_model(experiment.model, random_weights=experiment.random_weights, seed=experiment.seed)
+    train_set, eval_set = text_rows(experiment)
+    trainer = train(
+        run,
+        model=model,
+        arguments=arguments,
+        train_set=train_set,
+        eval_set=eval_set if experiment.evaluate else [],
+        collate=lambda batch: {key: torch.tensor([row[key] for row in batch]) for key in batch[0]},
+        tokens_per_sequence=experiment.max_tokens,
+    )
+    if experiment.save:
+        trainer.save_model(str(run.folder / "model"))
+    return {}

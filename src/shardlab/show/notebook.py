@@ -1,0 +1,255 @@
+"""What a lab notebook needs: the exercises, reloaded when their file is saved; checks in place; predictions beside measurements.
+
+from shardlab.show.notebook import check, compare, show, start
+lab = start("lab02_zero_stages")
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from shardlab import hardware, switch
+from shardlab.milestones.scoreboard import Milestone, render, render_board, render_html, render_text
+from shardlab.run.runs import Run
+from shardlab.show import report
+
+RUNS = Path(os.environ.get("SHARDLAB_RUNS", hardware.ROOT / "runs"))
+"""Where the notebooks keep their run folders; the variable `SHARDLAB_RUNS` moves it."""
+
+SIZES = {"tiny": "tiny: no GPU here, so bloom-tiny and mini-squad on two ranks", "gpu": "gpu", "cluster": "cluster"}
+
+
+class Exercises:
+    """The exercise module of a lab. Each use looks whether the file was saved since, and if so imports it again."""
+
+    def __init__(self, stem: str):
+        self._stem, self._saved = stem, 0
+
+    def __getattr__(self, name: str):
+        path = switch.exercises_folder() / "exercises" / f"{self._stem}.py"
+        if path.stat().st_mtime_ns != self._saved:
+            self._saved = path.stat().st_mtime_ns
+            switch.use_exercises(switch.exercises_folder())
+        return getattr(switch.import_exercise(self._stem), name)
+
+    def __repr__(self) -> str:
+        return f"<exercises in {switch.exercises_folder() / 'exercises' / self._stem}.py>"
+
+
+def _display(text: str) -> None:
+    from IPython.display import HTML, display
+
+    display(HTML(text))
+
+
+def start(stem: str) -> Exercises:
+    """Begin a lab: say which file is yours and which size of the course applies here, and warm the ranks up.
+
+    Args:
+        stem: the lab, such as "lab02_zero_stages".
+
+    Raises:
+        ValueError: there is no such lab.
+    """
+    from shardlab.run.launch import warm_up
+    from shardlab.run.placement import CHECKING_RANKS, place
+
+    path = switch.exercises_folder() / "exercises" / f"{stem}.py"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("lab*.py")))
+        raise ValueError(f"there is no lab '{stem}' in {path.parent}; there are: {known}")
+    switch.use_exercises(switch.exercises_folder())
+    checks = place(CHECKING_RANKS, or_cpu=True)
+    for device in dict.fromkeys([hardware.device(), checks.device]):
+        warm_up(device)
+    gpus = hardware.gpu_count()
+    machine = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"{hardware.cpu_cores()} CPU cores, no GPU"
+    shown = path.relative_to(hardware.ROOT) if path.is_relative_to(hardware.ROOT) else path
+    print(
+        f"Your file: {shown} (saved changes are picked up by themselves)\nThis machine: {machine}. Size: {SIZES[hardware.size()]}."
+    )
+    if checks.note:
+        print(f"Checks: {checks.note[0].lower()}{checks.note[1:]}")
+    return Exercises(stem)
+
+
+def outcomes(task: str, say: Callable[[str], None]) -> list[Milestone]:
+    """Run the milestones of one task, as `pytest labs --task …` does, in this process.
+
+    Args:
+        task: such as "2.1".
+        say: called with what is being done.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    from shardlab.milestones.grade import grade
+
+    number = task.partition(".")[0]
+    folders = sorted(hardware.ROOT.glob(f"labs/lab{int(number):02d}_*")) if number.isdigit() else []
+    if not folders:
+        raise ValueError(f"there is no task '{task}': tasks are called after their lab, such as 2.1")
+    switch.use_exercises(switch.exercises_folder())
+    return grade(folders[0].name, task=task, say=say)
+
+
+def check(task: str) -> None:
+    """Check one task: the same milestone that `pytest labs` runs, shown below the cell."""
+    files = _files()
+    with _Changing() as display:
+        found = outcomes(task, display.say)
+        display.show(render_html(found), render_text(found))
+    _checked[task] = (files, found)
+
+
+class _Shown:
+    """HTML in a notebook, text in a terminal."""
+
+    def __init__(self, markup: str, text: str):
+        self.markup, self.text = markup, text
+
+    def _repr_html_(self) -> str:
+        return self.markup
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+class _Changing:
+    """What is shown below a cell: what is being done, until the result is there."""
+
+    def __init__(self):
+        from IPython.display import display
+
+        self._handle = display(_Shown("<i>checking …</i>", "checking …"), display_id=True)
+
+    def __enter__(self) -> _Changing:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind:
+            self.show("", "")
+
+    def say(self, what: str) -> None:
+        self.show(f"<i>{html.escape(what)}</i>", what)
+
+    def show(self, markup: str, text: str) -> None:
+        if self._handle:
+            self._handle.update(_Shown(markup, text))
+        else:  # a plain Python shell
+            print(text)
+
+
+_checked: dict[str, tuple[list, list[Milestone]]] = {}
+"""By task: the files that were checked, and what came of it."""
+
+
+def _files() -> list[tuple]:
+    folder = switch.exercises_folder() / "exercises"
+    return [(str(path), path.stat().st_mtime_ns) for path in sorted(folder.glob("*.py"))]
+
+
+def scoreboard(stem: str) -> None:
+    """All milestones of a lab as `pytest labs` reports them: verdicts, points, and what to do next.
+
+    Where each task was checked since a file was last saved, and passed, nothing is run again.
+    """
+    from shardlab.grading.graders import milestones_of
+    from shardlab.milestones.grade import grade
+
+    if not (hardware.ROOT / "labs" / stem).is_dir():
+        known = ", ".join(sorted(path.name for path in (hardware.ROOT / "labs").glob("lab*")))
+        raise ValueError(f"there is no lab '{stem}'; there are: {known}")
+    files, tasks = _files(), {milestone.task for milestone in milestones_of(stem) if not milestone.hidden}
+    known = [m for task in tasks for at, found in [_checked.get(task, (None, []))] if at == files for m in found]
+    if {m.task for m in known if m.verdict == "passed"} == tasks:
+        with _Changing() as display:
+            display.show(render_board(known), render(known))
+        return
+    switch.use_exercises(switch.exercises_folder())
+    with _Changing() as display:
+        found = grade(stem, say=display.say)
+        display.show(render_board(found), render(found))
+
+
+def show(runs: list[Run] | Run, *, plots: bool = True) -> None:
+    """The table of some runs, and their plots."""
+    from IPython.display import display
+
+    runs = [runs] if isinstance(runs, Run) else runs
+    _display(report.html_table(runs))
+    if plots:
+        figure = report.plot(runs)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=80)
+        from IPython.display import Image
+
+        display(Image(buffer.getvalue()))
+
+
+def compare(
+    measured: dict, predicted: dict, reference: dict | None = None, *, unit: str = "", reference_name: str = "reference"
+) -> None:
+    """Your predictions beside what was measured, and beside the reference figure.
+
+    Args:
+        measured: what came, by name.
+        predicted: what you wrote down before, by the same names; numbers, texts, or None where you did not say.
+        reference: the course's own figure, by the same names.
+        unit: of the numbers; "bytes" are shown as MiB or GiB.
+        reference_name: where the reference was measured.
+    """
+
+    def text(value) -> str:
+        if value is None or value is Ellipsis:
+            return "—"
+        if unit == "bytes" and isinstance(value, int | float):
+            return report.bytes_text(value)
+        if isinstance(value, int):
+            return f"{value:,} {unit}".strip()
+        return f"{value:,.4g} {unit}".strip() if isinstance(value, float) else str(value)
+
+    rows = ""
+    for name, came in measured.items():
+        said = predicted.get(name)
+        ratio = f"{said / came:.2f} ×" if isinstance(said, int | float) and isinstance(came, int | float) and came else ""
+        cells = [str(name), text(said), text(came), ratio] + ([text(reference.get(name))] if reference else [])
+        rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    heads = ["", "you predicted", "measured", "prediction / measured"] + ([reference_name] if reference else [])
+    _display("<table><tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + f"</tr>{rows}</table>")
+    open_ = sum(predicted.get(name, ...) in (None, ...) for name in measured)
+    if open_:
+        print(f"{open_} of {len(measured)} not predicted. Guess before you run: a wrong guess shows what you did not know yet.")
+
+
+def table(rows: list[dict], *, bytes_columns: tuple[str, ...] = ()) -> None:
+    """A list of dictionaries as a table, a row each."""
+
+    def text(key, value) -> str:
+        if value is None:
+            return "—"
+        if key in bytes_columns:
+            return report.bytes_text(value)
+        return f"{value:,.4g}" if isinstance(value, float) else str(value)
+
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(text(key, row.get(key)))}</td>" for key in heads) + "</tr>" for row in rows)
+    _display("<table><tr>" + "".join(f"<th>{html.escape(head.replace('_', ' '))}</th>" for head in heads) + f"</tr>{body}</table>")
+
+
+def reference(name: str) -> dict:
+    """A measured reference from `bench/results/`, with the hardware and versions it was measured with.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    path = hardware.ROOT / "bench" / "results" / f"{name}.json"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
+        raise ValueError(f"there is no reference '{name}'; there are: {known}")
+    return json.loads(path.read_text())

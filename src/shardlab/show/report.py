@@ -1,0 +1,229 @@
+"""Tables and plots, from run folders alone."""
+
+from __future__ import annotations
+
+import base64
+import html
+from pathlib import Path
+
+from shardlab.run.runs import Run
+from shardlab.zero import memory
+from shardlab.zero.memory import GIB, MIB, States
+
+COLUMNS = {
+    "method": "method",
+    "ranks": "ranks",
+    "loss_before": "loss before",
+    "loss_after": "loss after",
+    "exact_match_before": "EM before %",
+    "exact_match": "EM after %",
+    "samples_per_second": "samples/s",
+    "measured": "measured bytes/rank",
+    "predicted": "predicted bytes/rank",
+    "host": "of it on the host",
+    "outcome": "outcome",
+}
+
+
+def bytes_text(count: float | None) -> str:
+    """Bytes as a person reads them: GiB or MiB."""
+    if count is None:
+        return ""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
+
+
+def predicted_states(run: Run) -> States | None:
+    """What the memory model says that each rank holds; `None` if the run did not come so far that its groups are known."""
+    states = run.states()
+    if states is None:
+        return None
+    config, experiment = run.experiment.deepspeed, run.experiment
+    if config is None:
+        return memory.ddp_bytes(states["parameters"])
+    zero = config.get("zero_optimization", {})
+    offloads = {part: zero.get(part, {}).get("device", "none") != "none" for part in ("offload_optimizer", "offload_param")}
+    offloads["nvme"] = zero.get("offload_optimizer", {}).get("device") == "nvme" and zero.get("stage") == 3
+    offloads["accumulates"] = experiment.accumulation > 1
+    return memory.engine_bytes(zero.get("stage", 0), states["groups"], experiment.ranks, precision=experiment.precision, **offloads)
+
+
+def measured_states(run: Run) -> States | None:
+    """The rank that holds most."""
+    states = run.states()
+    return max((States(**held) for held in states["ranks"]), key=lambda s: s.device + s.host + s.disk) if states else None
+
+
+def summary(run: Run) -> dict:
+    """One row of the table: the keys of `COLUMNS`."""
+    losses, predicted, measured = run.results.get("eval_losses") or [], predicted_states(run), measured_states(run)
+    return {
+        "method": run.experiment.method,
+        "ranks": run.experiment.ranks,
+        "loss_before": losses[0] if losses else None,
+        "loss_after": losses[-1] if losses else None,
+        "exact_match_before": run.results.get("exact_match_before"),
+        "exact_match": run.results.get("exact_match"),
+        "samples_per_second": run.samples_per_second(),
+        "measured": measured and measured.device + measured.host + measured.disk,
+        "predicted": predicted and predicted.device + predicted.host + predicted.disk,
+        "host": measured and measured.host,
+        "outcome": run.outcome,
+    }
+
+
+def _cell(key: str, value) -> str:
+    if value is None:
+        return "-"
+    if key in ("measured", "predicted", "host"):
+        return bytes_text(value) if value else "0"
+    if key.startswith("loss"):
+        return f"{value:.3f}"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def columns(rows: list[dict]) -> dict[str, str]:
+    """The columns that say something about at least one of these rows."""
+    return {key: heading for key, heading in COLUMNS.items() if any(row[key] is not None for row in rows)}
+
+
+NARROW = ("method", "loss_after", "exact_match", "samples_per_second", "measured", "predicted", "outcome")
+"""The columns that fit into a terminal of 100 characters."""
+
+
+def print_table(runs: list[Run], title: str = "") -> None:
+    """Print a table, a row a run: all columns where there is room, or no terminal that could be too narrow."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    rows = [summary(run) for run in runs]
+    shown = {key: heading for key, heading in columns(rows).items() if console.width >= 130 or key in NARROW}
+    table = Table(title=title or None, title_justify="left")
+    for key, heading in shown.items():
+        table.add_column(heading, justify="left" if key in ("method", "outcome") else "right")
+    for row in rows:
+        table.add_row(*(_cell(key, row[key]) for key in shown))
+    console.print(table)
+
+
+def print_rows(title: str, rows: list[dict]) -> None:
+    """Print dictionaries as a table, a row each; texts to the left, everything that begins with a digit to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=150)
+    table = Table(title=title, title_justify="left")
+    for heading in rows[0]:
+        table.add_column(heading, justify="right" if str(rows[0][heading])[:1].isdigit() else "left")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    console.print(table)
+
+
+def html_table(runs: list[Run]) -> str:
+    """The same table in HTML."""
+    rows = [summary(run) for run in runs]
+    head = "".join(f"<th>{heading}</th>" for heading in columns(rows).values())
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(key, row[key]))}</td>" for key in columns(rows)) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def plot(runs: list[Run], path: Path | str | None = None):
+    """Three plots side by side: loss by step, bytes a rank by kind with the prediction, and samples/s.
+
+    Args:
+        runs: any runs; those without a step or without counted states are left out of the plot that needs them.
+        path: where to save the PNG; by default nothing is saved.
+
+    Returns:
+        The matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.4), layout="constrained")
+    loss, held, speed = figure.subplots(1, 3)
+    for index, run in enumerate(run for run in runs if run.metrics()):
+        # The curves lie on one another when all is well; thinner lines on top leave each visible.
+        loss.plot([row["step"] for row in run.metrics()], run.losses(), label=run.experiment.method, linewidth=max(1, 5 - index))
+    loss.set(title="Training loss", xlabel="optimizer step", ylabel="loss")
+    if loss.lines:
+        loss.legend(fontsize="small")
+
+    counted = [run for run in runs if run.states()]
+    names = [run.experiment.method for run in counted]
+    kinds = [
+        ("parameters", "#4c72b0"),
+        ("gradients", "#dd8452"),
+        ("optimizer", "#55a868"),
+        ("host_parameters", "#a9bbd8"),
+        ("host_gradients", "#efc3ab"),
+        ("host_optimizer", "#abd5b5"),
+    ]
+    bottom = [0.0] * len(counted)
+    for kind, colour in kinds:
+        values = [getattr(measured_states(run), kind) / MIB for run in counted]
+        if any(values):
+            held.bar(names, values, bottom=bottom, color=colour, label=kind.replace("host_", "host: "))
+            bottom = [b + v for b, v in zip(bottom, values, strict=True)]
+    predicted = [(p.device + p.host) / MIB for p in map(predicted_states, counted)]
+    if counted:
+        held.plot(names, predicted, "k_", markersize=28, label="predicted")
+        held.set_ylim(0, 1.5 * max([*predicted, *bottom]))
+        held.legend(fontsize="small", ncols=3, loc="upper center")
+    held.set(title="Model states held by one rank", ylabel="MiB")
+    held.tick_params(axis="x", rotation=30)
+
+    timed = [run for run in runs if run.samples_per_second()]
+    speed.bar([run.experiment.method for run in timed], [run.samples_per_second() for run in timed], color="#8172b3")
+    speed.set(title="Throughput over all ranks", ylabel="samples/s")
+    speed.tick_params(axis="x", rotation=30)
+    if path is not None:
+        figure.savefig(path, dpi=110)
+    return figure
+
+
+STYLE = """body{font-family:system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222;line-height:1.45}
+table{border-collapse:collapse;font-size:14px}th,td{border:1px solid #ccc;padding:4px 9px;text-align:right}
+th:first-child,td:first-child{text-align:left}th{background:#f3f3f3}img{max-width:100%}code{background:#f3f3f3;padding:0 3px}"""
+
+
+def write_report(runs: list[Run], folder: Path | str, title: str) -> Path:
+    """Write `report.png` and `report.html` into `folder`; returns the HTML file, which needs no other."""
+    folder = Path(folder)
+    plot(runs, folder / "report.png")
+    picture = base64.b64encode((folder / "report.png").read_bytes()).decode()
+    first = runs[0]
+    hardware, versions, experiment = first.record_json["hardware"], first.record_json["versions"], first.experiment
+    machine = ", ".join(hardware["gpus"]) or f"{hardware['cpu_cores']} cores of {hardware['cpu']}"
+    facts = [
+        f"Model {experiment.model}, data {experiment.data}, {experiment.precision}.",
+        f"Global batch {experiment.global_batch} = {experiment.micro_batch} (micro-batch) × {experiment.accumulation} (accumulation) × {experiment.ranks} (ranks).",
+        f"On {machine}; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+        + f"; commit {first.record_json['commit']}.",
+    ]
+    samples = [(run.experiment.method, example) for run in runs for example in run.results.get("examples", [])[:2]]
+    answers = "".join(
+        f"<tr><td>{html.escape(method)}</td><td>{html.escape(e['question'])}</td><td>{html.escape(e['answer'])}</td><td>{html.escape(e['predicted'])}</td></tr>"
+        for method, e in samples
+    )
+    notes = """<p>Loss before and after is the evaluation loss on held-out paragraphs. EM is exact match on generated answers.
+Measured bytes are what the rank that holds most had in parameters, gradients and optimizer states while it accumulated gradients;
+predicted bytes come from the formulae in <code>shardlab.zero.memory</code>. All methods compute the same mathematics, so the loss curves
+lie on one another.</p>"""
+    path = folder / "report.html"
+    path.write_text(
+        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>
+<h1>{html.escape(title)}</h1>{"".join(f"<p>{html.escape(fact)}</p>" for fact in facts)}{html_table(runs)}
+<p><img alt="Training loss, bytes a rank, samples per second" src="data:image/png;base64,{picture}"></p>{notes}
+<h2>Answers after training</h2><table><tr><th>method</th><th>question</th><th>answer</th><th>generated</th></tr>{answers}</table></html>
+""",
+        encoding="utf-8",
+    )
+    return path

@@ -1,0 +1,173 @@
+"""DeepSpeed's compiled ops: which are built, which a run needs, and building them one after the other.
+
+DeepSpeed compiles an op at its first use, on every rank at once, behind a lock that a killed process leaves behind for
+ever. So the course builds what a run needs beforehand, in one process, with a line on the screen.
+
+    python -m shardlab.zero.ops cpu_adam          # builds one op in this process
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from shardlab import hardware
+
+OPS = {
+    "deepspeed_shm_comm": ("ShareMemCommBuilder", "all-reduce between ranks of one CPU machine", 0.5),
+    "cpu_adam": ("CPUAdamBuilder", "Adam on the host, for optimizer offload", 2),
+    "pin_memory": ("PinMemoryBuilder", "page-locked host memory, for NVMe offload", 1),
+    "fused_adam": ("FusedAdamBuilder", "Adam in one kernel, for the optimizer type AdamW of a DeepSpeed configuration", 2),
+    "async_io": ("AsyncIOBuilder", "reading and writing NVMe through libaio", 6),
+}
+"""Op: DeepSpeed's builder, what it is for, and about how many minutes it takes to build on two cores."""
+
+
+class OpBuildError(RuntimeError):
+    """An op that did not compile; the message carries the compiler's last lines."""
+
+
+def environment(device: str | None = None) -> dict[str, str]:
+    """Variables under which torch and DeepSpeed find the ops and the device.
+
+    Args:
+        device: `cuda` or `cpu`: what the process computes on that gets the variables; by default what this one does.
+    """
+    device = device or hardware.device()
+    # One ninja, and always the same: a newer one than built the op would build it again, on every rank.
+    beside = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
+    variables = {
+        "PATH": path if path.split(os.pathsep)[0] == beside else beside + os.pathsep + path,
+        "TORCH_EXTENSIONS_DIR": str(hardware.ops_folder(device)),
+        "DS_ACCELERATOR": device,
+        # Asks NVML, not CUDA: a process that has started CUDA cannot fork ranks.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    }
+    if device == "cuda":
+        variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # as NVML counts, which says how much memory is free
+    if device == "cuda" and (cards := hardware.gpus()):
+        # A container's own list with an entry such as 10.0a ends a build of deepspeed 0.19.8 in an error.
+        variables["TORCH_CUDA_ARCH_LIST"] = ";".join(sorted({".".join(map(str, gpu.capability)) for gpu in cards}))
+    if device == "cpu" and hardware.driver_is_here():
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    return variables
+
+
+def library(op: str, device: str | None = None) -> Path:
+    return hardware.ops_folder(device) / op / f"{op}.so"
+
+
+def is_built(op: str, device: str | None = None) -> bool:
+    return library(op, device).exists() and not stale_lock(op, device)
+
+
+def stale_lock(op: str, device: str | None = None) -> Path | None:
+    """The lock file that an interrupted build left behind, if there is one and nobody is building.
+
+    A rank that loads a built op holds the lock for a moment, so one that has just appeared is not stale.
+    """
+    lock = library(op, device).parent / "lock"
+    try:
+        young = time.time() - lock.stat().st_mtime < 5
+    except FileNotFoundError:
+        return None
+    return None if young or _being_built(lock.parent) else lock
+
+
+def _being_built(folder: Path) -> bool:
+    import psutil
+
+    for process in psutil.process_iter(["cwd", "name"]):
+        if process.info["name"] in ("ninja", "cc1plus", "nvcc", "cicc") and (process.info["cwd"] or "").startswith(str(folder)):
+            return True
+    return False
+
+
+def needed_by(config: dict | None, on: str | None = None) -> list[str]:
+    """The ops that a run with this DeepSpeed configuration will load, with its ranks on `cuda` or `cpu`."""
+    if config is None:
+        return []
+    zero = config.get("zero_optimization", {})
+    optimizer = config.get("optimizer", {})
+    device = zero.get("offload_optimizer", {}).get("device", "none")
+    devices = {device, zero.get("offload_param", {}).get("device", "none")}
+    needed = [] if (on or hardware.device()) == "cuda" else ["deepspeed_shm_comm"]
+    torch_adam = optimizer.get("params", {}).get("torch_adam", False)
+    if device != "none":
+        needed.append("cpu_adam")
+    elif optimizer.get("type", "").lower() in ("adam", "adamw") and not torch_adam:
+        needed.append("fused_adam")
+    if "nvme" in devices:
+        needed += ["pin_memory", "async_io"]
+    return needed
+
+
+def build(op: str, say=print, device: str | None = None) -> float:
+    """Build one op in a process of its own, if it is not built; a stale lock is cleared first.
+
+    Args:
+        op: a key of `OPS`.
+        say: called with a line when a build begins and when it ends.
+        device: `cuda` or `cpu`: what the ranks that load it compute on; by default what this process does.
+
+    Returns:
+        Seconds that it took; 0.0 if it was there.
+
+    Raises:
+        OpBuildError: it did not compile.
+    """
+    if is_built(op, device):
+        return 0.0
+    from filelock import FileLock
+
+    hardware.ops_folder(device).mkdir(parents=True, exist_ok=True)
+    with FileLock(hardware.ops_folder(device) / f".{op}.building"):
+        if is_built(op, device):
+            return 0.0
+        while (library(op, device).parent / "lock").exists() and not stale_lock(op, device):
+            time.sleep(0.2)  # a rank loads it just now, somebody else builds it, or the lock is still too young to tell
+        if is_built(op, device):
+            return 0.0
+        if lock := stale_lock(op, device):
+            say(f"{op}: an interrupted build left a lock behind; removed it.")
+            lock.unlink()
+        say(f"{op}: compiling once ({OPS[op][1]}; about {OPS[op][2]:g} min on two cores) …")
+        started = time.monotonic()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "shardlab.zero.ops", op],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env=os.environ | environment(device),
+        )
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            os.killpg(process.pid, 9)
+            process.wait()
+            (library(op, device).parent / "lock").unlink(missing_ok=True)
+            raise
+        if process.returncode != 0 or not library(op, device).exists():
+            lines = output.strip().splitlines()
+            errors = [line for line in lines if "error:" in line or "FAILED" in line][:10]
+            said = "\n".join(errors or lines[-15:])
+            raise OpBuildError(f"DeepSpeed's op {op} did not compile. Try `shardlab doctor`. The compiler said:\n{said}")
+        seconds = time.monotonic() - started
+        say(f"{op}: compiled in {seconds:.0f} s.")
+        return seconds
+
+
+def _build_here(op: str) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder(OPS[op][0])
+    builder.load(verbose=True)
+
+
+if __name__ == "__main__":
+    _build_here(sys.argv[1])
