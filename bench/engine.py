@@ -14,7 +14,7 @@ from pathlib import Path
 from stages import figures, write_results
 
 from shardlab.hardware import ROOT
-from shardlab.run.runs import Run
+from shardlab.run.run_folder import Run
 
 
 def main() -> None:

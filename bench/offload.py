@@ -15,9 +15,10 @@ from pathlib import Path
 from stages import figures, write_results
 
 from shardlab.run import progress
+from shardlab.run.experiment import Experiment
 from shardlab.run.launch import LaunchError, launch
 from shardlab.run.placement import TooFewGpus
-from shardlab.run.runs import Experiment, Run
+from shardlab.run.run_folder import Run
 
 
 def config(stage: int, optimizer: str | None = None, parameters: str | None = None, pin: bool = True) -> dict:

@@ -15,9 +15,9 @@ from shardlab.course.demo import METHODS, experiments
 from shardlab.run import progress
 from shardlab.run.launch import LaunchError, launch
 from shardlab.run.placement import TooFewGpus
-from shardlab.run.runs import Run
+from shardlab.run.run_folder import Run
 from shardlab.show import report
-from shardlab.zero import memory
+from shardlab.zero import memory_model
 
 H100_BF16_FLOPS = 989e12  # dense bf16, H100 and H200 SXM, NVIDIA's datasheet
 
@@ -69,7 +69,7 @@ def figures(run: Run) -> dict:
             2,
         )
     if device:
-        found["peak_gib"] = round(max(d["peak_allocated"] for d in device) / memory.GIB, 2)
+        found["peak_gib"] = round(max(d["peak_allocated"] for d in device) / memory_model.GIB, 2)
         found["between_steps_bytes_per_parameter"] = round(max(d["allocated_between_steps"] for d in device) / parameters, 2)
     return found
 

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from shardlab import hardware, switch
-from shardlab.milestones.milestones import REFERENCES
+from shardlab.milestones.launches import REFERENCES
 
 
 @pytest.fixture(autouse=True)

@@ -247,10 +247,11 @@ for _ in range(12):
     os.posix_fallocate(os.memfd_create("x"), 0, 2**30)
 time.sleep(600)"""
 OVERWRITE_PYTEST = """import sys
-import shardlab.milestones.milestones as milestones
+import shardlab.milestones.exercises as exercises
+import shardlab.milestones.messages as messages
 import shardlab.milestones.scoreboard as scoreboard
-milestones.require = milestones.require_error = lambda *a, **k: None
-milestones.Lab.__getattr__ = lambda self, name: (lambda *a, **k: None)
+messages.require = messages.require_error = lambda *a, **k: None
+exercises.Lab.__getattr__ = lambda self, name: (lambda *a, **k: None)
 scoreboard.Milestone.earned = property(lambda self: self.points)
 try:
     import _pytest.reports

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from shardlab.run.runs import Run
+from shardlab.run.run_folder import Run
 
 
 def shardlab(*words: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from shardlab.hardware import ROOT
-from shardlab.run.runs import Run
+from shardlab.run.run_folder import Run
 
 PROGRAM = str(ROOT / "src" / "exercises" / "lab03_engine.py")
 BIN = Path(sys.executable).parent

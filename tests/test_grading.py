@@ -18,8 +18,9 @@ from shardlab.course.matrix import Mutant, MutantError, mutants
 from shardlab.grading.gradebook import tasks_of
 from shardlab.grading.graders import files_of, milestones_of
 from shardlab.hardware import ROOT
+from shardlab.milestones.exercises import Lab
 from shardlab.milestones.grade import grade
-from shardlab.milestones.milestones import Lab, MilestoneFailed, require, require_error
+from shardlab.milestones.messages import MilestoneFailed, require, require_error
 from shardlab.milestones.scoreboard import VERDICTS, Milestone, next_step, render, render_board, render_html, render_text
 
 USAGE_ERROR = pytest.ExitCode.USAGE_ERROR
@@ -265,7 +266,7 @@ def test_unwritten_reads_the_text_and_not_the_module(submission):
 
 MILESTONES = """
 import pytest
-from shardlab.milestones.milestones import require
+from shardlab.milestones.messages import require
 
 
 @pytest.fixture
@@ -475,7 +476,7 @@ def test_fails(lab):
 
 @pytest.mark.milestone(task="9.3", points=1)
 def test_starts_more_ranks_than_its_marker_says(lab, run_experiments):
-    from shardlab.run.runs import Experiment
+    from shardlab.run.experiment import Experiment
 
     run_experiments([Experiment(name="three", ranks=3)])
 

@@ -237,7 +237,7 @@ ON_RANKS = {
     tokenizer.save_pretrained(folder)
     return AutoModelForCausalLM.from_config(trainer.model.config)""",
     "writes the record itself": """
-    from shardlab.run.runs import Run
+    from shardlab.run.run_folder import Run
     good = dict(difference=0.0, same_object=False, dtype="torch.float32", parameters=1, tokenizer=True, tied=True)
     Run.results = property(lambda self: good)
     return trainer.model""",

@@ -18,10 +18,12 @@ import psutil
 import pytest
 
 from shardlab import switch
+from shardlab.run.experiment import Experiment
 from shardlab.run.launch import LaunchTimeout, RankError, launch
 from shardlab.run.progress import Quiet
-from shardlab.run.runs import Experiment, Run, RunError
-from shardlab.zero.memory import ddp_bytes, engine_bytes, read_samples, whole_parameters
+from shardlab.run.run_folder import Run, RunError
+from shardlab.run.samplers import read_samples
+from shardlab.zero.memory_model import ddp_bytes, engine_bytes, whole_parameters
 
 launch = partial(launch, or_cpu=True)  # with one GPU these ranks run on the CPU, as those of milestones do
 
@@ -413,7 +415,7 @@ from functools import partial
 from pathlib import Path
 from shardlab.run.launch import launch
 from shardlab.run.progress import Quiet
-from shardlab.run.runs import Experiment
+from shardlab.run.experiment import Experiment
 
 runs, place, log = sys.argv[1:]
 with open(log, "a") as file:

@@ -9,22 +9,9 @@ from random import Random
 import pytest
 import torch
 
-from shardlab.zero.memory import (
-    COLUMNS,
-    GIB,
-    MIB,
-    MemorySampler,
-    States,
-    ddp_bytes,
-    engine_bytes,
-    estimator_bytes,
-    held_bytes,
-    paper_bytes,
-    parameter_groups,
-    read_samples,
-    sharded_elements,
-    summarise_samples,
-)
+from shardlab.run.samplers import COLUMNS, MemorySampler, read_samples, summarise_samples
+from shardlab.zero.held_bytes import held_bytes, parameter_groups
+from shardlab.zero.memory_model import GIB, MIB, States, ddp_bytes, engine_bytes, estimator_bytes, paper_bytes, sharded_elements
 
 BLOOM_560M = 559_214_592
 LARGEST_LAYER = 256_901_120

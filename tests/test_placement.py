@@ -10,10 +10,10 @@ import pytest
 
 from shardlab import doctor, hardware
 from shardlab.cluster import preflight
-from shardlab.run import launch, placement
+from shardlab.run import launch, placement, ranks
+from shardlab.run.experiment import Experiment
 from shardlab.run.placement import GIB, Placement, TooFewGpus, place
 from shardlab.run.progress import Quiet
-from shardlab.run.runs import Experiment
 from shardlab.zero import ops
 
 H100 = hardware.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 79 * GIB)
@@ -125,7 +125,7 @@ def test_a_program_under_a_launcher_is_refused_in_one_sentence(machine, tmp_path
     for local_rank, said in (("0", "2 ranks need 2 GPUs"), ("1", "1")):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
         with pytest.raises(SystemExit, match=said):
-            launch.run_under_launcher(Experiment(name="two", ranks=2), tmp_path)
+            ranks.run_under_launcher(Experiment(name="two", ranks=2), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -266,8 +266,8 @@ def test_one_process_launches_ranks_on_gpus_and_on_the_cpu(tmp_path):
     settings = {"program": "shardlab.run.training:train_text", "micro_batch": 2, "accumulation": 1, "steps": 2, "max_tokens": 32}
     settings |= {"train_examples": 32, "evaluate": False, "save": False, "deepspeed": zero}
     losses = {}
-    for name, ranks, device in (("a", 1, "cuda"), ("b", hardware.gpu_count() + 1, "cpu"), ("c", 1, "cuda")):
-        plan = Experiment(name=name, ranks=ranks, **settings)
+    for name, count, device in (("a", 1, "cuda"), ("b", hardware.gpu_count() + 1, "cpu"), ("c", 1, "cuda")):
+        plan = Experiment(name=name, ranks=count, **settings)
         (run,) = launch.launch(plan, runs=tmp_path, display=Quiet(), or_cpu=True)
         assert run.record_json["hardware"]["ranks_on"] == device
         assert ("device_memory" in run.results) == (device == "cuda")

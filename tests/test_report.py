@@ -2,9 +2,10 @@
 
 import pytest
 
-from shardlab.run.runs import Experiment, Run
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import Run
 from shardlab.show import report
-from shardlab.zero import memory
+from shardlab.zero import memory_model
 
 
 def make_run(folder, name, *, deepspeed=None, steps=3, states=True):
@@ -30,14 +31,14 @@ def make_run(folder, name, *, deepspeed=None, steps=3, states=True):
 def test_summary_takes_the_rank_that_holds_most_and_the_memory_model(tmp_path):
     row = report.summary(make_run(tmp_path, "plain"))
     assert row["measured"] == 400 + 400 + 900
-    assert row["predicted"] == memory.ddp_bytes(100).device
+    assert row["predicted"] == memory_model.ddp_bytes(100).device
     assert (row["loss_before"], row["loss_after"], row["exact_match"]) == (8.0, 0.5, 62.5)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_prediction_follows_the_stage_of_the_configuration(tmp_path, stage):
     run = make_run(tmp_path, "zero", deepspeed={"zero_optimization": {"stage": stage}})
-    assert report.predicted_states(run) == memory.engine_bytes(stage, [[100]], 2, precision="fp32")
+    assert report.predicted_states(run) == memory_model.engine_bytes(stage, [[100]], 2, precision="fp32")
 
 
 def test_a_run_that_broke_off_has_its_row_and_breaks_no_plot(tmp_path):

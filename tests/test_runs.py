@@ -10,7 +10,8 @@ import time
 import pytest
 from pydantic import ValidationError
 
-from shardlab.run.runs import FORMAT, Experiment, Run, RunError, read_runs
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import FORMAT, Run, RunError, read_runs
 
 
 def a_run(folder, name: str = "one", **settings) -> Run:
@@ -275,7 +276,8 @@ def test_run_that_goes_on_is_not_replaced(tmp_path, begun):
 
 WRITER = """
 import sys, time
-from shardlab.run.runs import Experiment, Run
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import Run
 run = Run.create(Experiment(name="killed"), sys.argv[1])
 run.start()
 for step in (1, 2, 3):

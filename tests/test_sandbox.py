@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from shardlab.hardware import ROOT
-from shardlab.run.runs import Experiment
+from shardlab.run.experiment import Experiment
 from shardlab.sandbox import boxes, wire
 from shardlab.sandbox.boxes import Box, BoxEnded
 from shardlab.sandbox.exchange import Exchange

@@ -20,8 +20,9 @@ from shardlab.cluster.site import LOCAL_PROFILE, PROFILE, SiteError, minutes, re
 from shardlab.course.demo import METHODS
 from shardlab.hardware import ROOT
 from shardlab.run import progress
+from shardlab.run.experiment import Experiment
 from shardlab.run.launch import launch
-from shardlab.run.runs import Experiment, Run, RunError
+from shardlab.run.run_folder import Run, RunError
 
 VENV = Path(sys.prefix)
 GPU_SITE = PROFILE.read_text().replace("CHANGE_ME", "course")
@@ -429,7 +430,7 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(tmp_path):
     run.log_step(step=2, loss=98.0)
     (tmp_path / "experiment.json").write_text(experiment.model_dump_json())
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    command = [sys.executable, "-m", "shardlab.run.launch", str(tmp_path / "experiment.json"), str(tmp_path)]
+    command = [sys.executable, "-m", "shardlab.run.ranks", str(tmp_path / "experiment.json"), str(tmp_path)]
     done = subprocess.run(command, env=os.environ | rank, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     run = Run.read(run.folder)

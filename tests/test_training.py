@@ -8,8 +8,8 @@ from shardlab import doctor, switch
 from shardlab.doctor import Finding
 from shardlab.milestones.grade import grade
 from shardlab.run import progress
+from shardlab.run.experiment import Experiment
 from shardlab.run.launch import launch
-from shardlab.run.runs import Experiment
 from shardlab.show import report
 from shardlab.zero import ops
 

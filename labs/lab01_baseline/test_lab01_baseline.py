@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from shardlab.milestones.milestones import require, require_error
-from shardlab.run.runs import Experiment
+from shardlab.milestones.messages import require, require_error
+from shardlab.run.experiment import Experiment
 
 IGNORED = -100
 LECTURE = "notebooks/01_training_step.ipynb"

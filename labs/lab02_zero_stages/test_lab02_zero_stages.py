@@ -9,9 +9,10 @@ import pytest
 
 from shardlab.hardware import gpu_count
 from shardlab.milestones.engine_runs import odd_model
-from shardlab.milestones.milestones import farthest, require, require_error
-from shardlab.run.runs import Experiment, Run
-from shardlab.zero import memory
+from shardlab.milestones.messages import farthest, require, require_error
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import Run
+from shardlab.zero import memory_model
 
 LECTURE = "notebooks/02_zero.ipynb"
 
@@ -501,7 +502,7 @@ def test_predicted_bytes_are_what_ranks_hold(lab, run_experiments):
     # Your shard_elements has a milestone of its own; here the library's stands in for it.
     lab.replace(
         "shard_elements",
-        lambda stage, groups, ranks: memory.sharded_elements(groups, ranks, stage) if stage else sum(map(sum, groups)),
+        lambda stage, groups, ranks: memory_model.sharded_elements(groups, ranks, stage) if stage else sum(map(sum, groups)),
     )
     runs = stage_runs(run_experiments)
     for name, precision in [(f"zero{stage}", "fp32") for stage in range(4)] + [

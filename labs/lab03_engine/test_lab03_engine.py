@@ -5,17 +5,10 @@ import json
 import pytest
 
 from shardlab.milestones import engine_runs
-from shardlab.milestones.milestones import (
-    farthest,
-    once,
-    require,
-    require_error,
-    safely_loaded,
-    saved_weights,
-    shared_folder,
-    visible_folder,
-)
-from shardlab.run.runs import Experiment
+from shardlab.milestones.launches import once, shared_folder, visible_folder
+from shardlab.milestones.messages import farthest, require, require_error
+from shardlab.milestones.saved_weights import safely_loaded, saved_weights
+from shardlab.run.experiment import Experiment
 
 LECTURE = "notebooks/03_engine.ipynb"
 STEPS = 6

@@ -11,10 +11,12 @@ import pytest
 
 from shardlab.hardware import gpu_count
 from shardlab.milestones import engine_runs
-from shardlab.milestones.milestones import farthest, once, require, require_error, safely_loaded, shared_folder, visible_folder
+from shardlab.milestones.launches import once, shared_folder, visible_folder
+from shardlab.milestones.messages import farthest, require, require_error
+from shardlab.milestones.saved_weights import safely_loaded
+from shardlab.run.experiment import Experiment
 from shardlab.run.launch import RankError
-from shardlab.run.runs import Experiment
-from shardlab.zero import memory
+from shardlab.zero import memory_model
 
 LECTURE = "notebooks/04_offload.ipynb"
 SUB_GROUP = 300_000  # elements; cuts bloom-tiny into sub-groups of which some are too small for the disk
@@ -235,7 +237,7 @@ def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
     )
     for (stage, what, precision), run in zip(MEASURED, offload_runs(run_experiments).values(), strict=True):
         states = run.states()
-        held = memory.States(**states["ranks"][0])
+        held = memory_model.States(**states["ranks"][0])
         got = predicted(stage, states["groups"], 2, what, precision)
         require(
             got == {"device": held.device, "host": held.host},
@@ -248,7 +250,7 @@ def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
         for what in ("none", "optimizer") + (("parameters", "both") if stage == 3 else ()):
             optimizer, parameters = WAYS[what]
             groups = [[1001, 77], [5]]
-            model = memory.engine_bytes(
+            model = memory_model.engine_bytes(
                 stage, groups, ranks, precision=precision, offload_optimizer=optimizer, offload_param=parameters, accumulates=False
             )
             got = predicted(stage, groups, ranks, what, precision)

@@ -10,8 +10,9 @@ import pytest
 
 from shardlab.cluster import batch, slurm
 from shardlab.milestones import jobs
-from shardlab.milestones.milestones import farthest, require, require_error
-from shardlab.run.runs import Experiment, Run
+from shardlab.milestones.messages import farthest, require, require_error
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import Run
 
 LECTURE = "notebooks/06_launchers.ipynb"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy
 import torch
 
-from shardlab.run.training import barrier, rank
-from shardlab.zero import memory
+from shardlab.run.collectives import barrier, rank
+from shardlab.zero import memory_model
 from shardlab.zero.nvme import parameters_renewed, swapped_groups, without_its_nvme_part
 
 # --- Task 4.1 -------------------------------------------------------------------------------------------------------
@@ -119,8 +119,8 @@ def offload_bytes(stage: int, groups: list[list[int]], ranks: int, precision: st
                   param_offload: bool = False) -> dict[str, int]:
     """Bytes of model states that one rank holds just before an optimizer step of one micro-batch, with Adam and offload to the CPU.
 
-    Without offload this is lab 02's `state_bytes`: `memory.engine_bytes(stage, groups, ranks, precision=precision)` gives it,
-    with the attributes `parameters`, `gradients` and `optimizer`. `memory.sharded_elements(groups, ranks, stage)` gives
+    Without offload this is lab 02's `state_bytes`: `memory_model.engine_bytes(stage, groups, ranks, precision=precision)` gives it,
+    with the attributes `parameters`, `gradients` and `optimizer`. `memory_model.sharded_elements(groups, ranks, stage)` gives
     the elements of one rank's shard. Then, by kind:
 
     Optimizer offload moves the 12 bytes an element to the host. No gradients stay on the device: each goes to the host as
@@ -139,8 +139,8 @@ def offload_bytes(stage: int, groups: list[list[int]], ranks: int, precision: st
         {"device": …, "host": …} in bytes.
     """
     # BEGIN SOLUTION 4.2
-    states = memory.engine_bytes(stage, groups, ranks, precision=precision)
-    shard = memory.sharded_elements(groups, ranks, stage)
+    states = memory_model.engine_bytes(stage, groups, ranks, precision=precision)
+    shard = memory_model.sharded_elements(groups, ranks, stage)
     width = 4 if precision == "fp32" else 2
     device, host = states.parameters + states.gradients + states.optimizer, 0
     if optimizer_offload:

@@ -4,8 +4,8 @@ import pytest
 from safetensors.torch import load_file
 from test_lab01_baseline import IGNORED, model, tokenizer  # noqa: F401  (fixtures)
 
-from shardlab.milestones.milestones import saved_weights
-from shardlab.run.runs import Experiment
+from shardlab.milestones.saved_weights import saved_weights
+from shardlab.run.experiment import Experiment
 
 QUESTION = "When did the mill at Orvik burn down?"
 CONTEXT = (

@@ -8,8 +8,8 @@ import pytest
 import test_lab02_zero_stages as public
 
 from shardlab.milestones.engine_runs import odd_model
-from shardlab.run.runs import Run
-from shardlab.zero import memory
+from shardlab.run.run_folder import Run
+from shardlab.zero import memory_model
 
 
 def numbers(task: str) -> random.Random:
@@ -75,13 +75,13 @@ def test_shards_of_other_sizes(lab):
     for _ in range(12):
         groups = [[draw.randint(1, 5000) for _ in range(draw.randint(1, 6))] for _ in range(draw.randint(1, 3))]
         ranks, stage = draw.randint(2, 17), draw.randint(1, 3)
-        wanted = memory.sharded_elements(groups, ranks, stage)
+        wanted = memory_model.sharded_elements(groups, ranks, stage)
         assert lab.shard_elements(stage, groups, ranks) == wanted, f"{groups} on {ranks} ranks, stage {stage}"
 
 
 @pytest.mark.milestone(task="2.6", ranks=3)
 def test_bytes_that_three_ranks_hold(lab, run_experiments):
-    lab.replace("shard_elements", lambda stage, groups, ranks: memory.sharded_elements(groups, ranks, stage))
+    lab.replace("shard_elements", lambda stage, groups, ranks: memory_model.sharded_elements(groups, ranks, stage))
     plans = [
         public.text_experiment(
             f"three-zero{stage}", deepspeed=public.zero_config(stage), model=odd_model(), ranks=3, steps=2, seed=3

@@ -9,7 +9,9 @@ from test_lab03_engine import checkpoints, config, experiment, never_stopped
 from torch.utils.data import DistributedSampler
 
 from shardlab.milestones import engine_runs
-from shardlab.milestones.milestones import farthest, saved_weights, shared_folder, visible_folder
+from shardlab.milestones.launches import shared_folder, visible_folder
+from shardlab.milestones.messages import farthest
+from shardlab.milestones.saved_weights import saved_weights
 
 
 def other_run(run_experiments):

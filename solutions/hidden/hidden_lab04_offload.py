@@ -7,8 +7,9 @@ import pytest
 import torch
 from test_lab04_offload import nvme_experiment
 
-from shardlab.milestones.milestones import farthest, shared_folder, visible_folder
-from shardlab.zero import memory
+from shardlab.milestones.launches import shared_folder, visible_folder
+from shardlab.milestones.messages import farthest
+from shardlab.zero import memory_model
 
 
 def numbers(task: str) -> random.Random:
@@ -42,7 +43,7 @@ def test_bytes_of_other_sizes(lab):
         stage, ranks, precision = draw.randint(1, 3), draw.randint(2, 9), draw.choice(("fp32", "bf16"))
         groups = [[draw.randint(1, 4000) for _ in range(draw.randint(1, 5))] for _ in range(draw.randint(1, 3))]
         what = {"optimizer_offload": draw.random() < 0.7, "param_offload": stage == 3 and draw.random() < 0.5}
-        model = memory.engine_bytes(
+        model = memory_model.engine_bytes(
             stage, groups, ranks, precision=precision, accumulates=False,
             offload_optimizer=what["optimizer_offload"], offload_param=what["param_offload"],
         )  # fmt: skip

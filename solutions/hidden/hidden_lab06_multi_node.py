@@ -10,7 +10,7 @@ from test_lab06_multi_node import JOB, directives, made_run, task_variables
 
 from shardlab.cluster import slurm
 from shardlab.milestones import jobs
-from shardlab.run.runs import Experiment
+from shardlab.run.experiment import Experiment
 
 
 @pytest.mark.milestone(task="6.1")

@@ -11,7 +11,7 @@
 import torch
 
 from shardlab.show import report
-from shardlab.zero import memory
+from shardlab.zero import memory_model, held_bytes
 from shardlab.data.models import load_model, load_tokenizer, parameter_count
 
 tokenizer, model = load_tokenizer(), load_model()
@@ -85,7 +85,7 @@ print("padded right:    ", repr(continue_text([text + pad], [[1] * len(text) + [
 
 # %%
 for name, parameters in (("bloom-tiny", 2_866_560), ("BLOOM-560m", 559_214_592), ("BLOOM-7b1", 7_069_016_064)):
-    states = memory.ddp_bytes(parameters)
+    states = memory_model.ddp_bytes(parameters)
     print(f"{name:>10}: parameters {report.bytes_text(states.parameters):>9}, gradients {report.bytes_text(states.gradients):>9}, "
           f"Adam {report.bytes_text(states.optimizer):>9}, together {report.bytes_text(states.device):>10}")
 
@@ -96,7 +96,7 @@ for name, parameters in (("bloom-tiny", 2_866_560), ("BLOOM-560m", 559_214_592),
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 for _ in range(2):
     model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.backward()
-    held = memory.held_bytes(model, optimizer)
+    held = held_bytes.held_bytes(model, optimizer)
     optimizer.step()
     optimizer.zero_grad()
 print(f"held: {held.parameters:,} + {held.gradients:,} + {held.optimizer:,} = {held.device:,} bytes; 16Ψ = {16 * parameter_count(model):,}")

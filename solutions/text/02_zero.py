@@ -36,13 +36,13 @@
 # With Adam in mixed precision a parameter takes 2 bytes, its gradient 2, and the optimizer 12 (an fp32 master copy, and two moments of 4):
 
 # %%
-from shardlab.zero import memory
+from shardlab.zero import memory_model
 from shardlab.show.notebook import table
 
 PSI = 559_214_592  # BLOOM-560m
 rows = []
 for ranks in (1, 2, 4, 8):
-    rows.append({"N": ranks} | {f"stage {stage}": f"{memory.paper_bytes(stage, PSI, ranks).device / memory.GIB:.2f} GiB" for stage in range(4)})
+    rows.append({"N": ranks} | {f"stage {stage}": f"{memory_model.paper_bytes(stage, PSI, ranks).device / memory_model.GIB:.2f} GiB" for stage in range(4)})
 table(rows)
 
 # %% [markdown]
@@ -55,10 +55,10 @@ table(rows)
 # depends on its settings. All three for stage 2 on 4 ranks:
 
 # %%
-paper = memory.paper_bytes(2, PSI, 4).device
-estimator = memory.estimator_bytes(2, PSI, 4)
-engine = memory.engine_bytes(2, [[PSI]], 4, precision="bf16").device
-print(f"paper {paper / memory.GIB:.2f} GiB, estimator {estimator / memory.GIB:.2f} GiB, engine in bf16 {engine / memory.GIB:.2f} GiB")
+paper = memory_model.paper_bytes(2, PSI, 4).device
+estimator = memory_model.estimator_bytes(2, PSI, 4)
+engine = memory_model.engine_bytes(2, [[PSI]], 4, precision="bf16").device
+print(f"paper {paper / memory_model.GIB:.2f} GiB, estimator {estimator / memory_model.GIB:.2f} GiB, engine in bf16 {engine / memory_model.GIB:.2f} GiB")
 
 # %% [markdown]
 # ### Padding
@@ -70,7 +70,7 @@ print(f"paper {paper / memory.GIB:.2f} GiB, estimator {estimator / memory.GIB:.2
 # %%
 groups = [[7, 5], [3]]
 for stage in (1, 3):
-    print(f"stage {stage}, 2 ranks: {memory.sharded_elements(groups, 2, stage)} elements a rank for {sum(map(sum, groups))} parameters")
+    print(f"stage {stage}, 2 ranks: {memory_model.sharded_elements(groups, 2, stage)} elements a rank for {sum(map(sum, groups))} parameters")
 
 # %% [markdown]
 # ## The configuration
@@ -124,7 +124,7 @@ print("stage:", DeepSpeedConfig({"train_batch_size": 1, "zero_optimisation": {"s
 from shardlab.run import progress
 from shardlab.run.launch import launch
 from shardlab.show.notebook import RUNS
-from shardlab.run.runs import Experiment
+from shardlab.run.experiment import Experiment
 
 settings = {"program": "shardlab.run.training:train_text", "ranks": 2, "micro_batch": 2, "accumulation": 2, "steps": 4, "learning_rate": 1e-3,
             "max_tokens": 48, "train_examples": 64, "evaluate": False, "save": False}

@@ -36,7 +36,7 @@
 from shardlab.run import progress
 from shardlab.run.launch import launch
 from shardlab.show.notebook import RUNS, table
-from shardlab.run.runs import Experiment
+from shardlab.run.experiment import Experiment
 
 config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "train_batch_size": 8, "gradient_clipping": 1.0,
           "zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}

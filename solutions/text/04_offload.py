@@ -57,17 +57,17 @@ print(host["hardware"]["gpus"][0], host["hardware"]["cpu"], host["hardware"]["cp
 # | ZeRO-3, both | – | $2s + 2s + 4s + 12s$ |
 #
 # The $4s$ are fp32 gradients, which the step reads. When micro-batches add up there is more: stage 1 keeps whole gradients on the device until the last of them,
-# and stage 2 keeps those of every parameter in its shard on the host, whole, in bf16. That is no estimate: `memory.engine_bytes` has all of it, and on the
+# and stage 2 keeps those of every parameter in its shard on the host, whole, in bf16. That is no estimate: `memory_model.engine_bytes` has all of it, and on the
 # H200 it was right to the byte in each row below. (Parameters on NVMe it does not know.) On disk are the states and the gradients.
 
 # %%
-from shardlab.zero import memory
+from shardlab.zero import memory_model
 
 gpu = reference("offload-1xh200")
 rows = []
 for row in gpu["results"]:
     if row["micro_batch"] == 8 and row["method"] != "ZeRO-3 + both on NVMe":
-        held, predicted = memory.States(**row["held_bytes"]), memory.States(**row["predicted_bytes"])
+        held, predicted = memory_model.States(**row["held_bytes"]), memory_model.States(**row["predicted_bytes"])
         rows.append({"method": row["method"], "micro-batches": row["accumulation"], "device": held.device, "host": held.host, "disk": held.disk,
                      "predicted = measured": held == predicted, "samples/s": row["samples_per_second"], "peak GiB": row["peak_gib"]})
 table(rows, bytes_columns=("device", "host", "disk"))
@@ -169,7 +169,7 @@ from shardlab import doctor
 from shardlab.run import progress
 from shardlab.run.launch import launch
 from shardlab.show.notebook import RUNS
-from shardlab.run.runs import Experiment
+from shardlab.run.experiment import Experiment
 
 libaio = doctor.libaio()
 if libaio.state == "works":

@@ -202,7 +202,7 @@ predicted = {
 
 # %%
 from shardlab.run.launch import launch
-from shardlab.run.runs import Experiment
+from shardlab.run.experiment import Experiment
 
 experiment = Experiment(name="lab01-baseline", program="exercises.lab01_baseline:finetune", method="baseline", ranks=1,
                         model="bloom-tiny", data="mini", precision=best_precision(), micro_batch=4, accumulation=4, steps=120,

@@ -145,7 +145,7 @@ predicted_order = {"which stage is slowest on two H200s": ..., "do the losses di
 
 # %%
 from shardlab.run.launch import launch
-from shardlab.run.runs import Experiment
+from shardlab.run.experiment import Experiment
 
 
 def stages(ranks):

@@ -175,7 +175,7 @@ predicted = {
 import shutil
 
 from shardlab.run.launch import launch
-from shardlab.run.runs import Experiment
+from shardlab.run.experiment import Experiment
 
 config = lab.engine_config(2, offload=False, micro_batch=2, accumulation=2, ranks=2, learning_rate=1e-3, precision="fp32")
 settings = {"program": "exercises.lab03_engine:program", "ranks": 2, "deepspeed": config, "micro_batch": 2, "accumulation": 2, "learning_rate": 1e-3,

@@ -113,7 +113,7 @@ import shutil
 
 from shardlab import doctor
 from shardlab.run.launch import launch
-from shardlab.run.runs import Experiment
+from shardlab.run.experiment import Experiment
 
 disk = RUNS / "lab04-nvme"
 shutil.rmtree(disk, ignore_errors=True)

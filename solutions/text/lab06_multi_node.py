@@ -122,7 +122,8 @@ import time
 
 from shardlab.cluster import batch
 from shardlab.run.launch import launch
-from shardlab.run.runs import Experiment, Run
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import Run
 
 zero = {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
         "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto"}
@@ -136,7 +137,7 @@ if not why_not:
     shutil.rmtree(runs / experiment.name, ignore_errors=True)
     (runs / "lab06.json").write_text(experiment.model_dump_json())
     script = lab.batch_script(name="lab06", nodes=2, ranks_per_node=1, minutes=10, log=str(runs / "lab06.log"), setup=batch.setup_lines(site),
-                              program=["-m", "shardlab.run.launch", str(runs / "lab06.json"), str(runs)])
+                              program=["-m", "shardlab.run.ranks", str(runs / "lab06.json"), str(runs)])
     submitted = time.time()
     number = slurm.submit(script, *batch.sbatch_options(site, gpus_per_node=min(1, site.gpus_per_node)))
     job = slurm.follow(number, runs / experiment.name, limit=600)

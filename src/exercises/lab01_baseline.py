@@ -215,7 +215,8 @@ def finetune(experiment, run) -> dict:
     """
     from shardlab.data.datasets import load_squad, squad_scores
     from shardlab.data.models import load_model, load_tokenizer
-    from shardlab.run.training import gather, rank, train, world_size
+    from shardlab.run.collectives import gather, rank, world_size
+    from shardlab.run.training import train
 
     tokenizer = load_tokenizer("bloom-tiny" if experiment.random_weights else experiment.model)
     data = load_squad(experiment.data)

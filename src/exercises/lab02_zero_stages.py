@@ -9,7 +9,8 @@ import json
 import math
 from pathlib import Path
 
-from shardlab.run.runs import Experiment, Run
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import Run
 
 TOP_LEVEL_KEYS = frozenset("""
     activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile csv_monitor

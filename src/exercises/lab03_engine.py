@@ -31,9 +31,12 @@ from datasets import Dataset
 
 from shardlab import hardware, switch
 from shardlab.data.models import load_model, load_tokenizer
-from shardlab.run.launch import leave_process_group, run_under_launcher
-from shardlab.run.runs import Experiment, Run, write_json
-from shardlab.run.training import StateRecorder, barrier, gather, rank, text_rows, world_size
+from shardlab.run.collectives import barrier, gather, rank, world_size
+from shardlab.run.experiment import Experiment
+from shardlab.run.ranks import leave_process_group, run_under_launcher
+from shardlab.run.recorder import StateRecorder
+from shardlab.run.run_folder import Run, write_json
+from shardlab.run.training import text_rows
 from shardlab.show import report
 from shardlab.zero import ops
 

@@ -165,7 +165,7 @@ def scaling(runs: list) -> dict:
     with the fewest ranks.
 
     Args:
-        runs: `shardlab.run.runs.Run`s. `run.samples_per_second()` is global: over all ranks. `run.experiment` has `ranks`,
+        runs: `shardlab.run.run_folder.Run`s. `run.samples_per_second()` is global: over all ranks. `run.experiment` has `ranks`,
             `micro_batch`, `accumulation` and `global_batch`.
 
     Returns:

@@ -25,7 +25,7 @@ def main() -> None:
     from shardlab.data.datasets import DataError
     from shardlab.data.models import ModelError
     from shardlab.run.launch import LaunchError
-    from shardlab.run.runs import RunError
+    from shardlab.run.run_folder import RunError
     from shardlab.zero.ops import OpBuildError
 
     try:
@@ -174,8 +174,9 @@ def run(
 
     from shardlab import hardware, switch
     from shardlab.course.demo import METHODS, default_settings
-    from shardlab.run.launch import launch, leave_process_group, run_under_launcher
-    from shardlab.run.runs import Experiment
+    from shardlab.run.experiment import Experiment
+    from shardlab.run.launch import launch
+    from shardlab.run.ranks import leave_process_group, run_under_launcher
     from shardlab.show import report
 
     switch.use_exercises(switch.SOLUTIONS if solutions else switch.exercises_folder())
@@ -223,7 +224,7 @@ def run(
 def report_command(folder: Annotated[Path, typer.Argument(help="A folder of run folders, or one run folder.")]) -> None:
     """Print the table of some runs, and write report.html and report.png beside them."""
 
-    from shardlab.run.runs import Run, RunError, read_runs
+    from shardlab.run.run_folder import Run, RunError, read_runs
     from shardlab.show import report
 
     found = [Run.read(folder)] if (folder / "run.json").exists() else read_runs(folder)

@@ -30,7 +30,7 @@ from typing import Literal, get_args
 from shardlab import hardware
 from shardlab.run.placement import CHECKING_RANKS, place
 from shardlab.zero import ops
-from shardlab.zero.memory import GIB
+from shardlab.zero.memory_model import GIB
 
 State = Literal["works", "fails", "not here"]
 COLOURS = {"works": "green", "fails": "bold red", "not here": "yellow"}
@@ -565,7 +565,7 @@ def process_group(limit: float = 60.0, say: Callable[[str], None] = lambda line:
 
 def _rank(backend: str, starter: int) -> None:
     """What each rank runs: contribute rank + 1, and see that all of them arrived."""
-    from shardlab.run.launch import _die_with_the_launcher
+    from shardlab.run.ranks import _die_with_the_launcher
 
     _die_with_the_launcher(starter)
     import torch

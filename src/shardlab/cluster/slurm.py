@@ -245,7 +245,7 @@ def follow(number: int | str, run_folder: Path | None = None, *, limit: float | 
         The job, as it was last.
     """
     from shardlab.run.progress import JobDisplay, Row
-    from shardlab.run.runs import Run
+    from shardlab.run.run_folder import Run
 
     display = display or JobDisplay()
     deadline = None if limit is None else time.monotonic() + limit

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardlab import hardware, switch
+from shardlab.run.experiment import Experiment
 from shardlab.run.launch import LaunchError, launch
 from shardlab.run.placement import TooFewGpus
-from shardlab.run.runs import Experiment, Run
+from shardlab.run.run_folder import Run
 
 METHODS = {
     "baseline": None,

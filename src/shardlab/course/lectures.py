@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from shardlab.data.models import load_model
-from shardlab.run.runs import Experiment, Run
-from shardlab.run.training import gather, rank, text_rows, world_size
-from shardlab.zero import memory
+from shardlab.run.collectives import gather, rank, world_size
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import Run
+from shardlab.run.training import text_rows
+from shardlab.zero import held_bytes
 
 
 def gradient_bytes(engine) -> int:
@@ -16,7 +18,7 @@ def gradient_bytes(engine) -> int:
     Between micro-batches stages 1 and 2 keep a list of gradients, and make the flat shard of it just before the step.
     """
     waiting = [tensor for group in getattr(engine.optimizer, "all_grad_tensors", {}).values() for tensor in group or []]
-    return memory.held_bytes(engine.module, engine.optimizer).gradients + sum(tensor.nbytes for tensor in waiting)
+    return held_bytes.held_bytes(engine.module, engine.optimizer).gradients + sum(tensor.nbytes for tensor in waiting)
 
 
 def watch_steps(experiment: Experiment, run: Run) -> dict:

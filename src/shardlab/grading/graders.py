@@ -29,7 +29,7 @@ import psutil
 
 from shardlab.grading import submissions
 from shardlab.hardware import ROOT
-from shardlab.milestones.milestones import REFERENCES
+from shardlab.milestones.launches import REFERENCES
 from shardlab.milestones.scoreboard import Milestone
 
 FORMAT = 1
@@ -148,7 +148,7 @@ def grade_submission(name: str, path: Path, plan: Plan, tell: Callable[[str], No
         tell: called with what is being done.
     """
     from shardlab.milestones.grade import grade
-    from shardlab.milestones.milestones import visible_folder
+    from shardlab.milestones.launches import visible_folder
     from shardlab.sandbox.boxes import Box
     from shardlab.sandbox.exchange import remove
 

@@ -9,9 +9,11 @@ import torch
 
 from shardlab import switch
 from shardlab.milestones import engine_runs
-from shardlab.run.runs import Experiment, Run
-from shardlab.run.training import barrier, gather, rank, text_rows, world_size
-from shardlab.zero import memory
+from shardlab.run.collectives import barrier, gather, rank, world_size
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import Run
+from shardlab.run.training import text_rows
+from shardlab.zero import held_bytes
 
 
 def _lab(stem: str = "lab03_engine"):
@@ -47,7 +49,7 @@ def initialize(experiment: Experiment, run: Run) -> dict:
         "clipping": engine.gradient_clipping(),
         "learning_rate": stepped.param_groups[0]["lr"],
         "parameters": parameter_count(model),
-        "stepped": sum(sum(group) for group in memory.parameter_groups(engine.optimizer)),
+        "stepped": sum(sum(group) for group in held_bytes.parameter_groups(engine.optimizer)),
         "scheduler": scheduler is not None,
         "config_changed": config != experiment.deepspeed,
         "seen": gather(seen),

@@ -14,8 +14,8 @@ import pytest
 
 from shardlab.cluster import batch, slurm
 from shardlab.cluster.site import Site, SiteError
-from shardlab.milestones.milestones import BoxEnded
-from shardlab.run.runs import Experiment
+from shardlab.run.experiment import Experiment
+from shardlab.sandbox.ended import BoxEnded
 
 LIMIT = 240.0
 """Seconds for which jobs of one milestone may wait in the queue."""
@@ -184,4 +184,4 @@ def training(name: str, folder: Path, **changes) -> tuple[Experiment, list[str]]
     experiment = Experiment(name=name, **(settings | changes))
     path = folder / f"{name}.json"
     path.write_text(experiment.model_dump_json())
-    return experiment, ["-m", "shardlab.run.launch", str(path), str(folder)]
+    return experiment, ["-m", "shardlab.run.ranks", str(path), str(folder)]

@@ -17,9 +17,12 @@ import pytest
 
 from shardlab import switch
 from shardlab.cluster import slurm
-from shardlab.milestones.milestones import BoxedLab, BoxEnded, Lab, MilestoneFailed, launched, own_folder
+from shardlab.milestones.exercises import BoxedLab, Lab
+from shardlab.milestones.launches import launched, own_folder
+from shardlab.milestones.messages import MilestoneFailed
 from shardlab.milestones.scoreboard import Milestone, render
 from shardlab.run.placement import CHECKING_RANKS, Placement, place
+from shardlab.sandbox.ended import BoxEnded
 
 
 def pytest_addoption(parser) -> None:

@@ -14,8 +14,10 @@ import torch
 
 from shardlab import switch
 from shardlab.data.models import load_model, load_tokenizer
-from shardlab.run.runs import Experiment, Run
-from shardlab.run.training import gather, text_rows, train, trainer_arguments
+from shardlab.run.collectives import gather
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import Run
+from shardlab.run.training import text_rows, train, trainer_arguments
 from shardlab.zero import ops
 
 
@@ -84,7 +86,7 @@ def uneven_gradient(experiment: Experiment, run: Run) -> dict:
     """Task 6.5: the gradient of a linear model in the mean over the ranks, beside that of one rank with the whole global batch."""
     import torch.distributed as dist
 
-    from shardlab.run.training import rank, world_size
+    from shardlab.run.collectives import rank, world_size
 
     lab, size = switch.import_exercise("lab06_multi_node"), experiment.options["global_batch"]
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -109,7 +111,7 @@ def uneven_gradient(experiment: Experiment, run: Run) -> dict:
 
 def stop_at_different_steps(experiment: Experiment, run: Run) -> dict:
     """Task 6.8: after which step each rank stops, where each is asked in a step of its own; drawn here if `asked` is not given."""
-    from shardlab.run.training import rank
+    from shardlab.run.collectives import rank
 
     lab, options = switch.import_exercise("lab06_multi_node"), experiment.options
     stopped, kinds = options["steps"], []

@@ -11,29 +11,25 @@ the system picks, so launches never collide.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import logging
 import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
-import traceback
-import warnings
 from itertools import groupby
 from multiprocessing import forkserver
 from pathlib import Path
 
-import psutil
-
 from shardlab import hardware, switch
-from shardlab.run import progress, tampering
-from shardlab.run.placement import Placement, TooFewGpus, place
-from shardlab.run.runs import Experiment, Run
+from shardlab.run import progress
+from shardlab.run.experiment import Experiment
+from shardlab.run.placement import Placement, place
+from shardlab.run.ranks import rank_main
+from shardlab.run.run_folder import Run
 from shardlab.zero import ops
 
 PRELOAD = [
@@ -269,7 +265,7 @@ def _launch_group(
         with _bare_main(), _forked_for(where.device):
             context = start_processes(
                 "rank",
-                _rank_main,
+                rank_main,
                 {rank: job for rank in range(ranks)},
                 envs,
                 DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
@@ -361,176 +357,3 @@ def _first_error(result, logs: Path, runs: list[Run], codes: list[int | None]) -
 def _current(runs: list[Run]) -> Run:
     """The run that the ranks are at."""
     return next((run for run in map(lambda run: Run.read(run.folder), runs) if run.outcome in ("running", "waiting")), runs[-1])
-
-
-# --- on a rank ------------------------------------------------------------------------------------------------------
-
-
-def _rank_main(folders: list[str], logs: str, launcher: int) -> dict[str, dict]:
-    os.setpgid(0, 0)
-    _die_with_the_launcher(launcher)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher gets Ctrl-C, and ends the ranks
-    rank, name, results = int(os.environ["RANK"]), "", {}
-    try:
-        import torch
-
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-        switch.use_exercises(os.environ[switch.VARIABLE])
-        for folder in folders:
-            run = Run.read(folder)
-            name = run.name
-            results[name] = run_experiment(run)
-    except BaseException as error:
-        lines = [line for line in traceback.format_exception(error)]
-        report = {
-            "time": time.time(),
-            "rank": rank,
-            "experiment": name,
-            "traceback": "".join(lines),
-            "error": traceback.format_exception_only(error)[-1].strip(),
-        }
-        temporary = Path(logs, f".error-{rank}")
-        temporary.write_text(json.dumps(report))
-        temporary.rename(Path(logs, f"error-{rank}.json"))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-    leave_process_group()
-    return results
-
-
-def leave_process_group() -> None:
-    """For the end of a program on ranks: where one just ends, NCCL on the others prints a stack trace of the lost connection."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def _die_with_the_launcher(launcher: int) -> None:
-    """Ask the kernel to end this rank when its parent, the fork server, ends; that one ends with the launcher.
-
-    The fork server ends when nobody holds the other end of a pipe of its any more. Each rank gets that end too, so it must
-    let go of it, or ranks and server keep each other alive.
-    """
-    import ctypes
-
-    if (alive := forkserver._forkserver._forkserver_alive_fd) is not None:
-        with contextlib.suppress(OSError):
-            os.close(alive)
-
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 is PR_SET_PDEATHSIG
-    # The launcher may have died before the call above.
-    if os.getppid() == 1 or not psutil.pid_exists(launcher):
-        os._exit(1)
-
-
-def run_experiment(run: Run) -> dict:
-    """Run one experiment's program on this rank, with the environment and the singletons of a fresh process; its results."""
-    from shardlab.run.training import Stopped, barrier, prepare_process, rank
-    from shardlab.zero.memory import MemorySampler
-
-    experiment = run.experiment
-    before = os.environ.copy()
-    # A lone rank without DeepSpeed is a plain process: with RANK set, Trainer would wrap the model in DDP.
-    if experiment.ranks == 1 and experiment.deepspeed is None:
-        for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            os.environ.pop(variable, None)
-    try:
-        prepare_process(experiment)
-        module, _, function = experiment.program.partition(":")
-        program = getattr(importlib.import_module(module), function)
-        noted = tampering.snapshot() if os.environ.get(tampering.WATCHED) else None
-        require_unchanged = tampering.require_unchanged
-        local_rank, local_ranks = int(before.get("LOCAL_RANK", "0")), int(before.get("LOCAL_WORLD_SIZE", experiment.ranks))
-        # Appending from two hosts to one file of a network file system loses lines.
-        samples = run.folder / ("memory.csv" if local_ranks == experiment.ranks else f"memory.{socket.gethostname()}.csv")
-        if local_rank == 0 and not samples.exists():
-            MemorySampler.write_header(samples)
-        if rank() == 0:
-            run.start()
-        barrier()
-        results = {}
-        try:
-            with MemorySampler(samples, rank(), local_rank if hardware.gpu_count() else None):
-                results = program(experiment, run)
-            if noted is not None:
-                require_unchanged(noted)
-        except Stopped as stopped:
-            if rank() == 0:
-                run.finish("stopped", str(stopped))
-            return {}
-        if rank() == 0:
-            run.record(**(results or {}))
-            run.finish()
-        return run.results
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _local_ranks() -> int:
-    """Ranks that a launcher has started on this machine: torchrun tells, and the deepspeed launcher in a variable of its own."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-
-
-def run_under_launcher(experiment: Experiment, runs: Path | str, *, resume: bool = False) -> Run:
-    """Run one experiment in a process that `deepspeed`, `torchrun` or `srun` has started as one of its ranks.
-
-    Every rank calls this. What goes wrong on a rank is in the run folder before the error goes on.
-
-    Args:
-        experiment: what to run; its `ranks` are those that the launcher has started.
-        runs: the folder in which the run has its own.
-        resume: continue the run of that name from its newest whole checkpoint, if there is such a run. Its first life must be
-            over, as that of a job is that Slurm starts again.
-
-    Returns:
-        The finished run, on every rank.
-    """
-    try:
-        where = place(_local_ranks(), or_cpu=False)
-    except TooFewGpus as error:
-        # Each rank comes here, and one sentence is enough.
-        raise SystemExit(str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 1) from None
-    os.environ.update(ops.environment(where.device))
-    # deepspeed 0.19.8 calls functions that torch 2.13 is about to rename, on every rank and in every step: a log of nothing else.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    from shardlab.run.training import barrier, prepare_process, rank
-
-    for op in ops.needed_by(experiment.deepspeed):
-        ops.build(op, print)
-    prepare_process(experiment)
-    if rank() == 0:
-        goes_on = resume and (Path(runs) / experiment.name / "run.json").exists()
-        (Run.reopen if goes_on else Run.create)(experiment, Path(runs).resolve())
-    barrier()
-    run = Run.read(Path(runs).resolve() / experiment.name)
-    try:
-        run_experiment(run)
-    except BaseException as error:
-        if Run.read(run.folder).record_json["outcome"] in ("waiting", "running"):
-            run.finish("failed", f"rank {rank()}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        raise
-    barrier()
-    return Run.read(run.folder)
-
-
-def main(arguments: list[str]) -> int:
-    """`python -m shardlab.run.launch EXPERIMENT.json RUNS` under torchrun, deepspeed or srun: one rank of that experiment.
-
-    It continues from the newest checkpoint, if the run is there already.
-    """
-    if len(arguments) != 2 or "RANK" not in os.environ:
-        print("usage: torchrun … -m shardlab.run.launch EXPERIMENT.json RUNS", file=sys.stderr)
-        return 2
-    experiment = Experiment.model_validate_json(Path(arguments[0]).read_text())
-    run_under_launcher(experiment, arguments[1], resume=True)
-    leave_process_group()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

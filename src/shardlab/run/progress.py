@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from shardlab.run.runs import Run
+from shardlab.run.run_folder import Run
 
 
 @dataclass

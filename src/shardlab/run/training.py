@@ -10,42 +10,23 @@ from __future__ import annotations
 import gc
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 
 from shardlab.data.datasets import load_squad
 from shardlab.data.models import load_model, load_tokenizer, parameter_count
-from shardlab.run.runs import Experiment, Run, write_json
-from shardlab.zero import memory
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def gather(value) -> list:
-    """One value a rank, in the order of the ranks, on every rank."""
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+from shardlab.run.checkpoints import Checkpointer, Stopped, newest_checkpoint
+from shardlab.run.collectives import barrier, rank
+from shardlab.run.experiment import Experiment
+from shardlab.run.recorder import RunRecorder, StateRecorder
+from shardlab.run.run_folder import Run
+from shardlab.zero import memory_model
 
 
 class Rows(Dataset):
@@ -59,176 +40,6 @@ class Rows(Dataset):
 
     def __getitem__(self, index):
         return self.rows[index]
-
-
-class StateRecorder:
-    """Writes `metrics.jsonl` after each optimizer step, and `states.json` at the second one.
-
-    The states are counted twice on the way to the second step (Adam makes its moments in the first): between two
-    micro-batches, where stage 1 holds whole gradients and stage 2 a shard of them, and just before the step. The larger
-    count of each kind is written.
-
-    Args:
-        run: the run folder.
-        engine: a DeepSpeed engine; None without DeepSpeed, where `count` and `write` must be called.
-        tokens_per_sequence: mean length of the training sequences, for tokens/s; the experiment's `max_tokens` by default.
-    """
-
-    def __init__(self, run: Run, engine=None, tokens_per_sequence: float | None = None):
-        self.run, self.experiment = run, run.experiment
-        self.tokens_per_sequence = tokens_per_sequence or run.experiment.max_tokens
-        self.counts: list[dict] = []
-        self.allocated: int | None = None
-        self.restart_clock()
-        if engine is not None:
-            self.watch(engine)
-
-    def restart_clock(self) -> None:
-        """Leave what has happened since the last step out of the next step's time."""
-        self.before = time.perf_counter()
-
-    def watch(self, engine) -> None:
-        """Count just before the second optimizer step of a DeepSpeed engine, and after each earlier micro-batch of that step."""
-        take_step, backward, calls = engine.optimizer.step, engine.backward, 0
-
-        def step(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == 2:
-                self.count(engine.module, engine.optimizer)
-                self.write(engine.module, engine.optimizer)
-            return take_step(*args, **kwargs)
-
-        def count_behind(*args, **kwargs):
-            result = backward(*args, **kwargs)
-            if calls == 1 and not engine.is_gradient_accumulation_boundary():
-                self.count(engine.module, engine.optimizer)
-            return result
-
-        engine.optimizer.step, engine.backward = step, count_behind
-
-    def count(self, model, optimizer) -> None:
-        self.counts.append(asdict(memory.held_bytes(model, optimizer)))
-
-    def write(self, model, optimizer) -> None:
-        largest = {kind: max(count[kind] for count in self.counts) for kind in self.counts[0]}
-        ranks = gather(largest)
-        if rank() == 0:
-            self.run.write_states(
-                {"parameters": parameter_count(model), "groups": memory.parameter_groups(optimizer), "ranks": ranks}
-            )
-
-    def log_step(self, step: int, loss: float, learning_rate: float | None = None, samples: int | None = None) -> None:
-        """One optimizer step is done; rank 0 writes its line.
-
-        Args:
-            step: how many there have been, with this one.
-            loss: the mean over the step's micro-batches.
-            learning_rate: of this step.
-            samples: sequences of this step, over all ranks; the global batch by default.
-        """
-        if step == 2 and torch.cuda.is_available():
-            self.allocated = torch.cuda.memory_allocated()
-        now = time.perf_counter()
-        seconds, self.before = now - self.before, now
-        if rank() != 0:
-            return
-        samples = samples or self.experiment.global_batch
-        self.run.log_step(
-            step=step,
-            loss=loss,
-            learning_rate=learning_rate,
-            seconds=round(seconds, 4),
-            samples_per_second=round(samples / seconds, 3),
-            tokens_per_second=round(samples * self.tokens_per_sequence / seconds, 1),
-            steps=self.experiment.steps or step,
-        )
-
-    def device_memory(self) -> dict:
-        """Each rank's peak and what it held after the second step, for `run.json`; nothing without a GPU. All ranks call it."""
-        if not torch.cuda.is_available():
-            return {}
-        mine = {"peak_allocated": torch.cuda.max_memory_allocated(), "allocated_between_steps": self.allocated}
-        return {"device_memory": gather(mine)}
-
-
-class Stopped(Exception):
-    """Training ended before its last step because it was asked to; the text says after which step."""
-
-
-STOP_FILE = "stop"
-"""A file of this name in the run folder asks a run with checkpoints to save one and to end."""
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in a run's folder `checkpoints` that was written to its end; None if there is none."""
-    whole = [path.parent for path in Path(folder).glob("checkpoint-*/complete.json")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-class Checkpointer(TrainerCallback):
-    """Marks each checkpoint of `Trainer` that is whole, and ends training where the run folder's stop file asks for it.
-
-    A job can be killed while it saves; `Trainer` would take the half-written folder for a checkpoint. So the last file of
-    each is `complete.json`.
-    """
-
-    def __init__(self, run: Run):
-        self.run, self.stopped = run, False
-
-    def on_step_end(self, args, state, control, **_):
-        # Rank 0 alone looks, and tells the others: on a shared file system each would see the file at another step.
-        asked = [rank() == 0 and (self.run.folder / STOP_FILE).exists()]
-        if dist.is_initialized():
-            dist.broadcast_object_list(asked, src=0)
-        if asked[0] and state.global_step < state.max_steps:
-            self.stopped = control.should_save = control.should_training_stop = True
-
-    def on_save(self, args, state, control, **_):
-        barrier()
-        if rank() == 0:
-            write_json(Path(args.output_dir, f"checkpoint-{state.global_step}", "complete.json"), {"ranks": world_size()})
-        barrier()
-
-
-class RunRecorder(TrainerCallback):
-    """Lets `Trainer` fill the run folder through a `StateRecorder`."""
-
-    def __init__(self, states: StateRecorder):
-        self.states = states
-        self.trainer: Trainer | None = None
-        self.epochs_logged = 0.0
-
-    def on_train_begin(self, args, state, control, **_):
-        self.states.restart_clock()
-        self.epochs_logged = state.epoch or 0.0  # more than 0 where training continues
-        self.states.experiment = self.states.experiment.model_copy(update={"steps": state.max_steps})
-        if self.trainer.is_deepspeed_enabled:
-            self.states.watch(self.trainer.deepspeed)
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **_):
-        # Under DeepSpeed the step has been taken by now, inside `backward`.
-        if state.global_step == 1 and not self.trainer.is_deepspeed_enabled:
-            self.states.count(model, optimizer.optimizer)
-            self.states.write(model, optimizer.optimizer)
-
-    def on_substep_end(self, args, state, control, model=None, optimizer=None, **_):
-        if state.global_step == 1 and not self.trainer.is_deepspeed_enabled:
-            self.states.count(model, optimizer.optimizer)
-
-    def on_log(self, args, state, control, logs=None, train_dataloader=None, **_):
-        if logs and "loss" in logs:
-            # The last step of an epoch accumulates over what is left of it, which can be less than a global batch.
-            epochs, self.epochs_logged = state.epoch - self.epochs_logged, state.epoch
-            micro_batches = round(epochs * len(train_dataloader))
-            samples = micro_batches * self.states.experiment.micro_batch * world_size()
-            self.states.log_step(state.global_step, logs["loss"], logs.get("learning_rate"), samples)
-
-    def on_evaluate(self, args, state, control, **_):
-        self.states.restart_clock()
-
-    def on_save(self, args, state, control, **_):
-        self.states.restart_clock()
 
 
 def prepare_process(experiment: Experiment) -> None:
@@ -402,7 +213,7 @@ def train_text(experiment: Experiment, run: Run) -> dict:
     """
     if "device_gib" in experiment.options and torch.cuda.is_available():
         whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        torch.cuda.set_per_process_memory_fraction(experiment.options["device_gib"] * memory.GIB / whole)
+        torch.cuda.set_per_process_memory_fraction(experiment.options["device_gib"] * memory_model.GIB / whole)
     arguments = trainer_arguments(experiment, run)
     model = load_model(experiment.model, random_weights=experiment.random_weights, seed=experiment.seed)
     train_set, eval_set = text_rows(experiment)

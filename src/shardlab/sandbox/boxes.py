@@ -25,9 +25,10 @@ from functools import cache
 from pathlib import Path
 
 from shardlab import hardware
-from shardlab.milestones.milestones import BoxEnded, TookTooLong
-from shardlab.run.runs import Experiment, Run
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import Run
 from shardlab.sandbox import wire
+from shardlab.sandbox.ended import BoxEnded, TookTooLong
 from shardlab.sandbox.exchange import Exchange, remove
 from shardlab.sandbox.limits import DISK
 from shardlab.sandbox.linux import ADDRESS

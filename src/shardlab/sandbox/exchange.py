@@ -10,7 +10,7 @@ import stat
 import subprocess
 from pathlib import Path
 
-from shardlab.milestones.milestones import BoxEnded
+from shardlab.sandbox.ended import BoxEnded
 from shardlab.sandbox.limits import DEPTH, DISK, FILES, RECORD
 
 

@@ -17,9 +17,8 @@ from pathlib import Path
 import psutil
 
 from shardlab import switch
-from shardlab.milestones.milestones import program_of
 from shardlab.run import tampering
-from shardlab.run.runs import Experiment
+from shardlab.run.experiment import Experiment, program_of
 from shardlab.sandbox import wire
 from shardlab.sandbox.limits import DISK, MEMORY, PROCESSES
 from shardlab.sandbox.linux import DIE_WITH_PARENT, SET_DUMPABLE, SET_SUBREAPER, drop_privileges, end_below, prctl

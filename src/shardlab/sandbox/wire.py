@@ -110,7 +110,8 @@ class Codec:
         import torch
         from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-        from shardlab.run.runs import Experiment, Run
+        from shardlab.run.experiment import Experiment
+        from shardlab.run.run_folder import Run
 
         if isinstance(value, torch.Tensor):
             return _encode_tensor(value)
@@ -189,11 +190,11 @@ class Codec:
                 array = numpy.frombuffer(base64.b64decode(message["data"]), dtype=dtype).reshape(message["shape"])
                 return array.copy() if message["shape"] else array[()]
             case "experiment":
-                from shardlab.run.runs import Experiment
+                from shardlab.run.experiment import Experiment
 
                 return Experiment.model_validate_json(message["json"])
             case "run" if self.ask is None:
-                from shardlab.run.runs import Run
+                from shardlab.run.run_folder import Run
 
                 return Run.read(message["folder"])
             case "object" if self.ask is not None:

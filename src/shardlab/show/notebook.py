@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shardlab import hardware, switch
 from shardlab.milestones.scoreboard import Milestone, render, render_board, render_html, render_text
-from shardlab.run.runs import Run
+from shardlab.run.run_folder import Run
 from shardlab.show import report
 
 RUNS = Path(os.environ.get("SHARDLAB_RUNS", hardware.ROOT / "runs"))

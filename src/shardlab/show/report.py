@@ -6,9 +6,9 @@ import base64
 import html
 from pathlib import Path
 
-from shardlab.run.runs import Run
-from shardlab.zero import memory
-from shardlab.zero.memory import GIB, MIB, States
+from shardlab.run.run_folder import Run
+from shardlab.zero import memory_model
+from shardlab.zero.memory_model import GIB, MIB, States
 
 COLUMNS = {
     "method": "method",
@@ -39,12 +39,14 @@ def predicted_states(run: Run) -> States | None:
         return None
     config, experiment = run.experiment.deepspeed, run.experiment
     if config is None:
-        return memory.ddp_bytes(states["parameters"])
+        return memory_model.ddp_bytes(states["parameters"])
     zero = config.get("zero_optimization", {})
     offloads = {part: zero.get(part, {}).get("device", "none") != "none" for part in ("offload_optimizer", "offload_param")}
     offloads["nvme"] = zero.get("offload_optimizer", {}).get("device") == "nvme" and zero.get("stage") == 3
     offloads["accumulates"] = experiment.accumulation > 1
-    return memory.engine_bytes(zero.get("stage", 0), states["groups"], experiment.ranks, precision=experiment.precision, **offloads)
+    return memory_model.engine_bytes(
+        zero.get("stage", 0), states["groups"], experiment.ranks, precision=experiment.precision, **offloads
+    )
 
 
 def measured_states(run: Run) -> States | None:
@@ -215,7 +217,7 @@ def write_report(runs: list[Run], folder: Path | str, title: str) -> Path:
     )
     notes = """<p>Loss before and after is the evaluation loss on held-out paragraphs. EM is exact match on generated answers.
 Measured bytes are what the rank that holds most had in parameters, gradients and optimizer states while it accumulated gradients;
-predicted bytes come from the formulae in <code>shardlab.zero.memory</code>. All methods compute the same mathematics, so the loss curves
+predicted bytes come from the formulae in <code>shardlab.zero.memory_model</code>. All methods compute the same mathematics, so the loss curves
 lie on one another.</p>"""
     path = folder / "report.html"
     path.write_text(

@@ -1,0 +1,101 @@
+"""Weights that exercises have saved, read without trust."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from shardlab.milestones.messages import MilestoneFailed, require
+
+
+def safely_loaded(path: Path) -> dict:
+    """What `torch.save` wrote, without running anything that it may hold: tensors and plain values.
+
+    Raises:
+        MilestoneFailed: it holds something else.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        raise MilestoneFailed(
+            f"expected  a file of torch.save with tensors and plain values in it: {path.name}\n"
+            f"got       {str(error).splitlines()[0][:300]}\n"
+            "likely    an object of a class of its own was saved, or the file is not whole\nread      the task's docstring"
+        ) from None
+
+
+def saved_weights(folder: Path, base_model: str, *, read: str) -> dict:
+    """The weights in a model folder, read as what they are: JSON and safetensors. Nothing else in the folder is looked at.
+
+    Args:
+        folder: what `save_pretrained` wrote, with its tokenizer.
+        base_model: the model whose shape and tokenizer it must have.
+        read: where the lab explains it.
+
+    Returns:
+        fp32 tensors by the parameters' names, each shared tensor once.
+
+    Raises:
+        MilestoneFailed: it is not a model of this shape that plain transformers can load.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from shardlab.data.models import load_tokenizer, model_config
+
+    def json_in(name: str) -> dict:
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            found = error
+        require(
+            isinstance(found, dict),
+            expected=f"a {name} in the folder",
+            got=f"{type(found).__name__}: {found}",
+            likely="save_pretrained left out, or a state dict saved without its configuration",
+            read=read,
+        )
+        return found
+
+    wanted = model_config(base_model).to_dict()
+    shape = ("model_type", "vocab_size", "hidden_size", "n_layer", "n_head")
+    config = json_in("config.json")
+    require(
+        [config.get(name) for name in shape] == [wanted[name] for name in shape] and config.get("tie_word_embeddings", True),
+        expected=f"the configuration of {', '.join(f'{name} {wanted[name]}' for name in shape)}, its output layer tied",
+        got=", ".join(f"{name} {config.get(name)}" for name in (*shape, "tie_word_embeddings")),
+        likely="another model saved, or lm_head handled by itself",
+        read=read,
+    )
+    try:
+        weights = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        require(
+            False,
+            expected="the weights in model.safetensors",
+            got=f"{type(error).__name__}: {error}",
+            likely="model.save_pretrained under ZeRO-3 writes empty shards; or weights saved in another way",
+            read=read,
+        )
+    types = sorted({str(weight.dtype) for weight in weights.values()})
+    require(
+        types == ["torch.float32"],
+        expected="fp32 weights",
+        got=", ".join(types) or "none",
+        likely="the model's half-precision copy instead of the master weights",
+        read=read,
+    )
+    tokenizer = load_tokenizer(base_model)
+    vocabulary = json_in("tokenizer.json").get("model", {}) if (folder / "tokenizer.json").exists() else {}
+    require(
+        vocabulary == json.loads(tokenizer.backend_tokenizer.to_str())["model"],
+        expected="the tokenizer in the folder",
+        got="none that can be read" if not vocabulary else "another one",
+        likely="the tokenizer's save_pretrained left out: load_tokenizer(base_model).save_pretrained(folder)",
+        read=read,
+    )
+    return {name if name.startswith("transformer.") else f"transformer.{name}": weight for name, weight in weights.items()}
