@@ -25,9 +25,11 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shardlab import doctor, hardware, switch
+from shardlab import hardware, switch
 from shardlab.cluster import slurm
+from shardlab.doctor.versions import pins
 from shardlab.run import placement
+from shardlab.zero import toolchain
 
 RESULTS = hardware.ROOT / "bench" / "results"
 PAGE = hardware.ROOT / "docs" / "proof.md"
@@ -153,7 +155,7 @@ def refusal() -> dict:
 
 def surroundings() -> dict:
     """What the verdicts depend on besides the course: hardware, versions, libaio, Slurm."""
-    aio = doctor.libaio()
+    aio = toolchain.check_libaio()
     return {
         "hardware": hardware.describe(),
         "versions": hardware.versions(),
@@ -246,7 +248,7 @@ def render() -> str:
         machine, versions = found["hardware"], found["versions"]
         gpus = ", ".join(f"{count} × {gpu}" for gpu, count in Counter(machine["gpus"]).items()) or "no GPU"
         lines += [f"## {name}", "", f"{gpus}; {machine['cpu_cores']} cores of {machine['cpu']}."]
-        pinned = {package: f" (pinned: {doctor.pins()[package]})" for package in versions if package in doctor.pins()}
+        pinned = {package: f" (pinned: {pins()[package]})" for package in versions if package in pins()}
         pinned = {package: note for package, note in pinned.items() if versions[package] not in note}
         lines += [", ".join(f"{package} {version}{pinned.get(package, '')}" for package, version in versions.items()) + "."]
         lines += [f"libaio {found['libaio']}. Slurm {found['slurm']}.", ""]

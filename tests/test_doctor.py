@@ -16,10 +16,11 @@ import psutil
 import pytest
 from rich.console import Console
 
-from shardlab import doctor, hardware
-from shardlab.doctor import Finding
+from shardlab import hardware
+from shardlab.doctor import course, examine, machine, process_group, versions
+from shardlab.findings import Finding, exit_status, render, show
 from shardlab.sandbox import boxes
-from shardlab.zero import ops
+from shardlab.zero import ops, toolchain
 
 MARK = "SHARDLAB_TEST_MARK"
 
@@ -60,7 +61,7 @@ def by_name(findings) -> dict[str, Finding]:
 def here() -> dict[str, Finding]:
     """The findings about this machine as it is."""
     children = live_children()
-    findings = by_name(doctor.examine())
+    findings = by_name(examine.examine())
     assert live_children() - children == set()
     return findings
 
@@ -77,9 +78,9 @@ def empty_folder(tmp_path) -> Path:
 
 def test_exit_status_is_1_only_where_something_fails():
     works, absent = Finding("a", "works", ""), Finding("b", "not here", "")
-    assert doctor.exit_status([]) == 0
-    assert doctor.exit_status([works, absent]) == 0
-    assert doctor.exit_status([works, Finding("c", "fails", "", "mend it"), absent]) == 1
+    assert exit_status([]) == 0
+    assert exit_status([works, absent]) == 0
+    assert exit_status([works, Finding("c", "fails", "", "mend it"), absent]) == 1
 
 
 def test_a_finding_that_fails_must_have_a_remedy():
@@ -94,7 +95,7 @@ def test_a_finding_has_one_of_three_states():
 
 @pytest.mark.parametrize("state, shown", [("works", False), ("fails", True), ("not here", True)])
 def test_the_remedy_stands_below_what_does_not_work(state, shown):
-    lines = doctor.render(Finding("ninja", state, "some [detail]", "export PATH=/a")).plain.splitlines()
+    lines = render(Finding("ninja", state, "some [detail]", "export PATH=/a")).plain.splitlines()
     assert "ninja" in lines[0] and state in lines[0] and "some [detail]" in lines[0]
     assert [line.strip() for line in lines[1:]] == (["→ export PATH=/a"] if shown else [])
 
@@ -102,14 +103,14 @@ def test_the_remedy_stands_below_what_does_not_work(state, shown):
 def test_a_long_command_is_printed_in_one_piece():
     """On a narrow terminal, too: a command broken over two lines cannot be copied."""
     output, command = io.StringIO(), "export PATH=" + "/a/long/folder:" * 20
-    findings = doctor.show([Finding("ninja", "fails", "gone", command)], Console(file=output, width=40))
+    shown = show([Finding("ninja", "fails", "gone", command)], Console(file=output, width=40))
     assert f"→ {command}\n" in output.getvalue()
     assert "0 work, 1 fail, 0 not here." in output.getvalue()
-    assert doctor.exit_status(findings) == 1
+    assert exit_status(shown) == 1
 
 
 def test_findings_come_one_at_a_time():
-    findings = doctor.examine()
+    findings = examine.examine()
     assert next(findings).name == "Python"
     findings.close()
 
@@ -145,7 +146,7 @@ def test_what_runs_this_test_works(here):
     """Python, torch and DeepSpeed are here in the pinned versions, or the other tests of the course could not run."""
     for name in ("Python", "torch", "deepspeed"):
         assert here[name].state == "works", here[name]
-    assert doctor.pins()["torch"] in here["torch"].detail
+    assert versions.pins()["torch"] in here["torch"].detail
 
 
 def test_the_all_reduce_is_real_and_works(here):
@@ -157,7 +158,7 @@ def test_the_all_reduce_is_real_and_works(here):
 def test_libaio_agrees_with_a_compiler_asked_by_hand(here, tmp_path):
     """The header too: DeepSpeed's own probe would be no judge, since it links and never includes it."""
     (tmp_path / "probe.cpp").write_text("#include <libaio.h>\nint main() { return 0; }\n")
-    result = subprocess.run([*doctor.cxx(), "probe.cpp", "-laio", "-o", "probe"], cwd=tmp_path, capture_output=True)
+    result = subprocess.run([*toolchain.cxx(), "probe.cpp", "-laio", "-o", "probe"], cwd=tmp_path, capture_output=True)
     assert (here["libaio"].state == "works") == (result.returncode == 0)
 
 
@@ -166,7 +167,7 @@ def test_libaio_agrees_with_a_compiler_asked_by_hand(here, tmp_path):
 
 def test_ranks_that_give_no_answer_are_ended_at_the_limit():
     started = time.monotonic()
-    finding = doctor.process_group(limit=0.1)
+    finding = process_group.check_process_group(limit=0.1)
     assert finding.state == "fails" and "within 0.1 s" in finding.detail
     assert time.monotonic() - started < 15
 
@@ -174,9 +175,9 @@ def test_ranks_that_give_no_answer_are_ended_at_the_limit():
 @pytest.mark.skipif(hardware.gpu_count() >= 2, reason="with two GPUs NCCL works")
 def test_a_rank_that_fails_ends_the_check_with_its_error(monkeypatch):
     """Ranks that are told to use GPUs that are not there. One of them alone would wait for the other until the limit."""
-    monkeypatch.setattr(doctor, "hardware", _TwoGpus())
+    monkeypatch.setattr(process_group, "hardware", _TwoGpus())
     said = []
-    finding = doctor.process_group(limit=60, say=said.append)
+    finding = process_group.check_process_group(limit=60, say=said.append)
     assert finding.state == "fails" and "over nccl" in finding.detail
     assert "Error" in finding.detail and any("Traceback" in line for line in said)
 
@@ -191,7 +192,7 @@ class _TwoGpus:
 def test_ranks_take_no_fixed_port():
     """Two preflights at once, as on a login node, do not disturb each other."""
     found = []
-    threads = [threading.Thread(target=lambda: found.append(doctor.process_group())) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: found.append(process_group.check_process_group())) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -203,7 +204,7 @@ def test_ranks_take_no_fixed_port():
 def test_ranks_end_with_a_preflight_that_is_killed(mark, tmp_path, age):
     """As early as can be, before a rank has asked the kernel to end with its starter, and later."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "shardlab.doctor", "--all-reduce"],
+        [sys.executable, "-m", "shardlab.doctor.process_group"],
         stdout=subprocess.DEVNULL,
         env=os.environ | {"TMPDIR": str(tmp_path)},
     )
@@ -239,7 +240,7 @@ def leave_a_lock(op: str, age: float = 60) -> Path:
 
 
 def test_an_op_that_is_not_built_is_not_here(ops_folder):
-    finding = doctor.op_finding("cpu_adam")
+    finding = toolchain.check_op("cpu_adam")
     assert finding.state == "not here"
     assert finding.remedy == "compiled at first use; now: shardlab doctor --build-ops"
 
@@ -247,10 +248,10 @@ def test_an_op_that_is_not_built_is_not_here(ops_folder):
 def test_an_op_that_no_lab_loads_here_is_not_compiled(ops_folder):
     if hardware.gpu_count():
         pytest.skip("on a GPU it is needed")
-    finding = doctor.op_finding("fused_adam", build=True, say=pytest.fail)
+    finding = toolchain.check_op("fused_adam", build=True, say=pytest.fail)
     assert finding.state == "not here" and "not needed" in finding.detail
     leave_a_lock("fused_adam")
-    assert doctor.op_finding("fused_adam").state == "fails", "whoever loads it all the same would wait for ever"
+    assert toolchain.check_op("fused_adam").state == "fails", "whoever loads it all the same would wait for ever"
 
 
 def test_an_op_that_counts_as_built_is_not_built_again_by_a_rank():
@@ -276,7 +277,7 @@ def test_ops_are_built_anew_for_another_installation(monkeypatch):
 
 def test_a_stale_lock_fails(ops_folder):
     lock = leave_a_lock("cpu_adam")
-    finding = doctor.op_finding("cpu_adam")
+    finding = toolchain.check_op("cpu_adam")
     assert finding.state == "fails" and str(lock) in finding.detail
     assert finding.remedy == "shardlab doctor --build-ops"
     assert lock.exists(), "looking does not change anything"
@@ -285,7 +286,7 @@ def test_a_stale_lock_fails(ops_folder):
 def test_the_lock_of_a_rank_that_loads_an_op_is_not_stale(ops_folder):
     """Every rank takes it for a moment, and gives it back."""
     leave_a_lock("cpu_adam", age=0)
-    assert doctor.op_finding("cpu_adam").state == "not here"
+    assert toolchain.check_op("cpu_adam").state == "not here"
 
 
 def test_building_clears_a_stale_lock(monkeypatch, ops_folder):
@@ -298,18 +299,18 @@ def test_building_clears_a_stale_lock(monkeypatch, ops_folder):
         shutil.copytree(built, ops.library(op).parent, ignore=shutil.ignore_patterns("lock"))
     lock = leave_a_lock(op)
     said = []
-    finding = doctor.op_finding(op, build=True, say=said.append)
+    finding = toolchain.check_op(op, build=True, say=said.append)
     assert finding.state == "works", finding
     assert not lock.exists()
     assert any("left a lock behind" in line for line in said)
-    assert doctor.op_finding(op).state == "works"
+    assert toolchain.check_op(op).state == "works"
 
 
 def test_a_library_that_does_not_load_fails(ops_folder):
     """As one does whose link was cut short, or that was made against another torch."""
     ops.library("cpu_adam").parent.mkdir(parents=True)
     ops.library("cpu_adam").write_bytes(b"no library")
-    finding = doctor.op_finding("cpu_adam")
+    finding = toolchain.check_op("cpu_adam")
     assert finding.state == "fails" and "does not load" in finding.detail
     assert str(ops.library("cpu_adam").parent) in finding.remedy
 
@@ -317,14 +318,14 @@ def test_a_library_that_does_not_load_fails(ops_folder):
 def test_a_build_that_fails_names_a_remedy(monkeypatch, ops_folder):
     monkeypatch.setenv("CXX", "false")
     said = []
-    finding = doctor.op_finding("pin_memory", build=True, say=said.append)
+    finding = toolchain.check_op("pin_memory", build=True, say=said.append)
     assert finding.state == "fails" and finding.remedy
     assert any("did not compile" in line for line in said)
 
 
 def test_nothing_is_built_with_a_tool_that_is_missing(ops_folder):
     compiler = Finding("C++ compiler", "fails", "no c++", "install g++")
-    finding = doctor.op_finding("pin_memory", build=True, needs=[compiler], say=pytest.fail)
+    finding = toolchain.check_op("pin_memory", build=True, needs=[compiler], say=pytest.fail)
     assert finding.state == "not here" and "C++ compiler" in finding.detail and finding.remedy == "install g++"
 
 
@@ -333,29 +334,29 @@ def test_nothing_is_built_with_a_tool_that_is_missing(ops_folder):
 
 def test_isolation_names_what_keeps_boxes_from_being_made(monkeypatch, empty_folder):
     monkeypatch.setattr(boxes, "isolation", lambda: ("limits", "a reason"))
-    assert "sysctl" in doctor._isolation().remedy and "a reason" in doctor._isolation().detail
+    assert "sysctl" in course.check_isolation().remedy and "a reason" in course.check_isolation().detail
     monkeypatch.setenv("PATH", str(empty_folder))
-    assert doctor._isolation().remedy == "sudo apt install bubblewrap"
+    assert course.check_isolation().remedy == "sudo apt install bubblewrap"
 
 
 def test_without_a_path_the_compiler_fails_and_each_failure_has_a_remedy(monkeypatch, empty_folder):
     monkeypatch.setenv("PATH", str(empty_folder))
     monkeypatch.delenv("CXX", raising=False)
-    findings = by_name(doctor.examine())
+    findings = by_name(examine.examine())
     assert findings["C++ compiler"].state == "fails" and "g++" in findings["C++ compiler"].remedy
     assert {name: findings[name].state for name in ("numactl", "Slurm", "libaio", "op async_io")} == dict.fromkeys(
         ("numactl", "Slurm", "libaio", "op async_io"), "not here"
     )
     assert all(finding.remedy for finding in findings.values() if finding.state == "fails")
     assert not [op for op in ops.OPS if findings[f"op {op}"].state == "works"], "DeepSpeed loads no op without a compiler"
-    assert doctor.exit_status(findings.values()) == 1
+    assert exit_status(findings.values()) == 1
 
 
 def test_a_compiler_under_another_name_is_named(monkeypatch, empty_folder):
-    (empty_folder / "g++").symlink_to(shutil.which("g++") or shutil.which(doctor.cxx()[0]))
+    (empty_folder / "g++").symlink_to(shutil.which("g++") or shutil.which(toolchain.cxx()[0]))
     monkeypatch.setenv("PATH", str(empty_folder))
     monkeypatch.delenv("CXX", raising=False)
-    finding = doctor._compiler()
+    finding = toolchain.check_compiler()
     assert (finding.state, finding.remedy) == ("fails", "export CXX=g++")
 
 
@@ -367,7 +368,7 @@ def test_a_compiler_that_cannot_compile_fails(monkeypatch, tmp_path):
     )
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    finding = doctor._compiler()
+    finding = toolchain.check_compiler()
     assert finding.state == "fails" and "c++ 4.8" in finding.detail and "unrecognized option" in finding.detail
 
 
@@ -381,14 +382,14 @@ def no_libaio(monkeypatch, tmp_path) -> Finding:
     )
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
-    return doctor._compiler()
+    return toolchain.check_compiler()
 
 
 def test_without_libaio_the_op_that_needs_it_is_not_here(no_libaio, ops_folder):
-    finding = doctor.libaio(no_libaio)
+    finding = toolchain.check_libaio(no_libaio)
     assert no_libaio.state == "works" and finding.state == "not here" and "libaio.h: No such file" in finding.detail
     assert "apt install libaio-dev" in finding.remedy and "conda install -c conda-forge libaio" in finding.remedy
-    op = doctor.op_finding("async_io", build=True, needs=[no_libaio, finding], say=pytest.fail)
+    op = toolchain.check_op("async_io", build=True, needs=[no_libaio, finding], say=pytest.fail)
     assert op.state == "not here" and op.remedy == finding.remedy
 
 
@@ -396,7 +397,7 @@ def test_libaio_that_conda_has_but_the_compiler_does_not_find(no_libaio, monkeyp
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "libaio.h").touch()
     monkeypatch.setenv("CONDA_PREFIX", str(tmp_path))
-    finding = doctor.libaio(no_libaio)
+    finding = toolchain.check_libaio(no_libaio)
     assert finding.state == "not here"
     for variable in (f"CFLAGS=-I{tmp_path}/include", f"LDFLAGS=-L{tmp_path}/lib", f" LIBRARY_PATH={tmp_path}/lib"):
         assert variable in finding.remedy
@@ -405,7 +406,7 @@ def test_libaio_that_conda_has_but_the_compiler_does_not_find(no_libaio, monkeyp
 def test_torch_that_cannot_be_imported_fails_and_what_needs_it_is_not_tried(monkeypatch, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('libtorch_cpu.so: cannot open shared object file')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    findings = by_name(doctor.examine())
+    findings = by_name(examine.examine())
     assert findings["torch"].state == "fails" and "libtorch_cpu.so" in findings["torch"].detail
     assert findings["deepspeed"].state == "fails"
     for name in ("accelerator", "process group", *(f"op {op}" for op in ops.OPS)):
@@ -416,8 +417,8 @@ def test_torch_that_cannot_be_imported_fails_and_what_needs_it_is_not_tried(monk
     "found, state", [("2.13.0", "works"), ("2.13.0+cpu", "works"), ("2.13.0+cu130", "works"), ("2.11.0+cu130", "fails")]
 )
 def test_versions_are_compared_without_their_build(monkeypatch, found, state):
-    monkeypatch.setattr(doctor, "pins", lambda: {"torch": "2.13.0"})
-    finding = doctor._against_pin("torch", found)
+    monkeypatch.setattr(versions, "pins", lambda: {"torch": "2.13.0"})
+    finding = versions.against_pin("torch", found)
     assert finding.state == state
     assert state == "works" or ("2.13.0" in finding.detail and "constraints.txt" in finding.remedy)
 
@@ -425,20 +426,20 @@ def test_versions_are_compared_without_their_build(monkeypatch, found, state):
 def test_a_cache_that_cannot_be_written_fails(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "file" / "huggingface"))
-    finding = doctor._caches(ops_too=True)
+    finding = machine.check_caches(ops_too=True)
     assert finding.state == "fails" and str(tmp_path) in finding.detail and "HF_HOME" in finding.remedy
 
 
 def test_caches_are_not_made_by_looking(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "new" / "huggingface"))
-    assert doctor._caches(ops_too=False).state == "works"
+    assert machine.check_caches(ops_too=False).state == "works"
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("check, need", [("_disk", "DISK_NEEDED"), ("_memory", "MEMORY_NEEDED")])
+@pytest.mark.parametrize("check, need", [("check_disk", "DISK_NEEDED"), ("check_memory", "MEMORY_NEEDED")])
 def test_too_little_room_fails(monkeypatch, check, need):
-    monkeypatch.setattr(doctor, need, 2**60)
-    finding = getattr(doctor, check)()
+    monkeypatch.setattr(machine, need, 2**60)
+    finding = getattr(machine, check)()
     assert finding.state == "fails" and finding.remedy
 
 
@@ -475,14 +476,14 @@ def hub(monkeypatch):
 
 
 def test_a_hub_that_answers_works(hub):
-    finding = doctor._hub()
+    finding = machine.check_hub()
     assert finding.state == "works", finding
     assert f"http://127.0.0.1:{hub.server_port}" in finding.detail
 
 
 def test_without_the_hub_nothing_fails(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    finding = doctor._hub()
+    finding = machine.check_hub()
     assert finding.state == "not here" and "offline" in finding.detail
     assert "SQuAD JSON file" in finding.remedy
 
@@ -491,11 +492,11 @@ def test_without_the_hub_nothing_fails(monkeypatch):
 
 
 def test_the_command_prints_the_findings_and_ends_with_their_status():
-    result = subprocess.run([sys.executable, "-m", "shardlab.doctor", "--all-reduce"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "shardlab.doctor.process_group"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.search(r"^process group +works +2 ranks", result.stdout, re.MULTILINE)
 
 
 def test_the_command_refuses_what_it_does_not_know():
-    result = subprocess.run([sys.executable, "-m", "shardlab.doctor", "--build"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "shardlab.doctor.process_group", "--build"], capture_output=True, text=True)
     assert result.returncode == 2 and "usage" in result.stderr

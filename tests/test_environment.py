@@ -6,7 +6,7 @@ import tomllib
 import pytest
 import yaml
 
-from shardlab.doctor import canonical, pins
+from shardlab.doctor.versions import canonical, pins
 from shardlab.hardware import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -448,7 +448,7 @@ def test_ops_are_compiled_before_the_clock_of_a_milestone_runs(tmp_path, monkeyp
         time.sleep(1.5 if op == "cpu_adam" else 0)
         return "no libaio → get it" if op == "async_io" else ""
 
-    monkeypatch.setattr("shardlab.doctor.why_no_op", why_no_op)
+    monkeypatch.setattr("shardlab.zero.toolchain.why_no_op", why_no_op)
     said = []
     found = grade("lab09_ops", exercises=tmp_path, files=[tmp_path / "test_lab09_ops.py"], say=said.append)
     assert {m.task: (m.verdict, m.message) for m in found} == {

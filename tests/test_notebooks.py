@@ -7,8 +7,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from shardlab import doctor, hardware, switch
+from shardlab import hardware, switch
 from shardlab.course import authoring
+from shardlab.zero import toolchain
 
 LABS = {path.stem: path for path in authoring.notebooks() if path.stem.startswith("lab")}
 
@@ -37,7 +38,7 @@ def test_lab_runs_with_the_solutions(stem, tmp_path, slurm_where_possible):
     tasks = authoring.tasks((switch.SOLUTIONS / "exercises" / f"{stem}.py").read_text())
     shown = "\n".join(outputs(cell) for cell in notebook.cells if cell.cell_type == "code")
     verdicts = dict(re.findall(r">(\d+\.\d+) (passed|failed|not implemented|not run)<", shown))
-    allowed = {"passed"} if doctor.libaio().state == "works" and slurm_where_possible else {"passed", "not run"}
+    allowed = {"passed"} if toolchain.check_libaio().state == "works" and slurm_where_possible else {"passed", "not run"}
     assert set(verdicts) == set(tasks) and set(verdicts.values()) <= allowed
 
 

@@ -8,8 +8,9 @@ from multiprocessing import forkserver
 
 import pytest
 
-from shardlab import doctor, hardware
+from shardlab import hardware
 from shardlab.cluster import preflight
+from shardlab.doctor.machine import check_milestone_ranks
 from shardlab.run import launch, placement, ranks
 from shardlab.run.experiment import Experiment
 from shardlab.run.placement import GIB, Placement, TooFewGpus, place
@@ -155,9 +156,9 @@ def test_ranks_that_do_not_fit_on_the_gpu_train_on_the_cpu(machine, tmp_path, mo
 
 def test_doctor_says_what_ranks_of_milestones_run_on(machine):
     machine(H100)
-    assert doctor._milestone_ranks().detail == "2 ranks run on the CPU: 2 ranks need 2 GPUs, one each, and 1 is visible"
+    assert check_milestone_ranks().detail == "2 ranks run on the CPU: 2 ranks need 2 GPUs, one each, and 1 is visible"
     machine(H100, H100)
-    assert doctor._milestone_ranks().detail == "2 ranks run on GPUs"
+    assert check_milestone_ranks().detail == "2 ranks run on GPUs"
 
 
 def test_preflight_names_the_node_with_more_ranks_than_gpus():

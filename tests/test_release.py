@@ -75,8 +75,8 @@ def test_manifest_has_every_file_and_finds_what_was_changed(released, tmp_path):
     (course / "labs/lab01_baseline/lab01_baseline.ipynb").write_text("{}")
     assert release.changed(course) == [], "what learners write is theirs"
     (course / "labs/lab02_zero_stages/test_lab02_zero_stages.py").write_text("")
-    (course / "src/shardlab/zero/memory.py").unlink()
-    assert release.changed(course) == ["labs/lab02_zero_stages/test_lab02_zero_stages.py", "src/shardlab/zero/memory.py"]
+    (course / "src/shardlab/zero/memory_model.py").unlink()
+    assert release.changed(course) == ["labs/lab02_zero_stages/test_lab02_zero_stages.py", "src/shardlab/zero/memory_model.py"]
     assert release.changed(ROOT) is None
 
 

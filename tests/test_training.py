@@ -4,19 +4,19 @@ from functools import cache
 
 import pytest
 
-from shardlab import doctor, switch
-from shardlab.doctor import Finding
+from shardlab import switch
+from shardlab.findings import Finding
 from shardlab.milestones.grade import grade
 from shardlab.run import progress
 from shardlab.run.experiment import Experiment
 from shardlab.run.launch import launch
 from shardlab.show import report
-from shardlab.zero import ops
+from shardlab.zero import ops, toolchain
 
 
 @cache
 def missing_libaio() -> str:
-    finding = doctor.libaio()
+    finding = toolchain.check_libaio()
     return "" if finding.state == "works" else f"{finding.detail} → {finding.remedy}"
 
 
@@ -106,7 +106,9 @@ def test_deepspeed_s_own_nvme_checkpoint_loses_states(tmp_path):
 
 def test_without_libaio_the_nvme_milestones_are_not_run(monkeypatch):
     monkeypatch.setattr(ops, "is_built", lambda op, device=None: op != "async_io")
-    monkeypatch.setattr(doctor, "libaio", lambda compiler: Finding("libaio", "not here", "no libaio.h", "apt install libaio-dev"))
+    monkeypatch.setattr(
+        toolchain, "check_libaio", lambda compiler: Finding("libaio", "not here", "no libaio.h", "apt install libaio-dev")
+    )
     for task in ("4.3", "4.7", "4.8"):
         (milestone,) = grade("lab04_offload", exercises=switch.SOLUTIONS, task=task)
         assert milestone.verdict == "not run"

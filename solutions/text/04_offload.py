@@ -165,13 +165,13 @@ table([{"method": row["method"], "outcome": row["outcome"], "samples/s": row["sa
 # %%
 import shutil
 
-from shardlab import doctor
+from shardlab.zero import toolchain
 from shardlab.run import progress
 from shardlab.run.launch import launch
 from shardlab.show.notebook import RUNS
 from shardlab.run.experiment import Experiment
 
-libaio = doctor.libaio()
+libaio = toolchain.check_libaio()
 if libaio.state == "works":
     place = RUNS / "lecture" / "nvme"
     shutil.rmtree(place, ignore_errors=True)

@@ -111,7 +111,7 @@ predicted = {
 # %%
 import shutil
 
-from shardlab import doctor
+from shardlab.zero import toolchain
 from shardlab.run.launch import launch
 from shardlab.run.experiment import Experiment
 
@@ -124,7 +124,7 @@ ways = {
     "ZeRO-3, optimizer on the CPU": lab.create_offload_config(3, optimizer_offload=True),
     "ZeRO-3, both on the CPU": lab.create_offload_config(3, optimizer_offload=True, param_offload=True),
 }
-libaio = doctor.libaio()
+libaio = toolchain.check_libaio()
 if libaio.state == "works":
     ways["ZeRO-3, optimizer on NVMe"] = lab.create_offload_config(
         3, optimizer_offload=True, offload_device="nvme", nvme_path=disk,

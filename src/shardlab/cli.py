@@ -239,9 +239,9 @@ def doctor(
     build_ops: Annotated[bool, typer.Option("--build-ops", help="Compile DeepSpeed's ops now, one after the other.")] = False,
 ) -> None:
     """Check what works on this machine, and name the command that mends what does not."""
-    from shardlab import doctor
+    from shardlab.doctor import examine
 
-    raise typer.Exit(doctor.run(build_ops))
+    raise typer.Exit(examine.run(build_ops))
 
 
 @app.command()

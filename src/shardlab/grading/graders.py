@@ -400,8 +400,8 @@ def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, d
     Returns:
         The results by name, of all submissions that have one.
     """
-    from shardlab import doctor
     from shardlab.run.launch import warm_up
+    from shardlab.zero import toolchain
 
     display = display or Display()
     for folder in ("results", "logs"):
@@ -413,7 +413,7 @@ def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, d
     if not waiting:
         return finished
     for op in ops_of(plan.labs):  # what cannot be compiled is said by the milestones that need it
-        doctor.why_no_op(op, display.say)
+        toolchain.why_no_op(op, display.say)
     warm_up()
     jobs = max(1, min(jobs, len(waiting)))
     display.begin(len(waiting), len(kept), jobs)

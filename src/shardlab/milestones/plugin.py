@@ -139,13 +139,14 @@ def pytest_runtest_protocol(item):
     mark = _marker(item)
     names = item.get_closest_marker("milestone").kwargs.get("ops", ()) if mark else ()
     if names and not _lab(item).unwritten(mark[0]):
-        from shardlab import doctor, hardware
+        from shardlab import hardware
+        from shardlab.zero import toolchain
 
         say, box = item.config.stash.get(SAY, None), item.config.stash.get(BOX, None)
         # Its ranks may compute on another device than this process; one that starts no ranks loads its ops here.
         device = _placement(item).device if "run_experiments" in item.fixturenames else hardware.device()
         for op in names:
-            if why := doctor.why_no_op(op, say or item.config.get_terminal_writer().line, device):
+            if why := toolchain.why_no_op(op, say or item.config.get_terminal_writer().line, device):
                 item.stash[_no_op] = why
                 break
             if box is not None:
