@@ -222,14 +222,16 @@ ON_RANKS = {
     path.write_text(json.dumps(record | {"outcome": "finished", "results": good}))
     os._exit(0)""",
     "replaces what the program observes with": """
-    import shardlab.milestones.programs as programs
+    import sys
+    programs = sys.modules["shardlab.labs.lab01_baseline.programs"]
     programs.gather = lambda value: [0.0, 0.0]
     from transformers import AutoModelForCausalLM
     tokenizer.save_pretrained(folder)
     model = AutoModelForCausalLM.from_config(trainer.model.config)
     return model""",
     "takes the check away first": """
-    import shardlab.milestones.programs as programs
+    import sys
+    programs = sys.modules["shardlab.labs.lab01_baseline.programs"]
     import shardlab.run.tampering as tampering
     tampering.require_unchanged = tampering.snapshot = lambda *a, **k: ()
     programs.gather = lambda value: [0.0, 0.0]

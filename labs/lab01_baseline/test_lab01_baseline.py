@@ -323,7 +323,7 @@ def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
 
     read = f"lab 01, task 1.6; {LECTURE}, 'Saving'"
     settings = {
-        "program": "shardlab.milestones.programs:save_round_trip",
+        "program": "labs/lab01_baseline/programs.py:save_round_trip",
         "ranks": 2,
         "micro_batch": 2,
         "accumulation": 1,

@@ -52,7 +52,7 @@ def stage_runs(run_experiments) -> dict[str, Run]:
     experiments += [
         text_experiment(f"bf16-zero{stage}", deepspeed=zero_config(stage, "bf16"), precision="bf16", steps=2) for stage in (1, 2, 3)
     ]
-    return run_experiments(experiments)
+    return run_experiments(experiments, reference=True)
 
 
 @pytest.fixture
@@ -428,7 +428,7 @@ def test_every_stage_trains_to_the_losses_of_ddp(lab, run_experiments):
         read=read,
     )
     runs = stage_runs(run_experiments)
-    ours = run_experiments([own])["own-zero-2"]
+    ours = run_experiments([own], reference=True)["own-zero-2"]
     wanted = runs["ddp"].losses()
     for name, run in [(f"stage {stage}", runs[f"zero{stage}"]) for stage in range(4)] + [("your ZeRO-2 experiment", ours)]:
         worst = farthest(run.losses(), wanted)
@@ -480,7 +480,8 @@ def test_shards_are_padded_as_deepspeed_pads(lab, run_experiments):
             read=read,
         )
     runs = run_experiments(
-        [text_experiment(f"odd-zero{stage}", deepspeed=zero_config(stage), model=odd_model(), steps=2) for stage in (1, 2, 3)]
+        [text_experiment(f"odd-zero{stage}", deepspeed=zero_config(stage), model=odd_model(), steps=2) for stage in (1, 2, 3)],
+        reference=True,
     )
     for stage in (1, 2, 3):
         states = runs[f"odd-zero{stage}"].states()

@@ -8,9 +8,10 @@ from shardlab.milestones import engine_runs
 from shardlab.milestones.launches import once, shared_folder, visible_folder
 from shardlab.milestones.messages import farthest, require, require_error
 from shardlab.milestones.saved_weights import safely_loaded, saved_weights
-from shardlab.run.experiment import Experiment
+from shardlab.run.experiment import Experiment, program_of
 
 LECTURE = "notebooks/03_engine.ipynb"
+PROGRAMS = "labs/lab03_engine/programs.py"
 STEPS = 6
 DROPOUT = {1: 0.0, 2: 0.1, 3: 0.0}
 
@@ -33,7 +34,7 @@ def experiment(
     name: str, program: str, stage: int, *, ranks: int = 2, accumulation: int = 2, options=None, **changes
 ) -> Experiment:
     settings = {
-        "program": f"shardlab.grading.{program}",
+        "program": program,
         "method": f"stage {stage}",
         "ranks": ranks,
         "deepspeed": config(stage, ranks=ranks, accumulation=accumulation),
@@ -59,8 +60,8 @@ def never_stopped(run_experiments) -> dict:
         name = f"stage{stage}"
         options = {"dropout": DROPOUT[stage], "save_at": [2, 4], "checkpoints": str(folder / name)}
         options |= {"weights_at": 2, "weights": str(shared_folder() / f"{name}.pt")}
-        experiments.append(experiment(name, "engine_runs:train", stage, options=options))
-    return run_experiments(experiments)
+        experiments.append(experiment(name, "shardlab.milestones.engine_runs:train", stage, options=options))
+    return run_experiments(experiments, reference=True)
 
 
 def checkpoints(name: str):
@@ -87,8 +88,8 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
         )
     runs = run_experiments(
         [
-            experiment("initialize", "engine_programs:initialize", 3, deepspeed=config(3)),
-            experiment("own", "engine_programs:initialize", 2, deepspeed=without, options={"own_optimizer": True, "no_data": True}),
+            experiment("initialize", f"{PROGRAMS}:initialize", 3, deepspeed=config(3)),
+            experiment("own", f"{PROGRAMS}:initialize", 2, deepspeed=without, options={"own_optimizer": True, "no_data": True}),
         ]
     )
     own, got = runs["own"].results, runs["initialize"].results
@@ -167,7 +168,7 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
     experiments = {
         name: experiment(
             name,
-            "engine_programs:train_steps",
+            f"{PROGRAMS}:train_steps",
             case["stage"],
             accumulation=case["accumulation"],
             deepspeed=config(case["stage"], accumulation=case["accumulation"], clipping=case["clipping"]),
@@ -245,7 +246,7 @@ def test_epoch_keeps_its_place(lab, run_experiments):
 
     read = f"lab 03, task 3.3; {LECTURE}, 'An epoch'"
     lab.DeepSpeedTrainer  # noqa: B018
-    run = run_experiments([experiment("epochs", "engine_programs:train_epochs", 1, steps=12)])["epochs"]
+    run = run_experiments([experiment("epochs", f"{PROGRAMS}:train_epochs", 1, steps=12)])["epochs"]
     got = run.results
 
     def order(epoch: int, rank: int) -> list[int]:
@@ -338,11 +339,11 @@ def test_epoch_keeps_its_place(lab, run_experiments):
 
 @pytest.mark.milestone(task="3.4", points=10)
 def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
-    from shardlab.milestones.engine_programs import masked_rows
+    masked_rows = program_of(f"{PROGRAMS}:masked_rows")
 
     read = f"lab 03, task 3.4; {LECTURE}, 'Evaluation'"
     lab.DeepSpeedTrainer  # noqa: B018
-    plan = experiment("evaluate", "engine_programs:evaluate", 3, options={"dropout": 0.3})
+    plan = experiment("evaluate", f"{PROGRAMS}:evaluate", 3, options={"dropout": 0.3})
     got = run_experiments([plan])["evaluate"].results
     by_token, by_row = engine_runs.mean_losses(masked_rows(plan))
     mine, other = [losses[0] for losses in got["losses"]]
@@ -379,13 +380,13 @@ def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
 @pytest.mark.milestone(task="3.5", points=15)
 def test_checkpoint_is_complete(lab, run_experiments):
 
-    from shardlab.milestones.engine_programs import _fingerprint
+    fingerprint = program_of(f"{PROGRAMS}:fingerprint")
     from shardlab.run.launch import LaunchTimeout
 
     read = f"lab 03, task 3.5; {LECTURE}, 'A checkpoint'"
     lab.DeepSpeedTrainer  # noqa: B018
     try:
-        runs = run_experiments([experiment(f"save{stage}", "engine_programs:save", stage) for stage in (2, 3)], timeout=45)
+        runs = run_experiments([experiment(f"save{stage}", f"{PROGRAMS}:save", stage) for stage in (2, 3)], timeout=45)
     except LaunchTimeout:
         require(
             False,
@@ -472,7 +473,7 @@ def test_checkpoint_is_complete(lab, run_experiments):
                 read=read,
             )
             random = state.get("random")
-            fingerprints = [_fingerprint(s["torch"]) for s in random] if isinstance(random, list) else random
+            fingerprints = [fingerprint(s["torch"]) for s in random] if isinstance(random, list) else random
             require(
                 fingerprints == got["random"],
                 expected="the random states of both ranks, by rank, under 'random'",
@@ -500,7 +501,7 @@ def test_resumed_training_goes_on_as_if_never_stopped(lab, run_experiments):
             shutil.rmtree(killed, ignore_errors=True)
             plan = {"dropout": DROPOUT[2], "save_at": [2, 4], "checkpoints": str(killed), "kill_at": 6}
             with pytest.raises(RankError) as caught:
-                run_experiments([experiment("killed", "engine_runs:train", 2, options=plan)])
+                run_experiments([experiment("killed", "shardlab.milestones.engine_runs:train", 2, options=plan)], reference=True)
             assert caught.value.rank == 1, "the run must say which rank was killed"
             # A save that did not come to its end, newer than the whole ones.
             shutil.copytree(killed / "step-4", killed / "step-5")
@@ -513,7 +514,7 @@ def test_resumed_training_goes_on_as_if_never_stopped(lab, run_experiments):
             "tag": tag,
             "broken": "step-5" if tag is None else "step-9",
         }
-        plans.append(experiment(f"resumed-{source}", "engine_programs:load", stage, options=options))
+        plans.append(experiment(f"resumed-{source}", f"{PROGRAMS}:load", stage, options=options))
         wanted[f"resumed-{source}"] = (at, runs[f"stage{stage}"].losses()[at:], source)
     for name, run in run_experiments(plans).items():
         at, losses, source = wanted[name]
@@ -720,7 +721,7 @@ def test_universal_checkpoint_fits_any_number_of_ranks(lab, run_experiments, wor
         accumulation = 4 // ranks
         plan = experiment(
             name,
-            "engine_programs:continue_universal",
+            f"{PROGRAMS}:continue_universal",
             stage,
             ranks=ranks,
             accumulation=accumulation,

@@ -19,6 +19,7 @@ from shardlab.run.launch import RankError
 from shardlab.zero import memory_model
 
 LECTURE = "notebooks/04_offload.ipynb"
+PROGRAMS = "labs/lab04_offload/programs.py"
 SUB_GROUP = 300_000  # elements; cuts bloom-tiny into sub-groups of which some are too small for the disk
 
 
@@ -170,7 +171,7 @@ def test_offload_configuration(lab, judge, tmp_path):
     refused("less room than is needed", (str(tmp_path),), "the room is not compared", bytes_on_disk=10 * free, **(both | on_disk))
     # Only the folder's own disk counts.
     try:
-        lab.observe("shardlab.milestones.programs:configure_offload_with_free_bytes", tmp_path, 1000)
+        lab.observe(f"{PROGRAMS}:configure_offload_with_free_bytes", tmp_path, 1000)
     except ValueError as error:
         require(
             False,
@@ -216,7 +217,7 @@ def offload_runs(run_experiments) -> dict:
                 accumulation=1,
             )
         )
-    return run_experiments(experiments)
+    return run_experiments(experiments, reference=True)
 
 
 @pytest.mark.milestone(task="4.2", points=20, ops=("cpu_adam",))
@@ -289,7 +290,7 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
         paths[name].mkdir(parents=True, exist_ok=True)
         zero = {"stage": 3, "sub_group_size": limit, "offload_optimizer": {"device": "nvme", "nvme_path": str(paths[name])}}
         experiments.append(text_experiment(name, deepspeed=config(zero)))
-    runs = run_experiments(experiments)
+    runs = run_experiments(experiments, reference=True)
     for name, run in runs.items():
         groups = run.states()["groups"]
         real = sum(path.stat().st_size for path in (paths[name] / "zero_stage_3" / "optimizer" / "rank1").iterdir())
@@ -326,7 +327,7 @@ def test_two_optimizers_take_the_same_steps(lab):
     import torch
 
     read = f"lab 04, task 4.4; {LECTURE}, 'Adam on the host'"
-    seen = lab.observe("shardlab.milestones.programs:compare_two_sums", 50, 4, 7)
+    seen = lab.observe(f"{PROGRAMS}:compare_two_sums", 50, 4, 7)
     got, first, second = seen["returned"], seen["first"], seen["second"]
     require(
         not seen["same_tensor"] and torch.equal(first["start"], second["start"]),
@@ -367,7 +368,7 @@ def test_two_optimizers_take_the_same_steps(lab):
         likely="the mean of all steps instead of the median of all but the first",
         read=read,
     )
-    real = lab.observe("shardlab.milestones.programs:compare_adams", 10_000, 20)
+    real = lab.observe(f"{PROGRAMS}:compare_adams", 10_000, 20)
     require(
         real["largest_difference"] < 1e-5,
         expected="DeepSpeedCPUAdam and torch's AdamW within 1e-5 after 20 steps",
@@ -455,16 +456,15 @@ def test_largest_model_that_fits(lab):
 def nvme_experiment(name: str, program: str, workspace: Path, *, options=None, **changes) -> Experiment:
     path = str(fresh(workspace / "offload" / name))
     zero = {"stage": 3, "sub_group_size": SUB_GROUP, "offload_optimizer": {"device": "nvme", "nvme_path": path}}
-    settings = {"program": f"shardlab.grading.{program}", "accumulation": 1, "steps": 4, "options": options or {}}
+    settings = {"program": program, "accumulation": 1, "steps": 4, "options": options or {}}
     return text_experiment(name, **(settings | {"deepspeed": config(zero, auto=False)} | changes))
 
 
 def whole_run(run_experiments):
     """Four steps with the optimizer on NVMe, without your code; a checkpoint after the second."""
     options = {"save_at": 2, "checkpoints": str(visible_folder() / "offload" / "reference")}
-    return run_experiments([nvme_experiment("nvme-whole", "engine_runs:train_nvme", shared_folder(), options=options)])[
-        "nvme-whole"
-    ]
+    whole = nvme_experiment("nvme-whole", "shardlab.milestones.engine_runs:train_nvme", shared_folder(), options=options)
+    return run_experiments([whole], reference=True)["nvme-whole"]
 
 
 @pytest.mark.milestone(task="4.7", points=10, ops=("cpu_adam", "pin_memory", "async_io"))
@@ -475,7 +475,7 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
     lab.save_offloaded  # noqa: B018
     losses = whole_run(run_experiments).losses()
     try:
-        run = run_experiments([nvme_experiment("nvme-saved", "engine_programs:save_offloaded", workspace)])["nvme-saved"]
+        run = run_experiments([nvme_experiment("nvme-saved", f"{PROGRAMS}:save_offloaded", workspace)])["nvme-saved"]
     except RankError as error:
         require(
             "FileExistsError" not in error.error,
@@ -565,7 +565,7 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
     # Another seed: what is not loaded differs.
     loaded = nvme_experiment(
         "nvme-loaded",
-        "engine_programs:load_offloaded",
+        f"{PROGRAMS}:load_offloaded",
         workspace,
         options={"checkpoints": str(reference), "tag": "step-2"},
         seed=11,
@@ -581,7 +581,7 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
     refusals = [
         nvme_experiment(
             f"nvme-{tag}",
-            "engine_programs:load_offloaded",
+            f"{PROGRAMS}:load_offloaded",
             workspace,
             options={"checkpoints": str(no_folder), "refused": tag},
             seed=11,

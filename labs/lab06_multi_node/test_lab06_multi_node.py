@@ -135,7 +135,7 @@ def test_rendezvous(lab):
         for node in (0, 1)
     ]
     given = [tuple((str(key), str(value)) for key, value in came.items() if key != "rdzv-endpoint") for came in pair]
-    ranks, statuses = lab.observe("shardlab.milestones.programs:ranks_of_torchruns", *given)
+    ranks, statuses = lab.observe("labs/lab06_multi_node/programs.py:ranks_of_torchruns", *given)
     require(
         list(statuses) == [0, 0] and list(ranks) == [f"{rank} 4" for rank in range(4)],
         expected="two torchruns with these options to start ranks 0 to 3 of 4",
@@ -347,7 +347,7 @@ def one_node_losses(experiment: Experiment, run_experiments, setup: str, workspa
         # Where the job's ranks had no GPU, these have none: after some steps the curves part by more than 1e-5.
         with pytest.MonkeyPatch.context() as here:
             here.setenv("DS_ACCELERATOR", "cpu")
-            return run_experiments([experiment.model_copy(update={"name": name})])[name].losses()
+            return run_experiments([experiment.model_copy(update={"name": name})], reference=True)[name].losses()
     folder, logs = jobs.folder_for(workspace, "one node", setup), jobs.log_folder(workspace)
     alone, program = jobs.training("one-node", folder, steps=experiment.steps, save_every=experiment.save_every)
     script = f"#!/bin/bash\n#SBATCH --output={logs}/one-node.out\n#SBATCH --time=10\n{setup}\ntorchrun --standalone --nproc-per-node=2 {shlex.join(program)}\n"
@@ -391,7 +391,7 @@ def test_shares_of_the_global_batch(lab, run_experiments):
         [
             Experiment(
                 name=f"uneven-{ranks}",
-                program="shardlab.milestones.programs:uneven_gradient",
+                program="labs/lab06_multi_node/programs.py:uneven_gradient",
                 ranks=ranks,
                 options={"global_batch": 10},
             )
@@ -533,7 +533,7 @@ def test_stopping_together(lab, run_experiments):
         [
             Experiment(
                 name="stop",
-                program="shardlab.milestones.programs:stop_at_different_steps",
+                program="labs/lab06_multi_node/programs.py:stop_at_different_steps",
                 ranks=2,
                 options={"asked": [5, 3], "steps": 8},
             )

@@ -62,7 +62,7 @@ def test_another_model_comes_back(lab, run_experiments):
     lab.save_and_reload  # noqa: B018
     plan = Experiment(
         name="other-seed",
-        program="shardlab.milestones.programs:save_round_trip",
+        program="labs/lab01_baseline/programs.py:save_round_trip",
         ranks=3,
         micro_batch=1,
         accumulation=1,
@@ -78,7 +78,7 @@ def test_another_model_comes_back(lab, run_experiments):
     assert got["difference"] <= 1e-6 and not got["same_object"] and got["tied"] and got["tokenizer"]
     # What the ranks said is their word. The folder is looked at too, beside the weights of a run without anybody's exercises.
     alone = plan.model_copy(update={"program": "shardlab.run.training:train_text", "name": "without", "save": True})
-    (reference,) = run_experiments([alone], timeout=90).values()
+    (reference,) = run_experiments([alone], timeout=90, reference=True).values()
     wanted = load_file(reference.folder / "model" / "model.safetensors")
     found = saved_weights(run.folder / "model", plan.model, read="lab 01, task 1.6")
     assert len(found) == len(wanted)

@@ -88,7 +88,7 @@ def test_bytes_that_three_ranks_hold(lab, run_experiments):
         )
         for stage in (1, 2, 3)
     ]
-    for stage, run in enumerate(run_experiments(plans).values(), start=1):
+    for stage, run in enumerate(run_experiments(plans, reference=True).values(), start=1):
         states = run.states()
         for held in states["ranks"]:
             got = lab.state_bytes(stage, states["groups"], 3, "fp32")

@@ -5,26 +5,28 @@ import shutil
 
 import pytest
 import torch
-from test_lab03_engine import checkpoints, config, experiment, never_stopped
+from test_lab03_engine import PROGRAMS, checkpoints, config, experiment, never_stopped
 from torch.utils.data import DistributedSampler
 
 from shardlab.milestones import engine_runs
 from shardlab.milestones.launches import shared_folder, visible_folder
 from shardlab.milestones.messages import farthest
 from shardlab.milestones.saved_weights import saved_weights
+from shardlab.run.experiment import program_of
 
 
 def other_run(run_experiments):
     """Six steps with another seed, without anybody's code; a checkpoint and the weights after step 3."""
     options = {"dropout": 0.2, "save_at": [3], "checkpoints": str(visible_folder() / "engine" / "other")}
     options |= {"weights_at": 3, "weights": str(shared_folder() / "other.pt")}
-    return run_experiments([experiment("other", "engine_runs:train", 1, seed=41, options=options)])["other"]
+    other = experiment("other", "shardlab.milestones.engine_runs:train", 1, seed=41, options=options)
+    return run_experiments([other], reference=True)["other"]
 
 
 @pytest.mark.milestone(task="3.1", ranks=3)
 def test_engine_of_three_ranks(lab, run_experiments):
     lab.initialize_deepspeed  # noqa: B018
-    plan = experiment("three", "engine_programs:initialize", 1, ranks=3, deepspeed=config(1, ranks=3, clipping=0.25), seed=8)
+    plan = experiment("three", f"{PROGRAMS}:initialize", 1, ranks=3, deepspeed=config(1, ranks=3, clipping=0.25), seed=8)
     got = run_experiments([plan])["three"].results
     assert (got["stage"], got["clipping"], got["workers"]) == (1, 0.25, 0) and not got["config_changed"]
     rows = [sorted(number for batch in share for number in batch) for share in got["seen"]]
@@ -34,7 +36,7 @@ def test_engine_of_three_ranks(lab, run_experiments):
 @pytest.mark.milestone(task="3.2", ranks=3)
 def test_losses_of_three_ranks(lab, run_experiments):
     lab.DeepSpeedTrainer  # noqa: B018
-    plan = experiment("steps", "engine_programs:train_steps", 2, ranks=3, accumulation=2, steps=4, seed=12)
+    plan = experiment("steps", f"{PROGRAMS}:train_steps", 2, ranks=3, accumulation=2, steps=4, seed=12)
     got = run_experiments([plan])["steps"].results
     wanted = engine_runs.plain_losses(plan)
     assert farthest(got["losses"], wanted) <= 1e-5, (got["losses"], wanted)
@@ -43,9 +45,7 @@ def test_losses_of_three_ranks(lab, run_experiments):
 @pytest.mark.milestone(task="3.3")
 def test_epoch_without_accumulation(lab, run_experiments):
     lab.DeepSpeedTrainer  # noqa: B018
-    got = run_experiments([experiment("single", "engine_programs:train_epochs", 2, accumulation=1, steps=24, seed=6)])[
-        "single"
-    ].results
+    got = run_experiments([experiment("single", f"{PROGRAMS}:train_epochs", 2, accumulation=1, steps=24, seed=6)])["single"].results
 
     def order(epoch: int) -> list[int]:
         sampler = DistributedSampler(range(24), 2, 0)
@@ -60,10 +60,10 @@ def test_epoch_without_accumulation(lab, run_experiments):
 
 @pytest.mark.milestone(task="3.4", ranks=3)
 def test_evaluation_on_three_ranks(lab, run_experiments):
-    from shardlab.milestones.engine_programs import masked_rows
+    masked_rows = program_of(f"{PROGRAMS}:masked_rows")
 
     lab.DeepSpeedTrainer  # noqa: B018
-    plan = experiment("three-evaluate", "engine_programs:evaluate", 2, ranks=3, options={"dropout": 0.5}, seed=0, max_tokens=40)
+    plan = experiment("three-evaluate", f"{PROGRAMS}:evaluate", 2, ranks=3, options={"dropout": 0.5}, seed=0, max_tokens=40)
     got = run_experiments([plan])["three-evaluate"].results
     wanted = engine_runs.mean_losses(masked_rows(plan))[0]
     assert all(abs(loss - wanted) < 1e-4 for losses in got["losses"] for loss in losses), (got["losses"], wanted)
@@ -72,7 +72,7 @@ def test_evaluation_on_three_ranks(lab, run_experiments):
 @pytest.mark.milestone(task="3.5", ranks=3)
 def test_checkpoint_of_three_ranks(lab, run_experiments):
     lab.DeepSpeedTrainer  # noqa: B018
-    run = run_experiments([experiment("three-save", "engine_programs:save", 1, ranks=3, seed=2)], timeout=60)["three-save"]
+    run = run_experiments([experiment("three-save", f"{PROGRAMS}:save", 1, ranks=3, seed=2)], timeout=60)["three-save"]
     folder = run.folder / "checkpoints" / "step-1"
     manifest = json.loads((folder / "complete.json").read_text())
     sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != "complete.json"}
@@ -85,7 +85,7 @@ def test_another_run_goes_on(lab, run_experiments):
     lab.DeepSpeedTrainer  # noqa: B018
     whole = other_run(run_experiments)
     options = {"dropout": 0.2, "checkpoints": str(visible_folder() / "engine" / "other"), "tag": "step-3", "broken": "step-9"}
-    run = run_experiments([experiment("other-resumed", "engine_programs:load", 1, seed=41, options=options)])["other-resumed"]
+    run = run_experiments([experiment("other-resumed", f"{PROGRAMS}:load", 1, seed=41, options=options)])["other-resumed"]
     assert run.results["position"]["global_steps"] == 3
     assert farthest(run.losses(), whole.losses()[3:]) <= 1e-5
 
@@ -124,7 +124,7 @@ def test_universal_checkpoint_of_another_step(lab, run_experiments, workspace):
     folder = lab.convert_to_universal(checkpoints("stage3") / "step-2", parent)
     plan = experiment(
         "four",
-        "engine_programs:continue_universal",
+        f"{PROGRAMS}:continue_universal",
         3,
         ranks=4,
         accumulation=1,

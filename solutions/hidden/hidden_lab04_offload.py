@@ -5,7 +5,7 @@ from math import ceil
 
 import pytest
 import torch
-from test_lab04_offload import nvme_experiment
+from test_lab04_offload import PROGRAMS, nvme_experiment
 
 from shardlab.milestones.launches import shared_folder, visible_folder
 from shardlab.milestones.messages import farthest
@@ -66,7 +66,7 @@ def test_other_bytes_on_disk(lab):
 
 @pytest.mark.milestone(task="4.4")
 def test_other_optimizers(lab):
-    seen = lab.observe("shardlab.milestones.programs:compare_two_sums", 33, 6, 99)
+    seen = lab.observe(f"{PROGRAMS}:compare_two_sums", 33, 6, 99)
     first, second = seen["first"]["gradients"], seen["second"]["gradients"]
     assert len(first) == len(second) == 6 and all((a == b).all() for a, b in zip(first, second))
     assert abs(seen["returned"]["largest_difference"] - (2 * sum(first)).abs().max().item()) < 1e-4
@@ -97,9 +97,9 @@ def test_what_another_run_saves(lab, run_experiments, workspace):
     """The saved states beside those of a run without anybody's exercises, which the box has not seen."""
     lab.save_offloaded  # noqa: B018
     options = {"save_at": 2, "checkpoints": str(shared_folder() / "offload" / "other")}
-    other = nvme_experiment("nvme-other", "engine_runs:train_nvme", shared_folder(), options=options, seed=29)
-    run_experiments([other])
-    mine = nvme_experiment("nvme-other-saved", "engine_programs:save_offloaded", workspace, seed=29)
+    other = nvme_experiment("nvme-other", "shardlab.milestones.engine_runs:train_nvme", shared_folder(), options=options, seed=29)
+    run_experiments([other], reference=True)
+    mine = nvme_experiment("nvme-other-saved", f"{PROGRAMS}:save_offloaded", workspace, seed=29)
     found = run_experiments([mine])["nvme-other-saved"].folder / "checkpoints" / "last" / "offloaded"
     wanted = sorted((shared_folder() / "offload" / "other" / "step-2" / "offloaded").glob("rank*.pt"))
     assert len(wanted) >= 4
@@ -114,9 +114,9 @@ def test_going_on_from_another_step(lab, run_experiments, workspace):
     lab.load_offloaded  # noqa: B018
     folder = visible_folder() / "offload" / "third"
     options = {"save_at": 1, "checkpoints": str(folder)}
-    whole = nvme_experiment("nvme-third", "engine_runs:train_nvme", shared_folder(), options=options, seed=31)
-    losses = run_experiments([whole])["nvme-third"].losses()
+    whole = nvme_experiment("nvme-third", "shardlab.milestones.engine_runs:train_nvme", shared_folder(), options=options, seed=31)
+    losses = run_experiments([whole], reference=True)["nvme-third"].losses()
     options = {"checkpoints": str(folder), "tag": "step-1"}
-    loaded = nvme_experiment("nvme-third-loaded", "engine_programs:load_offloaded", workspace, options=options, seed=31)
+    loaded = nvme_experiment("nvme-third-loaded", f"{PROGRAMS}:load_offloaded", workspace, options=options, seed=31)
     run = run_experiments([loaded])["nvme-third-loaded"]
     assert run.results["at"] == 1 and farthest(run.losses(), losses[1:]) <= 1e-5

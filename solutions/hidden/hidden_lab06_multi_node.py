@@ -100,7 +100,7 @@ def test_other_speeds(lab, tmp_path):
 def test_three_ranks_stop_together(lab, run_experiments):
     lab.stop_together  # noqa: B018
     plan = Experiment(
-        name="stop-three", program="shardlab.milestones.programs:stop_at_different_steps", ranks=3, options={"steps": 9}
+        name="stop-three", program="labs/lab06_multi_node/programs.py:stop_at_different_steps", ranks=3, options={"steps": 9}
     )
     (run,) = run_experiments([plan], timeout=60).values()
     assert run.results["stopped"] == [min(run.results["asked"])] * 3

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from shardlab import hardware
-from shardlab.zero import ops
 
 State = Literal["works", "fails", "not here"]
 
@@ -113,12 +112,12 @@ def run_command(command: list[str], limit: float, **environment: str) -> tuple[i
     return process.returncode, output
 
 
-def ask_python(program: str, limit: float) -> tuple[dict | None, str]:
+def ask_python(program: str, limit: float, **environment: str) -> tuple[dict | None, str]:
     """What a Python program prints as JSON in its last line, run in a process of its own; or `None`, and the reason.
 
     A broken installation can end an interpreter, and a library writes what it likes to the screen. Neither may happen here.
     """
-    code, output = run_command([sys.executable, "-c", program], limit, **ops.environment())
+    code, output = run_command([sys.executable, "-c", program], limit, **environment)
     answers = [line for line in output.splitlines() if line.startswith("{")]
     return (json.loads(answers[-1]), "") if code == 0 and answers else (None, telling_line(output, code))
 

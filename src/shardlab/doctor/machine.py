@@ -14,6 +14,7 @@ from pathlib import Path
 from shardlab import hardware
 from shardlab.findings import Finding, ask_python, run_command, telling_line
 from shardlab.run.placement import CHECKING_RANKS, place
+from shardlab.zero import ops
 from shardlab.zero.memory_model import GIB
 
 DISK_NEEDED = 2 * GIB
@@ -34,7 +35,7 @@ print(json.dumps({"url": constants.ENDPOINT, "model": HfApi().model_info("bigsci
 def check_accelerator(torch: dict) -> Finding:
     name, cores = "accelerator", f"{hardware.cpu_cores()} CPU cores, {hardware.cpu_name()}"
     if torch["gpus"]:
-        found, reason = ask_python(ASK_CUDA, 180)
+        found, reason = ask_python(ASK_CUDA, 180, **ops.environment())
         if found is None:
             return Finding(
                 name,
@@ -75,7 +76,7 @@ def check_numactl() -> Finding:
 
 
 def check_hub() -> Finding:
-    found, reason = ask_python(ASK_HUB, 20)
+    found, reason = ask_python(ASK_HUB, 20, **ops.environment())
     if found:
         return Finding("hub", "works", f"{found['url']} answers for {found['model']}")
     return Finding(

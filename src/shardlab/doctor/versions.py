@@ -8,6 +8,7 @@ import sys
 
 from shardlab import hardware
 from shardlab.findings import Finding, ask_python, pip_command
+from shardlab.zero import ops
 
 PYTHON = (3, 11)
 
@@ -60,14 +61,14 @@ def check_python() -> Finding:
 
 
 def check_torch() -> tuple[Finding, dict | None]:
-    found, reason = ask_python(ASK_TORCH, 180)
+    found, reason = ask_python(ASK_TORCH, 180, **ops.environment())
     if found is None:
         return Finding("torch", "fails", f"cannot be imported: {reason}", pip_command("torch")), None
     return against_pin("torch", found["version"], f"CUDA {found['cuda']}" if found["cuda"] else "a build without CUDA"), found
 
 
 def check_deepspeed() -> tuple[Finding, dict | None]:
-    found, reason = ask_python(ASK_DEEPSPEED, 180)
+    found, reason = ask_python(ASK_DEEPSPEED, 180, **ops.environment())
     if found is None:
         return Finding("deepspeed", "fails", f"cannot be imported: {reason}", pip_command("deepspeed")), None
     return against_pin("deepspeed", found["version"], f"accelerator {found['accelerator']}"), found

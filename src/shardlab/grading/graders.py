@@ -56,6 +56,12 @@ def files_of(stem: str) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
+def programs_of(stem: str) -> str:
+    """The file of what a lab's milestones run beside the exercises, as a path in the course; empty if it has none."""
+    path = f"labs/{stem}/programs.py"
+    return path if (ROOT / path).exists() else ""
+
+
 def _markers_of(stem: str) -> Iterator[tuple[Path, str, dict]]:
     """File, test and arguments of each milestone marker of a lab, read from the source."""
     for path in files_of(stem):
@@ -91,7 +97,8 @@ def course_digest(labs: list[str]) -> str:
     whole = hashlib.sha256()
     folders = (ROOT / "src" / "shardlab", ROOT / "slurm")
     library = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    for path in [*library, ROOT / "constraints.txt", *(path for stem in labs for path in files_of(stem))]:
+    judged = [path for stem in labs for path in (*files_of(stem), ROOT / "labs" / stem / "programs.py")]
+    for path in [*library, ROOT / "constraints.txt", *judged]:
         if path.exists():
             whole.update(str(path.relative_to(ROOT)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return whole.hexdigest()
@@ -164,7 +171,9 @@ def grade_submission(name: str, path: Path, plan: Plan, tell: Callable[[str], No
         for stem in plan.labs:
             tell(stem)
             # A box a lab: what a hidden milestone handed over must not be there for the next lab to tell.
-            box = Box(work / "submission", work / f"exchange-{stem}", (visible_folder(),), kind=plan.isolation[0])
+            box = Box(
+                work / "submission", work / f"exchange-{stem}", (visible_folder(),), programs_of(stem), kind=plan.isolation[0]
+            )
             box.seconds, box.call_seconds = left, plan.call_seconds
             with box:
                 for milestone in grade(stem, box=box, files=files_of(stem), say=tell):

@@ -1,4 +1,4 @@
-"""Runs of DeepSpeed's engine without any exercise in them. The milestones of labs 03 and 04 compare with these."""
+"""Runs of DeepSpeed's engine without any exercise in them, for milestones to compare with."""
 
 from __future__ import annotations
 

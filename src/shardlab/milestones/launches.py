@@ -76,7 +76,7 @@ def _code_of(task: str) -> list[str]:
     return sources
 
 
-def launched(experiments: list, *, task: str, largest: int, timeout: float = 120, box=None) -> dict:
+def launched(experiments: list, *, task: str, largest: int, timeout: float = 120, reference: bool = False, box=None) -> dict:
     """Run experiments on real ranks, once for each combination of experiments and the task's code in this process.
 
     Args:
@@ -84,6 +84,8 @@ def launched(experiments: list, *, task: str, largest: int, timeout: float = 120
         task: whose functions the programs use.
         largest: the ranks of the largest experiment of the milestone: all run where those do.
         timeout: seconds.
+        reference: nothing of anybody's exercises is in these runs: they run outside of the box, and once for all judges. Whatever
+            else a milestone starts runs beside the exercises.
         box: where ranks that run somebody's exercises are started; here by default.
 
     Returns:
@@ -100,18 +102,19 @@ def launched(experiments: list, *, task: str, largest: int, timeout: float = 120
     if (most := max(experiment.ranks for experiment in experiments)) > largest:
         raise ValueError(f"task {task}: an experiment has {most} ranks; the milestone's marker says ranks={largest}")
 
-    theirs = any(experiment.program.startswith(WITH_EXERCISES) for experiment in experiments)
-    if theirs and box is not None:
+    if reference and (named := [experiment for experiment in experiments if experiment.program.startswith("exercises.")]):
+        raise ValueError(f"task {task}: {named[0].name} is no reference run; its program is {named[0].program}")
+    if not reference and box is not None:
         key = json.dumps([e.model_dump() for e in experiments])
         if key not in box.launched:
             folder = box.exchange / "runs" / hashlib.sha256(key.encode()).hexdigest()[:12]
             box.launched[key] = box.launch(experiments, runs=folder, timeout=timeout)
         return {run.name: run for run in box.launched[key]}
-    sources = _code_of(task) if theirs else []
+    sources = [] if reference else _code_of(task)
     device = place(largest, or_cpu=True).device
     key = hashlib.sha256(json.dumps([[e.model_dump() for e in experiments], sources, device]).encode()).hexdigest()
     if key not in _RUNS:
-        kept = own_folder() if theirs else shared_folder()
+        kept = shared_folder() if reference else own_folder()
         folder, checking = kept / key[:12], {"or_cpu": True, "largest": largest, "exact": True}
         with once(key[:12], kept) as first:
             if first:
@@ -124,7 +127,3 @@ def launched(experiments: list, *, task: str, largest: int, timeout: float = 120
                     pytest.skip(box.troubled)
         _RUNS[key] = [Run.read(folder / experiment.name) for experiment in experiments]
     return {run.name: run for run in _RUNS[key]}
-
-
-WITH_EXERCISES = ("exercises.", "shardlab.milestones.programs:", "shardlab.milestones.engine_programs:")
-"""How the names of programs begin that use exercises."""

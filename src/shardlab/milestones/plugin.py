@@ -96,10 +96,10 @@ def run_experiments(request):
     """`run_experiments(experiments)`: finished runs by name, on real ranks; equal experiments share one launch."""
     launch = partial(launched, task=_marker(request.node)[0], largest=_ranks(request.node), box=request.config.stash.get(BOX, None))
 
-    def run(experiments: list, timeout: float = 120) -> dict:
+    def run(experiments: list, timeout: float = 120, reference: bool = False) -> dict:
         where = _placement(request.node)
         request.node.stash[_ran_on] = where.on if where.device == "cuda" or where.why else ""
-        return launch(experiments, timeout=timeout)
+        return launch(experiments, timeout=timeout, reference=reference)
 
     return run
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import sys
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from shardlab import hardware
 
 
 class Experiment(BaseModel):
@@ -56,7 +59,26 @@ class Experiment(BaseModel):
         return self.micro_batch * self.accumulation * self.ranks
 
 
+def module_of(name: str):
+    """The module of that name; or, for a path in the course such as `labs/lab03_engine/programs.py`, of that file.
+
+    What lies in a lab's folder is in no package, so the file is loaded once, under a name of the course's own.
+    """
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    known = "shardlab." + name.removesuffix(".py").replace("/", ".")
+    if known not in sys.modules:
+        spec = importlib.util.spec_from_file_location(known, hardware.ROOT / name)
+        sys.modules[known] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[known]
+            raise
+    return sys.modules[known]
+
+
 def program_of(name: str):
-    """The function that `module:function` names."""
+    """The function that `module:function` names, or `path/in/the/course.py:function`."""
     module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)
+    return getattr(module_of(module), function)

@@ -66,12 +66,15 @@ class Box:
         submission: the folder that holds `exercises/`; read-only in the box.
         exchange: a folder that judge and box both see under this path. What one side writes reaches the other with the next call.
         visible: folders that the box may read, under the same paths.
+        programs: a file of the course, such as `labs/lab03_engine/programs.py`, that runs beside the exercises; loaded before them.
         kind: "bubblewrap" or "limits".
     """
 
-    def __init__(self, submission: Path, exchange: Path, visible: tuple[Path, ...] = (), kind: str | None = None):
+    def __init__(
+        self, submission: Path, exchange: Path, visible: tuple[Path, ...] = (), programs: str = "", kind: str | None = None
+    ):
         self.kind = kind or isolation()[0]
-        self.submission, self.exchange, self.visible = submission, exchange, visible
+        self.submission, self.exchange, self.visible, self.programs = submission, exchange, visible, programs
         self.seconds, self.used = float("inf"), 0.0
         self.call_seconds = 60.0
         self.work = Path(tempfile.mkdtemp(prefix="shardlab-box-"))
@@ -112,6 +115,7 @@ class Box:
             "home": "/tmp" if self.isolated else str(self.work / "home"),
             "ops": "/box/ops" if self.isolated else str(self.work / "ops"),
             "disk": str(self.exchange),
+            "programs": self.programs,
         }
         self._process = get_context("forkserver").Process(target=watch_over_box, args=(control, watch, setup))
         with _bare_main():
@@ -141,6 +145,7 @@ class Box:
         # A Python of a cluster's module may need libraries of other modules.
         seen += [path for path in os.environ.get("LD_LIBRARY_PATH", "").split(":") if path.startswith("/")]
         seen += [str(hardware.ROOT / "src" / "shardlab"), str(hardware.ROOT / "slurm"), *map(str, self.visible)]
+        seen += [str(hardware.ROOT / self.programs)] if self.programs else []
         for path in seen:
             words += ["--ro-bind-try", path, path]
         words += ["--bind", str(self.work / "exchange"), str(self.exchange), "--ro-bind", str(self.work / "ops"), "/box/ops"]

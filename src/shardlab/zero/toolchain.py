@@ -179,7 +179,7 @@ def check_op(
         )
     # DeepSpeed loads pin_memory before async_io, which takes symbols from it.
     libraries = [str(ops.library(other, device)) for other in ("pin_memory", op) if op == "async_io" or other == op]
-    loaded, reason = ask_python(ASK_OP.replace("LIBRARIES", repr(libraries)), 60)
+    loaded, reason = ask_python(ASK_OP.replace("LIBRARIES", repr(libraries)), 60, **ops.environment())
     if loaded is None:
         return Finding(name, "fails", f"built, but it does not load: {reason}", _rebuild(folder))
     return Finding(name, "works", detail)

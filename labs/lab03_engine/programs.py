@@ -1,4 +1,4 @@
-"""What ranks run for the milestones of labs 03 and 04: one exercise function at a time, with the engine itself around it."""
+"""What ranks run for the milestones of this lab: one exercise function at a time, with the engine itself around it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from shardlab.run.training import text_rows
 from shardlab.zero import held_bytes
 
 
-def _lab(stem: str = "lab03_engine"):
-    return switch.import_exercise(stem)
+def _lab():
+    return switch.import_exercise("lab03_engine")
 
 
-def _fingerprint(state: torch.Tensor) -> int:
+def fingerprint(state: torch.Tensor) -> int:
     return int(state.to(torch.int64).mul(torch.arange(1, state.numel() + 1)).sum())
 
 
@@ -92,7 +92,7 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
 
     class Recording(lab.DeepSpeedTrainer):
         def train_step(self, batch):
-            random_at.append(_fingerprint(torch.get_rng_state()))
+            random_at.append(fingerprint(torch.get_rng_state()))
             seen.append([numbers[tuple(ids)] for ids in batch["input_ids"].tolist()])
             losses.append(engine_runs.micro_step(self.engine, batch))
             return losses[-1]
@@ -121,23 +121,21 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
     torch.manual_seed(4321)
     state = lab.random_state()
     resumed.random_state_to_restore = state
-    results["random_wanted"] = _fingerprint(state["torch"])
+    results["random_wanted"] = fingerprint(state["torch"])
     torch.manual_seed(99)
     results["resumed"] = call(resumed)
     resumed.epoch, resumed.samples = 0, len(rows)
     resumed.random_state_to_restore = state
-    results["nothing_left"] = call(resumed) | {"random_at_end": _fingerprint(torch.get_rng_state())}
+    results["nothing_left"] = call(resumed) | {"random_at_end": fingerprint(torch.get_rng_state())}
     return results
 
 
 def evaluate(experiment: Experiment, run: Run) -> dict:
     """Task 3.4: the loss by rank, and whether anything changed."""
-    from shardlab.milestones.engine_runs import as_batch
-
     engine, rows = engine_runs.build(experiment), masked_rows(experiment)
     engine.train()
     share = rows[rank() :: world_size()]
-    batches = [as_batch(share[at : at + experiment.micro_batch]) for at in range(0, len(share), experiment.micro_batch)]
+    batches = [engine_runs.as_batch(share[at : at + experiment.micro_batch]) for at in range(0, len(share), experiment.micro_batch)]
     losses = [float(_lab().DeepSpeedTrainer(engine).evaluate(batches)) for _ in range(2)]
     return {"losses": gather(losses), "training": engine.module.training, "micro_steps": engine.micro_steps}
 
@@ -167,7 +165,7 @@ def save(experiment: Experiment, run: Run) -> dict:
     barrier()
     engine_runs.micro_step(engine, next(batches))
     torch.manual_seed(100 + rank())
-    wanted = gather(_fingerprint(torch.get_rng_state()))
+    wanted = gather(fingerprint(torch.get_rng_state()))
     # What an earlier life of the run left behind.
     manifest, save_checkpoint = folder / "step-1" / "complete.json", engine.save_checkpoint
     if rank() == 0:
@@ -224,44 +222,3 @@ def continue_universal(experiment: Experiment, run: Run) -> dict:
     """Task 3.9: go on from a converted checkpoint, and save into the run folder."""
     options = experiment.options | {"checkpoints": str(run.folder / "checkpoints")}
     return engine_runs.train(experiment.model_copy(update={"options": options}), run)
-
-
-# --- lab 04 -----------------------------------------------------------------------------------------------------------
-
-
-def save_offloaded(experiment: Experiment, run: Run) -> dict:
-    """Task 4.7: save twice into one place, the second time a step later, and go on; what should be in the files, by rank."""
-    lab, folder, engine = _lab("lab04_offload"), run.folder / "checkpoints", engine_runs.build(experiment)
-    for step in (1, 2):
-        engine_runs.train_on(engine, experiment, run, step - 1, step)
-        returned = lab.save_offloaded(engine, folder, "last", {"note": "kept", "step": step})
-        complete = gather(sorted(path.name for path in (folder / "last" / "offloaded").glob("*")))
-    torch.save(engine_runs.swapped_states(engine), run.folder / f"wanted{rank()}.pt")
-    engine_runs.train_on(engine, experiment, run, 2, experiment.steps)
-    return {"returned": str(returned), "files_on_return": complete}
-
-
-def load_offloaded(experiment: Experiment, run: Run) -> dict:
-    """Task 4.8: refuse what is no checkpoint, load one, and go on without the exercise."""
-    lab, options, engine = _lab("lab04_offload"), experiment.options, engine_runs.build(experiment)
-
-    def refusal(tag: str) -> str:
-        try:
-            lab.load_offloaded(engine, options["checkpoints"], tag)
-        except ValueError as error:
-            return str(error)
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        return "no error"
-
-    if "refused" in options:
-        return {"refused": gather(refusal(options["refused"])), "global_steps": engine.global_steps}
-    client = lab.load_offloaded(engine, options["checkpoints"], options["tag"])
-    states, at = engine_runs.swapped_states(engine), engine.global_steps
-    torch.save(states, run.folder / f"loaded{rank()}.pt")
-    # DeepSpeed's Adam reads past the end of moments that are not there.
-    if all(
-        gather(all(state["master"].shape == state[key].shape for state in states.values() for key in ("exp_avg", "exp_avg_sq")))
-    ):
-        engine_runs.train_on(engine, experiment, run, at, experiment.steps)
-    return {"client": client.get("note") if isinstance(client, dict) else repr(client)[:80], "at": at}

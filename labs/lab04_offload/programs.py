@@ -1,0 +1,117 @@
+"""What milestones of this lab run around the exercises: on ranks, and in the exercises' process."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+
+from shardlab import switch
+from shardlab.milestones import engine_runs
+from shardlab.run.collectives import gather, rank
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import Run
+from shardlab.zero import ops
+
+
+def configure_offload_with_free_bytes(folder, free: int) -> dict:
+    """Task 4.1: the configuration for states of just so many bytes on a disk where just so many are free, in `folder` alone."""
+    import shutil
+    from types import SimpleNamespace
+    from unittest import mock
+
+    create = switch.import_exercise("lab04_offload").create_offload_config
+    with mock.patch.object(shutil, "disk_usage", lambda path: SimpleNamespace(free=free if str(path) == str(folder) else 0)):
+        return create(3, optimizer_offload=True, bytes_on_disk=free, offload_device="nvme", nvme_path=folder)
+
+
+class Sum(torch.optim.Optimizer):
+    """Subtracts its gradients times a factor, and notes them. Its first step is slow, as if it allocated its moments."""
+
+    def __init__(self, parameters, factor: float):
+        super().__init__(parameters, {})
+        self.factor, self.gradients = factor, []
+        self.parameter = self.param_groups[0]["params"][0]
+        self.start = self.parameter.detach().clone()
+
+    def step(self, closure=None):
+        self.gradients.append(self.parameter.grad.clone())
+        self.parameter.data.sub_(self.factor * self.parameter.grad)
+        if len(self.gradients) == 1:
+            time.sleep(0.3)
+
+
+Sum.step.hooked = True  # or torch wraps it for its profiler at first use, and it looks as if somebody had replaced it
+
+
+def compare_two_sums(size: int, steps: int, seed: int) -> dict:
+    """Task 4.4: what two optimizers were given, that subtract their gradients once and three times."""
+    made: list[Sum] = []
+
+    def optimizer(factor: float):
+        def make(parameters) -> Sum:
+            made.append(Sum(parameters, factor))
+            return made[-1]
+
+        return make
+
+    returned = switch.import_exercise("lab04_offload").compare_optimizers(optimizer(1.0), optimizer(3.0), size, steps, seed=seed)
+    first, second = made[:2]
+    return {
+        "returned": returned,
+        "same_tensor": first.parameter.data_ptr() == second.parameter.data_ptr(),
+        "first": {"start": first.start, "gradients": first.gradients},
+        "second": {"start": second.start, "gradients": second.gradients},
+    }
+
+
+def compare_adams(size: int, steps: int) -> dict:
+    """Task 4.4: DeepSpeed's Adam on the host and torch's AdamW."""
+    os.environ.update(ops.environment())  # or DeepSpeed would compile its op again, into torch's own folder
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    import shardlab.run.cpu_facts  # noqa: F401  # DeepSpeedCPUAdam asks about the processor each time; once is enough
+
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-8}
+    return switch.import_exercise("lab04_offload").compare_optimizers(
+        lambda p: DeepSpeedCPUAdam(p, **settings), lambda p: torch.optim.AdamW(p, **settings), size, steps
+    )
+
+
+def save_offloaded(experiment: Experiment, run: Run) -> dict:
+    """Task 4.7: save twice into one place, the second time a step later, and go on; what should be in the files, by rank."""
+    lab, folder, engine = switch.import_exercise("lab04_offload"), run.folder / "checkpoints", engine_runs.build(experiment)
+    for step in (1, 2):
+        engine_runs.train_on(engine, experiment, run, step - 1, step)
+        returned = lab.save_offloaded(engine, folder, "last", {"note": "kept", "step": step})
+        complete = gather(sorted(path.name for path in (folder / "last" / "offloaded").glob("*")))
+    torch.save(engine_runs.swapped_states(engine), run.folder / f"wanted{rank()}.pt")
+    engine_runs.train_on(engine, experiment, run, 2, experiment.steps)
+    return {"returned": str(returned), "files_on_return": complete}
+
+
+def load_offloaded(experiment: Experiment, run: Run) -> dict:
+    """Task 4.8: refuse what is no checkpoint, load one, and go on without the exercise."""
+    lab, options, engine = switch.import_exercise("lab04_offload"), experiment.options, engine_runs.build(experiment)
+
+    def refusal(tag: str) -> str:
+        try:
+            lab.load_offloaded(engine, options["checkpoints"], tag)
+        except ValueError as error:
+            return str(error)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    if "refused" in options:
+        return {"refused": gather(refusal(options["refused"])), "global_steps": engine.global_steps}
+    client = lab.load_offloaded(engine, options["checkpoints"], options["tag"])
+    states, at = engine_runs.swapped_states(engine), engine.global_steps
+    torch.save(states, run.folder / f"loaded{rank()}.pt")
+    # DeepSpeed's Adam reads past the end of moments that are not there.
+    if all(
+        gather(all(state["master"].shape == state[key].shape for state in states.values() for key in ("exp_avg", "exp_avg_sq")))
+    ):
+        engine_runs.train_on(engine, experiment, run, at, experiment.steps)
+    return {"client": client.get("note") if isinstance(client, dict) else repr(client)[:80], "at": at}
