@@ -19,7 +19,7 @@ class Experiment(BaseModel):
     name: str = Field(pattern=r"^[\w+-][\w.+-]*$", description="the run folder's name")
     program: str = Field(
         "exercises.lab01_baseline:finetune",
-        pattern=r"^[\w.]+:\w+$",
+        pattern=r"^[\w./-]+:\w+$",
         description="what each rank runs, as module:function; it is called with the experiment and the run",
     )
     method: str = Field("baseline", description="the name in tables: baseline, ZeRO-1, ZeRO-3 + CPU offload, …")
