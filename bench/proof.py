@@ -25,9 +25,10 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shardlab import hardware, switch
+from shardlab import hardware, labs, switch
 from shardlab.cluster import slurm
 from shardlab.doctor.versions import pins
+from shardlab.milestones.markers import files_of
 from shardlab.run import placement
 from shardlab.zero import toolchain
 
@@ -70,7 +71,7 @@ def run(words: list[str], **variables: str) -> tuple[int, str]:
 
 def milestones(stem: str) -> dict:
     """The verdict of each milestone, hidden ones included."""
-    files = [hardware.ROOT / "labs" / stem / f"test_{stem}.py", hardware.ROOT / "solutions" / "hidden" / f"hidden_{stem}.py"]
+    files = files_of(stem)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "milestones.json")
         words = ["-m", "pytest", *map(str, files), "--solutions", "--milestones-json", str(path), "-q", "-p", "no:cacheprovider"]
@@ -84,14 +85,14 @@ def milestones(stem: str) -> dict:
 
 def execute(source: Path, target: Path) -> tuple[int, str]:
     """Execute a notebook's text source with the solutions, its runs beside the target: exit status and output."""
-    program = "import sys; from pathlib import Path; from shardlab import authoring, switch; "
+    program = "import sys; from pathlib import Path; from shardlab import switch; from shardlab.course import authoring; "
     program += "authoring.execute_notebook(Path(sys.argv[1]), Path(sys.argv[2]), switch.SOLUTIONS)"
     return run(["-c", program, str(source), str(target)], SHARDLAB_RUNS=str(target.with_name("runs")))
 
 
 def notebook(stem: str) -> dict:
     """The lab's notebook from top to bottom with the solutions, and the verdicts of its checks."""
-    source = hardware.ROOT / "solutions" / "text" / f"{stem}.py"
+    source = labs.named(stem).answers / "text.py"
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary, "out.ipynb")
         code, output = execute(source, target)
@@ -105,9 +106,8 @@ def notebook(stem: str) -> dict:
 
 def lecture(stem: str) -> dict:
     """The lecture beside the lab, from top to bottom."""
-    number = stem[3:5]
-    source = next((hardware.ROOT / "solutions" / "text").glob(f"{number}_*.py"), None)
-    if source is None:
+    source = labs.named(stem).answers / "lecture.py"
+    if not source.exists():
         return {"verdict": "not run", "reason": "there is no lecture beside this lab"}
     with tempfile.TemporaryDirectory() as temporary:
         code, output = execute(source, Path(temporary, "out.ipynb"))
@@ -315,11 +315,11 @@ def main() -> int:
         parser.error(f"--parts {', '.join(sorted(unknown))}: there are {', '.join(PARTS)}")
     if not switch.SOLUTIONS.is_dir():
         parser.error("this is a release for learners: it has no solutions to prove")
-    from shardlab.grading.graders import chosen_labs
+    from shardlab.labs import chosen
 
     out = options.out or RESULTS / f"proof-{hardware_name()}.json"
-    mutants_of = chosen_labs(options.mutants) if options.mutants else []
-    stems = chosen_labs(options.labs)
+    mutants_of = [lab.stem for lab in chosen(options.mutants)] if options.mutants else []
+    stems = [lab.stem for lab in chosen(options.labs)]
     if absent := [stem for stem in mutants_of if stem not in stems]:
         parser.error(f"--mutants {', '.join(absent)}: name it in --labs too")
     return 0 if prove(stems, options.parts.split(","), mutants_of, out, options.jobs) else 1

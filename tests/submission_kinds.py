@@ -20,10 +20,10 @@ from pathlib import Path
 
 from shardlab.course.authoring import skeleton
 from shardlab.hardware import ROOT
+from shardlab.labs import named
 
 STEM = "lab02_zero_stages"
 TASKS = [f"2.{number}" for number in range(1, 9)]
-EXERCISES = ROOT / "solutions" / "exercises"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ ALL, NONE = tuple(TASKS), ()
 
 
 def solution() -> str:
-    return (EXERCISES / f"{STEM}.py").read_text()
+    return named(STEM).solution.read_text()
 
 
 def package(folder: Path, source: str | bytes | None, name: str = f"{STEM}.py") -> Path:
@@ -187,7 +187,7 @@ def bundle(folder: Path) -> Path:
 def with_link(folder: Path) -> Path:
     """The module is a link to the solution, wherever the course lies."""
     package(folder, None)
-    (folder / "exercises" / f"{STEM}.py").symlink_to(EXERCISES / f"{STEM}.py")
+    (folder / "exercises" / f"{STEM}.py").symlink_to(named(STEM).solution)
     return folder
 
 
@@ -300,7 +300,7 @@ for fd in range(3, 64):
 SOLUTIONS = f"""import glob, os
 code = ""
 for root in ({str(ROOT)!r}, "/", "/home", "/root", "/work", "/tmp"):
-    for path in glob.glob(os.path.join(root, "**", "solutions", "exercises", "{STEM}.py"), recursive=True):
+    for path in glob.glob(os.path.join(root, "**", "solutions", "**", "{STEM}.py"), recursive=True):
         code = open(path).read()
 exec(code)"""
 NEIGHBOURS = f"""import glob
@@ -378,7 +378,7 @@ KINDS = [
     Kind("stdout flooded", lambda f: package(f, in_front(FLOOD)), ALL),
     Kind("wrong encoding", lambda f: package(f, solution().replace('"""', '"""Übung ', 1).encode("latin-1", "replace")), NONE, "utf-8", confined=True),
     Kind("a link", with_link, NONE, "link"),
-    Kind("a link in an archive", lambda f: tarred(f, {"a": link(f"exercises/{STEM}.py", str(EXERCISES / f"{STEM}.py"))}), NONE, "link"),
+    Kind("a link in an archive", lambda f: tarred(f, {"a": link(f"exercises/{STEM}.py", str(named(STEM).solution))}), NONE, "link"),
     Kind("a path out of the archive", lambda f: tarred(f, {f"exercises/../../../{STEM}.py": b"x = 1"}), NONE, "leads out"),
     Kind("an absolute path", lambda f: tarred(f, {"/tmp/exercises/lab.py": b"x = 1"}), NONE, "leads out"),
     Kind("zip bomb", zip_bomb, NONE, "larger than"),

@@ -7,8 +7,10 @@ import shutil
 
 import pytest
 
-from shardlab.course.authoring import AuthoringError, build, configs, drifted, notebooks, skeleton, skeletons, stems, tasks
+from shardlab import labs
+from shardlab.course.authoring import AuthoringError, build, drifted, generated, notebooks, skeleton, skeletons, tasks
 from shardlab.hardware import ROOT
+from shardlab.labs import stems
 
 SOLUTION = '''"""A lab."""
 
@@ -71,11 +73,11 @@ def copy(tmp_path):
 
 def off(root) -> list:
     """What `build` would mend. Executed notebooks are not its business: a notebook runs for minutes."""
-    return sorted(path for path in drifted(root) if path.parent != root / "solutions" / "notebooks")
+    return sorted(path for path in drifted(root) if path not in {lab.executed_notebook for lab in labs.catalogue(root)})
 
 
 def solution_source(stem: str) -> str:
-    return (ROOT / "solutions" / "exercises" / f"{stem}.py").read_text()
+    return labs.named(stem).solution.read_text()
 
 
 def skeleton_source(stem: str) -> str:
@@ -91,15 +93,20 @@ def test_tree_is_what_the_solutions_generate():
 
 def test_every_lab_has_its_parts():
     """One stem for a lab, everywhere."""
-    assert stems() == sorted(path.name for path in (ROOT / "labs").glob("lab*") if path.is_dir())
-    for stem in stems():
-        for path in (
-            f"src/exercises/{stem}.py",
-            f"solutions/exercises/{stem}.py",
-            f"labs/{stem}/test_{stem}.py",
-            f"solutions/mutants/{stem}",
-        ):
-            assert (ROOT / path).exists(), path
+    for folder in ("labs", "solutions"):
+        assert stems() == sorted(path.name for path in (ROOT / folder).glob("lab*") if path.is_dir())
+    for lab in labs.catalogue():
+        parts = (
+            lab.milestones,
+            lab.notebook,
+            lab.exercises,
+            lab.solution,
+            lab.hidden_milestones,
+            lab.mutants,
+            lab.executed_notebook,
+        )
+        for path in (*parts, lab.answers / "text.py"):
+            assert path.exists(), path
 
 
 @pytest.mark.parametrize("stem", stems())
@@ -152,7 +159,7 @@ def test_drift_is_found_and_mended(copy):
     edited, deleted = (copy / "src" / "exercises" / f"{stem}.py" for stem in stems()[:2])
     edited.write_text(edited.read_text() + "\n# A change by hand.\n")
     deleted.unlink()
-    config, notebook = next(iter(configs(copy))), next(iter(notebooks(copy)))
+    config, notebook = next(iter(generated(copy))), next(iter(notebooks(copy)))
     config.write_text(config.read_text().replace("zero", "nought"))
     cells = json.loads(notebook.read_text())
     cells["cells"][0]["source"] = ["# Another title"]
@@ -162,7 +169,7 @@ def test_drift_is_found_and_mended(copy):
     assert "A change by hand" in edited.read_text() and not deleted.exists(), "looking writes nothing"
     assert sorted(build(copy)) == wanted
     assert off(copy) == []
-    assert edited.read_text() == skeletons(copy)[edited] and config.read_text() == configs(copy)[config]
+    assert edited.read_text() == skeletons(copy)[edited] and config.read_text() == generated(copy)[config]
     assert "Another title" not in notebook.read_text()
     assert build(copy) == [], "what is right is left alone"
 
@@ -180,7 +187,7 @@ def test_outputs_of_a_notebook_are_no_drift(copy):
 
 
 def test_change_of_a_solution_changes_its_skeleton_only_outside_the_markers(copy):
-    path = copy / "solutions" / "exercises" / f"{stems()[0]}.py"
+    path = labs.catalogue(copy)[0].solution
     source = path.read_text()
     path.write_text(source.replace("    # END SOLUTION", "    # another way to say it\n    # END SOLUTION", 1))
     assert off(copy) == []

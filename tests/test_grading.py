@@ -13,13 +13,14 @@ import time
 import pytest
 
 from shardlab import switch
-from shardlab.course.authoring import stems, tasks
+from shardlab.course.authoring import tasks
 from shardlab.course.matrix import Mutant, MutantError, mutants
 from shardlab.grading.gradebook import tasks_of
-from shardlab.grading.graders import files_of, milestones_of
 from shardlab.hardware import ROOT
+from shardlab.labs import catalogue, named, stems
 from shardlab.milestones.exercises import Lab
 from shardlab.milestones.grade import grade
+from shardlab.milestones.markers import files_of, milestones_of
 from shardlab.milestones.messages import MilestoneFailed, require, require_error
 from shardlab.milestones.scoreboard import VERDICTS, Milestone, next_step, render, render_board, render_html, render_text
 
@@ -42,12 +43,16 @@ def the_switch_is_put_back():
 @pytest.fixture
 def submission(tmp_path):
     """An `exercises` package with the solutions, for a test to spoil."""
-    shutil.copytree(switch.SOLUTIONS / "exercises", tmp_path / "exercises", ignore=shutil.ignore_patterns("__pycache__"))
+    folder = tmp_path / "exercises"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    for lab in catalogue():
+        shutil.copy(lab.solution, folder)
     return tmp_path
 
 
 def solution(stem: str) -> str:
-    return (switch.SOLUTIONS / "exercises" / f"{stem}.py").read_text()
+    return named(stem).solution.read_text()
 
 
 def run_pytest(*arguments, plugins=()) -> tuple[int, str]:

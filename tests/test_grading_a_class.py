@@ -18,8 +18,8 @@ from submission_kinds import KINDS, STEM
 
 from shardlab.grading import gradebook, graders, submissions
 from shardlab.hardware import ROOT
+from shardlab.labs import named
 from shardlab.sandbox import boxes
-from shardlab.switch import SOLUTIONS
 from shardlab.zero import toolchain
 
 SHARDLAB = [sys.executable, "-m", "shardlab.cli"]
@@ -273,7 +273,7 @@ ON_RANKS = {
 
 
 def test_ranks_cannot_forge_what_they_report(tmp_path, walls):
-    source = (SOLUTIONS / "exercises" / "lab01_baseline.py").read_text()
+    source = named("lab01_baseline").solution.read_text()
     for name, body in ON_RANKS.items():
         changed = source + SAVE.format(body=body.strip("\n"))
         made.package(tmp_path / "class" / name, changed, "lab01_baseline.py")
@@ -299,7 +299,7 @@ def test_ranks_cannot_forge_what_they_report(tmp_path, walls):
 def test_solutions_pass_in_boxes(tmp_path, walls, slurm_where_possible):
     """What needs ranks, disks and jobs, hidden milestones too; and another job with the same script, in the next box."""
     labs = ("lab03_engine", "lab04_offload", "lab06_multi_node")
-    sources = {stem: (SOLUTIONS / "exercises" / f"{stem}.py").read_text() for stem in labs}
+    sources = {stem: named(stem).solution.read_text() for stem in labs}
     for stem, source in sources.items():
         made.package(tmp_path / "class" / stem, source, f"{stem}.py")
     others = r"# BEGIN SOLUTION (?!6\.6)(\S+)\n.*?# END SOLUTION"

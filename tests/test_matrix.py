@@ -2,8 +2,8 @@
 
 import pytest
 
-from shardlab.course.authoring import stems
 from shardlab.course.matrix import prove
+from shardlab.labs import stems
 
 
 @pytest.mark.timeout(1200)

@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 
 from shardlab import hardware, switch
 from shardlab.course import authoring
+from shardlab.labs import named
 from shardlab.zero import toolchain
 
 LABS = {path.stem: path for path in authoring.notebooks() if path.stem.startswith("lab")}
@@ -35,7 +36,7 @@ def test_lab_runs_with_the_solutions(stem, tmp_path, slurm_where_possible):
     source = authoring.notebooks()[LABS[stem]]
     authoring.execute_notebook(source, tmp_path / "out.ipynb", switch.SOLUTIONS)
     notebook = nbformat.read(tmp_path / "out.ipynb", as_version=4)
-    tasks = authoring.tasks((switch.SOLUTIONS / "exercises" / f"{stem}.py").read_text())
+    tasks = authoring.tasks(named(stem).solution.read_text())
     shown = "\n".join(outputs(cell) for cell in notebook.cells if cell.cell_type == "code")
     verdicts = dict(re.findall(r">(\d+\.\d+) (passed|failed|not implemented|not run)<", shown))
     allowed = {"passed"} if toolchain.check_libaio().state == "works" and slurm_where_possible else {"passed", "not run"}
@@ -50,7 +51,7 @@ def test_untouched_lab_names_the_task_that_is_missing(stem, monkeypatch):
     NotebookClient(
         notebook, timeout=120, kernel_name="python3", allow_errors=True, resources={"metadata": {"path": str(hardware.ROOT)}}
     ).execute()
-    tasks = authoring.tasks((switch.SOLUTIONS / "exercises" / f"{stem}.py").read_text())
+    tasks = authoring.tasks(named(stem).solution.read_text())
     for cell in notebook.cells:
         if cell.cell_type == "code" and cell.source.startswith("check("):
             for task in re.findall(r'check\("([\d.]+)"\)', cell.source):

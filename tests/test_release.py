@@ -10,8 +10,8 @@ import sys
 import pytest
 
 from shardlab.course import release
-from shardlab.grading.graders import HIDDEN, chosen_labs
 from shardlab.hardware import ROOT
+from shardlab.labs import chosen, named, stems
 
 LABS = ["lab01_baseline", "lab02_zero_stages"]
 
@@ -19,7 +19,7 @@ LABS = ["lab01_baseline", "lab02_zero_stages"]
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a class") / "course"
-    release.make(folder, LABS)
+    release.make(folder, chosen("1,2"))
     return folder
 
 
@@ -47,13 +47,13 @@ def test_no_answer_is_in_it(released):
     # The library has a memory model of its own; nothing else may hold a line of an answer.
     texts = {name: text for name, text in texts.items() if not name.startswith("src/shardlab/")}
     for stem in LABS:
-        solution = (ROOT / "solutions" / "exercises" / f"{stem}.py").read_text()
+        solution = named(stem).solution.read_text()
         for body in re.findall(r"# BEGIN SOLUTION .*?\n(.*?)# END SOLUTION", solution, re.DOTALL):
             lines = [line.strip() for line in body.splitlines() if len(line.strip()) > 60]
             for line in lines:
                 assert not [name for name, text in texts.items() if line in text], line
     texts |= {str(path): path.read_text() for path in (released / "src" / "shardlab").rglob("*.py")}
-    hidden = re.findall(r"def (test_\w+)", "".join(path.read_text() for path in HIDDEN.glob("*.py")))
+    hidden = re.findall(r"def (test_\w+)", "".join(lab.hidden_milestones.read_text() for lab in chosen()))
     assert hidden and not [name for name in hidden for text in texts.values() if name in text]
 
 
@@ -91,7 +91,7 @@ def test_release_passes_its_doctor_and_grades_its_exercises(released, tmp_path):
     assert {m["verdict"] for m in report} == {"not implemented"} and {m["lab"] for m in report} == set(LABS)
     assert "0/100" in board.stdout and "Next: task 1.1" in board.stdout
     assert (course / "report.xml").read_text().count("<failure") == len(report)
-    shutil.copy(ROOT / "solutions/exercises/lab02_zero_stages.py", course / "src/exercises")
+    shutil.copy(named("lab02_zero_stages").solution, course / "src/exercises")
     board = inside(course, *grading, "--task", "2.8")
     assert [m["verdict"] for m in json.loads((course / "report.json").read_text())] == ["passed"], board.stdout
 
@@ -105,10 +105,11 @@ def test_what_needs_the_solutions_says_so(released, command):
 def test_release_replaces_nothing(tmp_path):
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(release.ReleaseError, match="not empty"):
-        release.make(tmp_path, LABS)
+        release.make(tmp_path, chosen("1,2"))
     assert [p.name for p in tmp_path.iterdir()] == ["notes"]
 
 
 def test_labs_are_named_by_number_or_stem():
-    assert chosen_labs("2,1") == LABS == chosen_labs("lab01_baseline, 2")
-    assert chosen_labs(None) == sorted(path.name for path in (ROOT / "labs").iterdir())
+    for words in ("2,1", "lab01_baseline, 2", "02, 01,1"):
+        assert [lab.stem for lab in chosen(words)] == LABS
+    assert [lab.stem for lab in chosen()] == stems() == sorted(path.parent.name for path in (ROOT / "labs").glob("*/lab.toml"))

@@ -348,7 +348,7 @@ def test_two_jobs_side_by_side_and_the_other_launchers(local_site, one_node_loss
 @pytest.mark.timeout(200)
 def test_a_course_on_a_path_with_spaces(slurm_cluster, tmp_path):
     course = tmp_path / "my course"
-    for part in ("src", "slurm", "solutions/exercises"):
+    for part in ("src", "slurm", "solutions"):
         shutil.copytree(ROOT / part, course / part, ignore=shutil.ignore_patterns("__pycache__"))
     profile = course / "slurm" / "local.toml"
     profile.write_text(profile.read_text() + f'PYTHONPATH = "{course / "src"}"\n')

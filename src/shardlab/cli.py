@@ -129,7 +129,7 @@ def demo(
 
 def _print_scoreboard(console) -> None:
     from shardlab import switch
-    from shardlab.course.authoring import stems
+    from shardlab.labs import stems
     from shardlab.milestones.grade import grade
     from shardlab.milestones.scoreboard import render
 
@@ -408,15 +408,16 @@ def grade(
     Of what the submissions say nothing is believed: milestones call their functions from outside of the box, and judge there.
     """
     from shardlab.grading import display, gradebook, graders, submissions
+    from shardlab.labs import chosen
     from shardlab.sandbox import boxes
 
-    chosen = graders.chosen_labs(labs)
+    stems = [lab.stem for lab in chosen(labs)]
     paths = [path.absolute() for path in paths]
     found = submissions.find(paths)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; --out names a folder")
     isolation = ("limits", "it was asked for with --limits-only") if limits_only else boxes.isolation()
-    plan = graders.Plan(tuple(chosen), timeout, graders.course_digest(chosen), isolation)
+    plan = graders.Plan(tuple(stems), timeout, graders.course_digest(stems), isolation)
     graders.require_same_labs(out, plan)
     if isolation[0] == "limits" and os.geteuid() == 0:
         raise ValueError(
@@ -430,7 +431,7 @@ def grade(
     interrupted, finished = False, {}
     try:
         if on_slurm:
-            words = [*map(str, paths), "--out", str(out.absolute()), "--labs", ",".join(chosen)]
+            words = [*map(str, paths), "--out", str(out.absolute()), "--labs", ",".join(stems)]
             words += ["--timeout", str(timeout), *(["--limits-only"] if limits_only else [])]
             finished = graders.grade_on_cluster(found, out, plan, words, parts=jobs or 4, display=display.Lines())
         else:
@@ -467,9 +468,9 @@ def release(
 ) -> None:
     """Write the course as learners get it: no solutions, no mutants, no hidden milestones; with a manifest of hashes."""
     from shardlab.course import release as releases
-    from shardlab.grading.graders import chosen_labs
+    from shardlab.labs import chosen
 
-    manifest = releases.make(target, chosen_labs(labs))
+    manifest = releases.make(target, chosen(labs))
     print(f"{target}: {', '.join(manifest['labs'])}; {len(manifest['files'])} files, hashes in {releases.MANIFEST}")
     print(f"Try it: cd {target} && make doctor && make grade")
 
@@ -481,11 +482,11 @@ def matrix(
 ) -> None:
     """For authors: prove that solutions pass, skeletons fail, and each mutant fails its own milestone and no other."""
     from shardlab.course.matrix import prove
-    from shardlab.grading.graders import chosen_labs
+    from shardlab.labs import chosen
 
     _require_solutions("the matrix needs the solutions")
     lines = prove(
-        chosen_labs(",".join(labs or [])),
+        [lab.stem for lab in chosen(",".join(labs or []))],
         only=only,
         say=lambda line: print(f"{line.stem}  {line.variant}: {line.problem or 'as it should'}", flush=True),
     )

@@ -22,6 +22,20 @@ def exercises_folder() -> Path:
     return Path(os.environ.get(VARIABLE, LEARNER))
 
 
+def exercise_file(stem: str, folder: Path | None = None) -> Path:
+    """The file of a lab's exercises, in the folder in use by default; the solutions have it in the lab's own folder."""
+    folder = folder or exercises_folder()
+    apart = folder / stem / f"{stem}.py"
+    return apart if apart.exists() else folder / "exercises" / f"{stem}.py"
+
+
+def exercise_files() -> list[Path]:
+    """The files of all exercises in use, where they are edited."""
+    folder = exercises_folder()
+    apart = [path / f"{path.name}.py" for path in folder.glob("lab*")]
+    return sorted([*(folder / "exercises").glob("*.py"), *(path for path in apart if path.exists())])
+
+
 def use_exercises(folder: Path | str) -> Path:
     """Make `import exercises` mean the package in `folder`, in this process and in every rank launched from it.
 

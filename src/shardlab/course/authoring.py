@@ -13,10 +13,13 @@ from their text sources; `shardlab build --check` fails where the two have drift
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 from shardlab.hardware import ROOT
+from shardlab.labs import catalogue
 
 BEGIN = re.compile(r"^(?P<indent>\s*)# BEGIN SOLUTION (?P<task>\d+\.\d+)\s*$")
 END = re.compile(r"^\s*# END SOLUTION\s*$")
@@ -25,11 +28,6 @@ MARKER = re.compile(r"#\s*(BEGIN|END)\s+SOLUTION", re.IGNORECASE)
 
 class AuthoringError(ValueError):
     """A solution module or a notebook source that cannot be built; the message names the file and the line."""
-
-
-def stems(root: Path = ROOT) -> list[str]:
-    """The labs, in order: the names of the modules in `solutions/exercises`."""
-    return sorted(path.stem for path in (root / "solutions" / "exercises").glob("lab*.py"))
 
 
 def skeleton(source: str, name: str = "solution") -> str:
@@ -71,12 +69,15 @@ def tasks(source: str) -> list[str]:
     return list(dict.fromkeys(match["task"] for match in map(BEGIN.match, source.splitlines()) if match))
 
 
+PACKAGE = '"""The exercises of the course. Complete the functions; `pytest labs` grades them."""\n'
+"""What `src/exercises/__init__.py` holds."""
+
+
 def skeletons(root: Path = ROOT) -> dict[Path, str]:
     """What `src/exercises` should hold: paths and texts."""
-    wanted = {root / "src/exercises/__init__.py": (root / "solutions/exercises/__init__.py").read_text()}
-    for stem in stems(root):
-        source = (root / "solutions" / "exercises" / f"{stem}.py").read_text()
-        wanted[root / "src" / "exercises" / f"{stem}.py"] = skeleton(source, f"src/exercises/{stem}.py")
+    wanted = {root / "src/exercises/__init__.py": PACKAGE}
+    for lab in catalogue(root):
+        wanted[lab.exercises] = skeleton(lab.solution.read_text(), str(lab.exercises.relative_to(root)))
     return wanted
 
 
@@ -112,19 +113,20 @@ def _worked_on(path: Path, wanted: str) -> list[str]:
 def notebooks(root: Path = ROOT) -> dict[Path, Path]:
     """Notebook, and the text source that it is made from: labs beside their milestones, lectures in `notebooks/`."""
     found = {}
-    for source in sorted((root / "solutions" / "text").glob("*.py")):
-        folder = root / "labs" / source.stem if source.stem.startswith("lab") else root / "notebooks"
-        found[folder / f"{source.stem}.ipynb"] = source
+    for lab in catalogue(root):
+        found[lab.notebook] = lab.answers / "text.py"
+        if lab.lecture:
+            found[lab.lecture_notebook] = lab.answers / "lecture.py"
     return found
 
 
-def _read_source(source: Path):
-    """A percent-format text as a notebook, with cell ids that stay the same from build to build."""
+def read_source(source: Path, name: str):
+    """A percent-format text as a notebook of that name, with cell ids that stay the same from build to build."""
     import jupytext
 
     notebook = jupytext.read(source, fmt="py:percent")
     for number, cell in enumerate(notebook.cells):
-        cell["id"] = f"{source.stem}-{number:02d}".replace("_", "-")
+        cell["id"] = f"{name}-{number:02d}".replace("_", "-")
         cell["metadata"] = {}
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -143,42 +145,56 @@ def _same_cells(path: Path, notebook) -> bool:
     return path.exists() and _cells(nbformat.read(path, as_version=4)) == _cells(notebook)
 
 
-def configs(root: Path = ROOT) -> dict[Path, str]:
-    """The ready DeepSpeed files beside lab 02: what its solution makes, for `Trainer`."""
-    import json
+TABLE = re.compile(r"(<!-- labs, made by `shardlab build` from labs/\*/lab.toml -->\n).*?(<!-- end of labs -->)", re.DOTALL)
+"""Where a page has a table of the labs."""
 
-    source = root / "solutions" / "exercises" / "lab02_zero_stages.py"
-    if not source.exists():
-        return {}
-    space: dict = {"__name__": "solution"}
-    exec(compile(source.read_text(), str(source), "exec"), space)
-    create, folder = space["create_deepspeed_config"], root / "labs" / "lab02_zero_stages" / "configs"
-    made = {f"zero{stage}": create(stage) for stage in range(4)}
-    made |= {
-        "zero2_offload": create(2, offload_optimizer=True),
-        "zero3_offload": create(3, offload_optimizer=True, offload_param=True),
-    }
-    return {folder / f"{name}.json": json.dumps(config, indent=2) + "\n" for name, config in made.items()}
+
+def table(root: Path = ROOT) -> str:
+    """The labs as a table in Markdown."""
+    rows = [
+        f"| `labs/{lab.stem}` | {f'`notebooks/{lab.lecture}`' if lab.lecture else ''} | {lab.writes} | {lab.minutes} |\n"
+        for lab in catalogue(root)
+    ]
+    return "".join(["| lab | lecture beside it | what you write | minutes |\n| --- | --- | --- | --- |\n", *rows])
+
+
+def generated(root: Path = ROOT) -> dict[Path, str]:
+    """What else is made, paths and texts: tables of labs; files in a lab's folder, where `solutions/<lab>/generated.py` gives some."""
+    found = {}
+    for page in (root / "README.md", root / "docs" / "instructor-guide.md"):
+        if page.exists():
+            found[page] = TABLE.sub(lambda marks: f"{marks[1]}\n{table(root)}\n{marks[2]}", page.read_text())
+    for lab in catalogue(root):
+        if (maker := lab.answers / "generated.py").exists():
+            made = _module(maker).files(_module(lab.solution))
+            found |= {lab.folder / name: text for name, text in made.items()}
+    return found
+
+
+def _module(path: Path) -> ModuleType:
+    """The module in this file; one that is in no package, and anew each time."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def executed(root: Path = ROOT) -> dict[Path, Path]:
     """Executed notebook, and its text source: the labs with the reference solutions, and the lectures in place."""
-    return {
-        root / "solutions" / "notebooks" / path.name if source.stem.startswith("lab") else path: source
-        for path, source in notebooks(root).items()
-    }
+    places = {lab.notebook: lab.executed_notebook for lab in catalogue(root)}
+    return {places.get(path, path): source for path, source in notebooks(root).items()}
 
 
 def drifted(root: Path = ROOT) -> list[Path]:
-    """Files that are not what `solutions/` gives: skeletons, configurations, notebooks, executed notebooks."""
-    found = [path for path, text in (skeletons(root) | configs(root)).items() if not path.exists() or path.read_text() != text]
+    """Files that are not what `solutions/` gives: skeletons, generated files, notebooks, executed notebooks."""
+    found = [path for path, text in (skeletons(root) | generated(root)).items() if not path.exists() or path.read_text() != text]
     return found + [
-        path for path, source in (notebooks(root) | executed(root)).items() if not _same_cells(path, _read_source(source))
+        path for path, source in (notebooks(root) | executed(root)).items() if not _same_cells(path, read_source(source, path.stem))
     ]
 
 
 def build(root: Path = ROOT, *, force: bool = False) -> list[Path]:
-    """Write skeletons, configurations and notebooks; a file that is right already is left alone, outputs included.
+    """Write skeletons, generated files and notebooks; a file that is right already is left alone, outputs included.
 
     Returns:
         The files that were written.
@@ -197,13 +213,13 @@ def build(root: Path = ROOT, *, force: bool = False) -> list[Path]:
             "Copy the file elsewhere, then: shardlab build --force"
         )
     written = []
-    for path, text in (wanted | configs(root)).items():
+    for path, text in (wanted | generated(root)).items():
         if not path.exists() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
             written.append(path)
     for path, source in notebooks(root).items():
-        notebook = _read_source(source)
+        notebook = read_source(source, path.stem)
         if not _same_cells(path, notebook):
             path.parent.mkdir(parents=True, exist_ok=True)
             nbformat.write(notebook, path)
@@ -233,14 +249,14 @@ def execute_notebook(source: Path, target: Path, exercises: Path) -> None:
     try:
         with tempfile.TemporaryDirectory() as temporary:
             made, output = Path(temporary, "source.ipynb"), Path(temporary, "output.ipynb")
-            nbformat.write(_read_source(source), made)
+            nbformat.write(read_source(source, target.stem), made)
             papermill.execute_notebook(
                 str(made), str(output), kernel_name="python3", cwd=str(ROOT), progress_bar=False, log_output=False
             )
             notebook = nbformat.read(output, as_version=4)
     finally:
         os.environ.pop(switch.VARIABLE) if before is None else os.environ.update({switch.VARIABLE: before})
-    clean = _read_source(source)
+    clean = read_source(source, target.stem)
     for cell, ran in zip(clean.cells, notebook.cells, strict=True):
         if cell.cell_type == "code":
             cell.execution_count = ran.execution_count
@@ -251,10 +267,10 @@ def execute_notebook(source: Path, target: Path, exercises: Path) -> None:
 
 
 def execute(root: Path = ROOT, only: str | None = None) -> list[Path]:
-    """Execute the lectures in place, and the labs with the solutions into `solutions/notebooks/`."""
+    """Execute the lectures in place, and the labs with the solutions into `solutions/<lab>/`."""
     done = []
     for target, source in executed(root).items():
-        if only in (None, source.stem):
+        if only in (None, target.stem):
             execute_notebook(source, target, root / "solutions")
             done.append(target)
     return done

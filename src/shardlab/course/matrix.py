@@ -1,20 +1,20 @@
 """The proof of the milestones: solutions pass, skeletons fail, and each mutant fails its own milestone and no other.
 
-A mutant is a plausible wrong answer, kept in `solutions/mutants/<lab>/<task>.toml` as a replacement in the solution.
+A mutant is a plausible wrong answer, kept in `solutions/<lab>/mutants.toml` as a replacement in the solution.
 All variants are graded in this one process, so the fork server stays warm, and equal launches are shared.
 """
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from shardlab import switch
-from shardlab.course.authoring import stems, tasks
+from shardlab.course.authoring import skeleton, tasks
 from shardlab.hardware import ROOT
+from shardlab.labs import catalogue, named, stems
 from shardlab.milestones.grade import grade
 
 
@@ -41,7 +41,7 @@ class Mutant:
         found = sum(body.count(self.old) for body, _, _ in changed)
         if found != 1:
             raise MutantError(
-                f"solutions/mutants/{self.stem}/{self.task}.toml, '{self.name}': "
+                f"solutions/{self.stem}/mutants.toml, task {self.task}, '{self.name}': "
                 f"`old` stands {found} times in the solution, not once."
             )
         return parts[0] + "".join(begin + body.replace(self.old, self.new) + end_ + rest for body, end_, rest in changed)
@@ -49,16 +49,16 @@ class Mutant:
 
 def mutants(stem: str, root: Path = ROOT) -> list[Mutant]:
     """All mutants of a lab, by task."""
-    found = []
-    for path in sorted((root / "solutions" / "mutants" / stem).glob("*.toml"), key=lambda p: [int(n) for n in p.stem.split(".")]):
-        found += [Mutant(stem, path.stem, **entry) for entry in tomllib.loads(path.read_text())["mutant"]]
-    return found
+    return [Mutant(stem, **entry) for entry in tomllib.loads(named(stem, root).mutants.read_text())["mutant"]]
 
 
 def _package(folder: Path, stem: str, source: str) -> Path:
     """An `exercises` package with the solutions of all labs, but this source for one."""
-    shutil.copytree(switch.SOLUTIONS / "exercises", folder / "exercises", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "exercises" / f"{stem}.py").write_text(source)
+    package = folder / "exercises"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for lab in catalogue():
+        (package / f"{lab.stem}.py").write_text(source if lab.stem == stem else lab.solution.read_text())
     return folder
 
 
@@ -86,7 +86,7 @@ def prove(labs: list[str] | None = None, *, only: str | None = None, say=lambda 
         say(line)
 
     for stem in labs or stems():
-        solution = (switch.SOLUTIONS / "exercises" / f"{stem}.py").read_text()
+        solution = named(stem).solution.read_text()
         if only in (None, "solutions"):
             outcome = grade(stem, exercises=switch.SOLUTIONS)
             wrong = [m.task for m in outcome if m.verdict not in ("passed", "not run")]
@@ -96,8 +96,6 @@ def prove(labs: list[str] | None = None, *, only: str | None = None, say=lambda 
             )
             add(Line(stem, "solution", problem or (f"no milestone for {', '.join(untested)}" if untested else "")))
         if only in (None, "skeletons"):
-            from shardlab.course.authoring import skeleton
-
             with tempfile.TemporaryDirectory() as temporary:
                 outcome = grade(stem, exercises=_package(Path(temporary), stem, skeleton(solution)))
             wrong = [m.task for m in outcome if m.verdict != "not implemented" or f"Task {m.task}" not in m.message]

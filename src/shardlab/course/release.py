@@ -13,6 +13,7 @@ from pathlib import Path
 from shardlab import hardware
 from shardlab.course import authoring
 from shardlab.hardware import ROOT
+from shardlab.labs import Lab
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -27,12 +28,12 @@ class ReleaseError(ValueError):
     """A release that cannot be made; the message says why."""
 
 
-def make(target: Path, labs: list[str], root: Path = ROOT) -> dict:
+def make(target: Path, labs: list[Lab], root: Path = ROOT) -> dict:
     """Write the release.
 
     Args:
         target: a folder that is not there yet, or is empty.
-        labs: stems.
+        labs: those that it holds.
         root: the course with its solutions.
 
     Returns:
@@ -55,17 +56,23 @@ def make(target: Path, labs: list[str], root: Path = ROOT) -> dict:
         (target / name).unlink(missing_ok=True)
     exercises = target / "src" / "exercises"
     exercises.mkdir(parents=True)
-    shutil.copy(root / "solutions" / "exercises" / "__init__.py", exercises)
-    for stem in labs:
-        source = (root / "solutions" / "exercises" / f"{stem}.py").read_text(encoding="utf-8")
-        (exercises / f"{stem}.py").write_text(authoring.skeleton(source, f"src/exercises/{stem}.py"), encoding="utf-8")
-        _copy(root / "labs" / stem, target / "labs" / stem)
+    wanted = authoring.skeletons(root)
+    (exercises / "__init__.py").write_text(authoring.PACKAGE, encoding="utf-8")
+    for lab in labs:
+        (target / lab.exercises.relative_to(root)).write_text(wanted[lab.exercises], encoding="utf-8")
+        _copy(lab.folder, target / lab.folder.relative_to(root))
     _write_notebooks(target, labs, root)
     (target / "README.md").write_text(_readme(labs), encoding="utf-8")
     (target / "Makefile").write_text(_template("release_makefile").render(), encoding="utf-8")
     (target / ".gitignore").write_text((root / ".gitignore").read_text(encoding="utf-8"), encoding="utf-8")
     files = {str(p.relative_to(target)): digest(p) for p in sorted(target.rglob("*")) if p.is_file()}
-    manifest = {"format": FORMAT, "course": "shardlab", "commit": hardware.commit(), "labs": labs, "files": files}
+    manifest = {
+        "format": FORMAT,
+        "course": "shardlab",
+        "commit": hardware.commit(),
+        "labs": [lab.stem for lab in labs],
+        "files": files,
+    }
     (target / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return manifest
 
@@ -94,16 +101,14 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copy(source, target)
 
 
-def _write_notebooks(target: Path, labs: list[str], root: Path) -> None:
+def _write_notebooks(target: Path, labs: list[Lab], root: Path) -> None:
     import nbformat
 
-    numbers = {stem[3:5] for stem in labs}
-    for path, source in authoring.notebooks(root).items():
-        if source.stem not in labs and source.stem[:2] not in numbers:
-            continue
+    sources = authoring.notebooks(root)
+    for path in (place for lab in labs for place in (lab.notebook, lab.lecture_notebook) if place in sources):
         place = target / path.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(authoring._read_source(source), place)
+        nbformat.write(authoring.read_source(sources[path], path.stem), place)
 
 
 def _template(name: str):
@@ -113,5 +118,5 @@ def _template(name: str):
     return jinja2.Environment(loader=loader, keep_trailing_newline=True, trim_blocks=True).get_template(name)
 
 
-def _readme(labs: list[str]) -> str:
-    return _template("release_readme.md").render(labs=labs, numbers=[int(stem[3:5]) for stem in labs])
+def _readme(labs: list[Lab]) -> str:
+    return _template("release_readme.md").render(labs=labs)

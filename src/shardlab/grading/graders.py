@@ -6,7 +6,6 @@ OUT/gradebook.csv, …              written by `gradebook.py` from the results a
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import hashlib
 import json
@@ -19,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -29,11 +28,11 @@ import psutil
 
 from shardlab.grading import submissions
 from shardlab.hardware import ROOT
+from shardlab.labs import chosen, named
 from shardlab.milestones.launches import REFERENCES
-from shardlab.milestones.scoreboard import Milestone
+from shardlab.milestones.markers import files_of, milestones_of, ops_of
 
 FORMAT = 1
-HIDDEN = ROOT / "solutions" / "hidden"
 """Milestones that a release leaves out: the same invariants with other numbers."""
 JUDGE_MEMORY = 6 * 2**30
 """Bytes that a judge may take beyond what it begins with."""
@@ -47,80 +46,16 @@ class GradingError(ValueError):
     """A batch that cannot be graded; the message says why and what to do."""
 
 
-# --- what there is to grade -------------------------------------------------------------------------------------------
-
-
-def files_of(stem: str) -> list[Path]:
-    """The milestone files of a lab: the learner's own, and the hidden ones where they are."""
-    paths = [ROOT / "labs" / stem / f"test_{stem}.py", HIDDEN / f"hidden_{stem}.py"]
-    return [path for path in paths if path.exists()]
-
-
-def programs_of(stem: str) -> str:
-    """The file of what a lab's milestones run beside the exercises, as a path in the course; empty if it has none."""
-    path = f"labs/{stem}/programs.py"
-    return path if (ROOT / path).exists() else ""
-
-
-def _markers_of(stem: str) -> Iterator[tuple[Path, str, dict]]:
-    """File, test and arguments of each milestone marker of a lab, read from the source."""
-    for path in files_of(stem):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            for decorator in node.decorator_list if isinstance(node, ast.FunctionDef) else []:
-                if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "pytest.mark.milestone":
-                    yield path, node.name, {keyword.arg: ast.literal_eval(keyword.value) for keyword in decorator.keywords}
-
-
-def milestones_of(stem: str) -> list[Milestone]:
-    """Every milestone of a lab, as a submission of which nothing is proven gets it."""
-    return [
-        Milestone(
-            lab=stem,
-            task=str(given["task"]),
-            name=name,
-            points=int(given.get("points", 0)),
-            verdict="failed",
-            message="its grading did not come to its end",
-            hidden=path.parent == HIDDEN,
-        )
-        for path, name, given in _markers_of(stem)
-    ]
-
-
-def ops_of(labs: Iterable[str]) -> list[str]:
-    """DeepSpeed's ops that milestones of these labs load."""
-    return list(dict.fromkeys(op for stem in labs for _, _, given in _markers_of(stem) for op in given.get("ops", ())))
-
-
 def course_digest(labs: list[str]) -> str:
     """A digest of everything that a grade depends on besides the submission."""
     whole = hashlib.sha256()
     folders = (ROOT / "src" / "shardlab", ROOT / "slurm")
     library = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    judged = [path for stem in labs for path in (*files_of(stem), ROOT / "labs" / stem / "programs.py")]
+    judged = [path for lab in chosen(",".join(labs)) for path in (lab.milestones, lab.hidden_milestones, lab.programs)]
     for path in [*library, ROOT / "constraints.txt", *judged]:
         if path.exists():
             whole.update(str(path.relative_to(ROOT)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return whole.hexdigest()
-
-
-def chosen_labs(words: str | None) -> list[str]:
-    """The labs that "1,2" or "lab02_zero_stages" name; all by default.
-
-    Raises:
-        GradingError: there is no such lab.
-    """
-    known = sorted(path.name for path in (ROOT / "labs").glob("lab*") if files_of(path.name))
-    if not words:
-        return known
-    found = []
-    for word in words.split(","):
-        word = word.strip()
-        wanted = [stem for stem in known if stem == word or (word.isdigit() and stem.startswith(f"lab{int(word):02d}_"))]
-        if not wanted:
-            raise GradingError(f"there is no lab {word!r}; there are {', '.join(known)} (1, 2, … for short)")
-        found += wanted
-    return sorted(dict.fromkeys(found))
 
 
 # --- one submission ---------------------------------------------------------------------------------------------------
@@ -170,10 +105,10 @@ def grade_submission(name: str, path: Path, plan: Plan, tell: Callable[[str], No
         left = plan.seconds
         for stem in plan.labs:
             tell(stem)
+            lab = named(stem)
+            programs = str(lab.programs.relative_to(ROOT)) if lab.programs.exists() else ""
             # A box a lab: what a hidden milestone handed over must not be there for the next lab to tell.
-            box = Box(
-                work / "submission", work / f"exchange-{stem}", (visible_folder(),), programs_of(stem), kind=plan.isolation[0]
-            )
+            box = Box(work / "submission", work / f"exchange-{stem}", (visible_folder(),), programs, kind=plan.isolation[0])
             box.seconds, box.call_seconds = left, plan.call_seconds
             with box:
                 for milestone in grade(stem, box=box, files=files_of(stem), say=tell):

@@ -24,11 +24,11 @@ class Lab:
     @property
     def folder(self) -> Path:
         """The folder of the exercises, under the name that their tracebacks carry."""
-        return switch.exercises_folder() / "exercises"
+        return self.path.parent
 
     @property
     def path(self) -> Path:
-        return switch.exercises_folder() / "exercises" / f"{self.stem}.py"
+        return switch.exercise_file(self.stem)
 
     def __getattr__(self, name: str):
         module = switch.import_exercise(self.stem)

@@ -70,7 +70,7 @@ def _code_of(task: str) -> list[str]:
     A program on the ranks uses the functions of one task alone. So the mutants of other tasks need no launch of their own.
     """
     sources = []
-    for path in sorted((switch.exercises_folder() / "exercises").glob("*.py")):
+    for path in switch.exercise_files():
         first, *parts = path.read_text().split("# BEGIN SOLUTION ")
         sources += [first, *(part if part.split()[0] == task else part.partition("# END SOLUTION")[2] for part in parts)]
     return sources

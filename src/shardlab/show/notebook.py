@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from shardlab import hardware, switch
+from shardlab import hardware, labs, switch
 from shardlab.milestones.scoreboard import Milestone, render, render_board, render_html, render_text
 from shardlab.run.run_folder import Run
 from shardlab.show import report
@@ -31,14 +31,14 @@ class Exercises:
         self._stem, self._saved = stem, 0
 
     def __getattr__(self, name: str):
-        path = switch.exercises_folder() / "exercises" / f"{self._stem}.py"
+        path = switch.exercise_file(self._stem)
         if path.stat().st_mtime_ns != self._saved:
             self._saved = path.stat().st_mtime_ns
             switch.use_exercises(switch.exercises_folder())
         return getattr(switch.import_exercise(self._stem), name)
 
     def __repr__(self) -> str:
-        return f"<exercises in {switch.exercises_folder() / 'exercises' / self._stem}.py>"
+        return f"<exercises in {switch.exercise_file(self._stem)}>"
 
 
 def _display(text: str) -> None:
@@ -59,10 +59,10 @@ def start(stem: str) -> Exercises:
     from shardlab.run.launch import warm_up
     from shardlab.run.placement import CHECKING_RANKS, place
 
-    path = switch.exercises_folder() / "exercises" / f"{stem}.py"
+    labs.named(stem)
+    path = switch.exercise_file(stem)
     if not path.exists():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("lab*.py")))
-        raise ValueError(f"there is no lab '{stem}' in {path.parent}; there are: {known}")
+        raise ValueError(f"there is no {path}: bring the file back, or take the skeleton from git")
     switch.use_exercises(switch.exercises_folder())
     checks = place(CHECKING_RANKS, or_cpu=True)
     for device in dict.fromkeys([hardware.device(), checks.device]):
@@ -90,12 +90,9 @@ def outcomes(task: str, say: Callable[[str], None]) -> list[Milestone]:
     """
     from shardlab.milestones.grade import grade
 
-    number = task.partition(".")[0]
-    folders = sorted(hardware.ROOT.glob(f"labs/lab{int(number):02d}_*")) if number.isdigit() else []
-    if not folders:
-        raise ValueError(f"there is no task '{task}': tasks are called after their lab, such as 2.1")
+    lab = labs.with_task(task)
     switch.use_exercises(switch.exercises_folder())
-    return grade(folders[0].name, task=task, say=say)
+    return grade(lab.stem, task=task, say=say)
 
 
 def check(task: str) -> None:
@@ -150,8 +147,7 @@ _checked: dict[str, tuple[list, list[Milestone]]] = {}
 
 
 def _files() -> list[tuple]:
-    folder = switch.exercises_folder() / "exercises"
-    return [(str(path), path.stat().st_mtime_ns) for path in sorted(folder.glob("*.py"))]
+    return [(str(path), path.stat().st_mtime_ns) for path in switch.exercise_files()]
 
 
 def scoreboard(stem: str) -> None:
@@ -159,12 +155,10 @@ def scoreboard(stem: str) -> None:
 
     Where each task was checked since a file was last saved, and passed, nothing is run again.
     """
-    from shardlab.grading.graders import milestones_of
     from shardlab.milestones.grade import grade
+    from shardlab.milestones.markers import milestones_of
 
-    if not (hardware.ROOT / "labs" / stem).is_dir():
-        known = ", ".join(sorted(path.name for path in (hardware.ROOT / "labs").glob("lab*")))
-        raise ValueError(f"there is no lab '{stem}'; there are: {known}")
+    labs.named(stem)
     files, tasks = _files(), {milestone.task for milestone in milestones_of(stem) if not milestone.hidden}
     known = [m for task in tasks for at, found in [_checked.get(task, (None, []))] if at == files for m in found]
     if {m.task for m in known if m.verdict == "passed"} == tasks:
