@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--model", default="bigscience/bloom-560m")
     parser.add_argument("--steps", type=int, default=8)
     chosen = parser.parse_args()
-    program = ROOT / "src/exercises/lab03_engine.py"
+    program = ROOT / "labs/lab03_engine/train.py"
     options = ["--compare", "--random-weights", "--model", chosen.model, "--steps", str(chosen.steps)]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(chosen.ranks)]
     solutions = os.environ | {"SHARDLAB_EXERCISES": str(ROOT / "solutions")}

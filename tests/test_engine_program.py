@@ -1,4 +1,4 @@
-"""Lab 03's file as a program: under the `deepspeed` launcher and under `torchrun`, with real ranks, as one types it."""
+"""Lab 03's exercises as a program: under the `deepspeed` launcher and under `torchrun`, with real ranks, as one types it."""
 
 import json
 import os
@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from shardlab.hardware import ROOT
+from shardlab.run.experiment import program_of
 from shardlab.run.run_folder import Run
 
-PROGRAM = str(ROOT / "src" / "exercises" / "lab03_engine.py")
+PROGRAM = str(ROOT / "labs" / "lab03_engine" / "train.py")
 BIN = Path(sys.executable).parent
 DEEPSPEED = [str(BIN / "deepspeed"), "--num_gpus", "2"]
 TORCHRUN = [str(BIN / "torchrun"), "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
@@ -106,11 +107,8 @@ def test_without_a_launcher_it_says_which_command_to_type(tmp_path):
     [(["--stage", "4"], "invalid choice: 4"), (["--stage", "0", "--offload"], "stage 0"), (["--steps", "0"], "--steps 0")],
 )
 def test_bad_arguments_are_refused(words, said, monkeypatch, capsys):
-    from shardlab import switch
-
-    switch.use_exercises(switch.SOLUTIONS)
     with pytest.raises(SystemExit) as caught:
-        switch.import_exercise("lab03_engine").parse_arguments(["--local_rank=0", *words])
+        program_of("labs/lab03_engine/train.py:parse_arguments")(["--local_rank=0", *words])
     assert caught.value.code == 2 and said in capsys.readouterr().err
 
 

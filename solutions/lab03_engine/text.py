@@ -178,7 +178,7 @@ from shardlab.run.launch import launch
 from shardlab.run.experiment import Experiment
 
 config = lab.engine_config(2, offload=False, micro_batch=2, accumulation=2, ranks=2, learning_rate=1e-3, precision="fp32")
-settings = {"program": "exercises.lab03_engine:program", "ranks": 2, "deepspeed": config, "micro_batch": 2, "accumulation": 2, "learning_rate": 1e-3,
+settings = {"program": "labs/lab03_engine/train.py:program", "ranks": 2, "deepspeed": config, "micro_batch": 2, "accumulation": 2, "learning_rate": 1e-3,
             "max_tokens": 64, "train_examples": 40, "eval_examples": 16}
 saved = RUNS / "lab03-checkpoints"
 shutil.rmtree(saved, ignore_errors=True)
@@ -268,13 +268,13 @@ print("steps 11 and 12 on two ranks, 13 and 14 on one:", [round(loss, 4) for los
 # %% [markdown]
 # ## The program
 #
-# Your file is a program as well. In a terminal, in the project's folder:
+# `labs/lab03_engine/train.py` puts your functions together as a program. In a terminal, in the project's folder:
 #
 # ```
-# deepspeed --num_gpus 2 src/exercises/lab03_engine.py --stage 2
-# deepspeed --num_gpus 2 src/exercises/lab03_engine.py --stage 3 --offload
-# deepspeed --num_gpus 2 src/exercises/lab03_engine.py --compare
-# torchrun --nproc-per-node 2 src/exercises/lab03_engine.py --stage 2
+# deepspeed --num_gpus 2 labs/lab03_engine/train.py --stage 2
+# deepspeed --num_gpus 2 labs/lab03_engine/train.py --stage 3 --offload
+# deepspeed --num_gpus 2 labs/lab03_engine/train.py --compare
+# torchrun --nproc-per-node 2 labs/lab03_engine/train.py --stage 2
 # ```
 #
 # Each rank needs a GPU of its own: on a machine with one, take `--num_gpus 1`, or put `DS_ACCELERATOR=cpu` in front of the command. Then, and without GPUs,

@@ -1,17 +1,8 @@
 """Lab 03, engine: train with DeepSpeed's engine by hand, without `Trainer`.
 
-You complete nine functions. With them this file is also a program, which a launcher starts once a rank:
+You complete nine functions. `labs/lab03_engine/train.py` puts them together as a program, which a launcher starts once per rank:
 
-    deepspeed --num_gpus 2 src/exercises/lab03_engine.py --stage 2
-    deepspeed --num_gpus 2 src/exercises/lab03_engine.py --stage 3 --offload
-    deepspeed --num_gpus 2 src/exercises/lab03_engine.py --compare
-    deepspeed --hostfile hosts.txt --no_ssh --node_rank 0 --master_addr localhost src/exercises/lab03_engine.py --stage 2
-    torchrun --nproc-per-node 2 src/exercises/lab03_engine.py --stage 2
-
-`--num_gpus` counts ranks. Each needs a GPU of its own; without GPUs they are processes on the CPU. On a machine with one GPU, take
-`--num_gpus 1`, or put `DS_ACCELERATOR=cpu` in front of the command. A hostfile has a line a machine, such as
-`localhost slots=2`. With a hostfile the launcher asks each machine through ssh, without a password; with `--no_ssh` you start
-the command on each machine yourself, with its `--node_rank` and the address of the first.
+    deepspeed --num_gpus 2 labs/lab03_engine/train.py --stage 2
 """
 
 from __future__ import annotations
@@ -21,7 +12,6 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 from pathlib import Path
 
@@ -29,15 +19,9 @@ import numpy
 import torch
 from datasets import Dataset
 
-from shardlab import hardware, switch
 from shardlab.data.models import load_model, load_tokenizer
 from shardlab.run.collectives import barrier, gather, rank, world_size
-from shardlab.run.experiment import Experiment
-from shardlab.run.ranks import leave_process_group, run_under_launcher
-from shardlab.run.recorder import StateRecorder
-from shardlab.run.run_folder import Run, write_json
-from shardlab.run.training import text_rows
-from shardlab.show import report
+from shardlab.run.run_folder import write_json
 from shardlab.zero import ops
 
 os.environ.update(ops.environment())  # DeepSpeed reads the device and the folder of its compiled ops when it is imported
@@ -322,32 +306,7 @@ def convert_to_universal(folder: str | Path, path: str | Path) -> Path:
     raise NotImplementedError("Task 3.9: complete convert_to_universal() in src/exercises/lab03_engine.py")
 
 
-# --- Given: the program ---------------------------------------------------------------------------------------------
-
-
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line. The `deepspeed` launcher puts `--local_rank=N` in front of a script's arguments; `torchrun` does not."""
-    parser = argparse.ArgumentParser(description="Train with DeepSpeed's engine; a launcher starts this once a rank.")
-    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage (default: 2)")
-    parser.add_argument("--offload", action="store_true", help="optimizer states on the CPU; in stage 3 the parameters too")
-    parser.add_argument("--compare", action="store_true", help="train with every stage, without and with offload; print a table")
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps (default: 20)")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest whole checkpoint of the same run; "
-                        "without it the run and its checkpoints are replaced")
-    parser.add_argument("--save-every", type=int, default=10, help="optimizer steps from one checkpoint to the next (default: 10)")
-    parser.add_argument("--model", help="default: bloom-tiny without a GPU, else bigscience/bloom-560m")
-    parser.add_argument("--random-weights", action="store_true", help="the model's shape only, to measure without its weights")
-    parser.add_argument("--micro-batch", type=int, help="sequences a rank and forward pass (default: 2 without a GPU, else 8)")
-    parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
-    chosen = parser.parse_args(arguments)
-    if chosen.offload and chosen.stage == 0:
-        parser.error("--offload needs --stage 1, 2 or 3: stage 0 has no sharded optimizer to move")
-    if chosen.compare and chosen.steps < 2:
-        parser.error("--compare needs --steps 2 or more: the first step warms up and is not measured")
-    for name in ("steps", "save_every", "micro_batch"):
-        if getattr(chosen, name) is not None and getattr(chosen, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(chosen, name)}: at least 1 is needed")
-    return chosen
+# --- Given ------------------------------------------------------------------------------------------------------------
 
 
 def engine_config(stage: int, *, offload: bool, micro_batch: int, accumulation: int, ranks: int, learning_rate: float,
@@ -364,125 +323,3 @@ def engine_config(stage: int, *, offload: bool, micro_batch: int, accumulation: 
         "train_batch_size": micro_batch * accumulation * ranks, "gradient_clipping": 1.0,
         "bf16": {"enabled": precision == "bf16"}, "zero_optimization": zero, "optimizer": {"type": "AdamW", "params": adam},
     }
-
-
-def tensors(rows: list[dict]) -> Dataset:
-    """Rows of numbers as a data set of tensors."""
-    return Dataset.from_list(rows).with_format("torch")
-
-
-def program(experiment: Experiment, run: Run) -> dict:
-    """What every rank runs: your functions, put together. It trains on the paragraphs' text.
-
-    The experiment's `options`: `checkpoints`, a folder to save to at the end and every `save_every` optimizer steps; and
-    `resume`, to continue from the newest whole checkpoint in it; without it what is in the folder is removed.
-    """
-    options = experiment.options
-    model = load_model(experiment.model, random_weights=experiment.random_weights, seed=experiment.seed)
-    train_rows, eval_rows = text_rows(experiment)
-    engine, optimizer, loader, _ = initialize_deepspeed(model, experiment.deepspeed, None, tensors(train_rows))
-    states = StateRecorder(run, engine)
-
-    def after_step(trainer: DeepSpeedTrainer, loss: float) -> None:
-        states.log_step(engine.global_steps, loss)
-        if engine.global_steps % options.get("save_every", math.inf) == 0:
-            trainer.save_checkpoint(options["checkpoints"], {"name": experiment.name})
-
-    trainer = DeepSpeedTrainer(engine, after_step)
-    if options.get("resume"):
-        trainer.load_checkpoint(options["checkpoints"])
-    elif "checkpoints" in options and rank() == 0:
-        shutil.rmtree(options["checkpoints"], ignore_errors=True)  # those of the run that this one replaces
-    while engine.global_steps < experiment.steps:
-        trainer.train_epoch(loader, experiment.steps)
-    results = states.device_memory()
-    if experiment.evaluate:
-        share = tensors(eval_rows[: len(eval_rows) // world_size() * world_size()])
-        held_out = engine.deepspeed_io(share, route="eval", num_local_io_workers=0, pin_memory=torch.cuda.is_available())
-        results["eval_loss"] = trainer.evaluate(held_out)
-    saved = "checkpoints" in options and Path(options["checkpoints"], f"step-{engine.global_steps}", "complete.json").exists()
-    if "checkpoints" in options and not saved:
-        trainer.save_checkpoint(options["checkpoints"], {"name": experiment.name})
-    engine.destroy()  # the next run of the same process needs the memory
-    return results
-
-
-def summary(run: Run) -> str:
-    """What came of a run, for the terminal."""
-    experiment, zero = run.experiment, run.experiment.deepspeed["zero_optimization"]
-    moved = [part.removeprefix("offload_") for part in ("offload_optimizer", "offload_param") if part in zero]
-    if not run.losses():
-        return f"Nothing was left to train: the checkpoint is at step {experiment.steps} or later. Give more --steps."
-    held, speed = report.measured_states(run), run.samples_per_second()
-    states = "not measured: two optimizer steps are needed"
-    if held:
-        states = f"{report.bytes_text(held.device)} on each device, {report.bytes_text(held.host)} offloaded to each host"
-    memory = ", ".join(f"{device} {row['peak']:.0f} MiB" for device, row in sorted(run.memory().items()))
-    return "\n".join([
-        f"stage          {zero['stage']}, {experiment.ranks} ranks",
-        f"offload        {', '.join(moved) or 'none'}",
-        f"loss           {run.losses()[0]:.4f} at first, {run.losses()[-1]:.4f} at last (each step sees other text)",
-        f"eval loss      {run.results['eval_loss']:.4f} after training",
-        f"model states   {states}",
-        f"peak memory    {memory}",
-        f"samples/s      {speed:.1f}" if speed else "samples/s      not measured: two optimizer steps are needed",
-        f"run folder     {run.folder}",
-        f"checkpoints    {experiment.options.get('checkpoints', 'none')}",
-    ])
-
-
-ADVICE = {
-    "stage 0": "everything fits, and one GPU is enough",
-    "stage 1": "the optimizer states do not fit whole",
-    "stage 2": "the gradients do not fit whole beside them",
-    "stage 3": "the parameters do not fit whole",
-    "stage 2 + offload": "what is left after stage 2 does not fit, and the host has room",
-    "stage 3 + offload": "nothing else fits",
-}
-
-
-def main() -> int:
-    """The program: one run and its summary, or all of them and a table."""
-    chosen = parse_arguments(sys.argv[1:])
-    if "RANK" not in os.environ:
-        print("This is one rank of several, so a launcher must start it, such as\n"
-              f"    deepspeed --num_gpus 2 {sys.argv[0]} --stage {chosen.stage}\n"
-              f"    torchrun --nproc-per-node 2 {sys.argv[0]} --stage {chosen.stage}", file=sys.stderr)
-        return 2
-    tiny, ranks = hardware.size() == "tiny", int(os.environ["WORLD_SIZE"])
-    model = chosen.model or ("bloom-tiny" if tiny else "bigscience/bloom-560m")
-    common = {"model": model, "data": "mini" if model == "bloom-tiny" or chosen.random_weights else "squad",
-              "random_weights": chosen.random_weights, "ranks": ranks, "steps": chosen.steps, "learning_rate": 1e-4,
-              "micro_batch": chosen.micro_batch or (2 if tiny else 8), "accumulation": 2, "max_tokens": 64 if tiny else 512,
-              "precision": hardware.best_precision(), "program": "exercises.lab03_engine:program", "train_examples": 256,
-              "eval_examples": 64}
-    plans = [(chosen.stage, chosen.offload)]
-    if chosen.compare:
-        plans = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]
-    finished = []
-    for stage, offload in plans:
-        name = f"lab03-stage{stage}{'-offload' if offload else ''}"
-        config = engine_config(stage, offload=offload, ranks=ranks,
-                               **{key: common[key] for key in ("micro_batch", "accumulation", "learning_rate", "precision")})
-        options = {}
-        if not chosen.compare:
-            saved = str(Path("runs", f"{name}-checkpoints"))
-            options = {"checkpoints": saved, "save_every": chosen.save_every, "resume": chosen.resume}
-        experiment = Experiment(name=name, method=f"stage {stage}{' + offload' if offload else ''}", deepspeed=config,
-                                options=options, **common)
-        finished.append(run_under_launcher(experiment, "runs"))
-    leave_process_group()
-    if rank() == 0 and not chosen.compare:
-        print(summary(finished[0]))
-    if rank() == 0 and chosen.compare:
-        fastest = max(run.samples_per_second() for run in finished)
-        report.print_rows("Measured here; choose a row when those above it do not do", [
-            {"method": run.experiment.method, "bytes a rank": report.bytes_text(report.measured_states(run).device),
-             "on the host": report.bytes_text(report.measured_states(run).host),
-             "samples/s": f"{run.samples_per_second():.1f}", "relative speed": f"{run.samples_per_second() / fastest:.2f}",
-             "last loss": f"{run.losses()[-1]:.4f}", "when": ADVICE[run.experiment.method]} for run in finished])
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(switch.import_exercise("lab03_engine").main())

@@ -159,7 +159,7 @@ def table(root: Path = ROOT) -> str:
 
 
 def generated(root: Path = ROOT) -> dict[Path, str]:
-    """What else is made, paths and texts: tables of labs; files in a lab's folder, where `solutions/<lab>/generated.py` gives some."""
+    """What else is made, paths and texts: tables of labs, and what a lab's `generated.py` gives for its folder."""
     found = {}
     for page in (root / "README.md", root / "docs" / "instructor-guide.md"):
         if page.exists():
