@@ -1,6 +1,7 @@
-"""The packages of the library stand in an order, and import downward only."""
+"""The packages of the library stand in an order, import downward only, and know no lab by name."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,10 @@ def test_a_package_imports_only_what_is_below_it(package):
     files = [ROOT / f"{package}.py"] if (ROOT / f"{package}.py").exists() else sorted((ROOT / package).glob("*.py"))
     above = set(ORDER[ORDER.index(package) + 1 :])
     assert {f"{path.name} imports {name}" for path in files for name in imported(path) & above} == set()
+
+
+def test_the_library_names_no_lab():
+    """A lab is two folders; what the library knows of it comes from `lab.toml`."""
+    named = re.compile(r"lab0[0-9]|labs? 0[0-9]|task \"[0-9]", re.IGNORECASE)
+    files = [path for path in ROOT.rglob("*") if path.suffix in (".py", ".md", ".html") and "shipped" not in path.parts]
+    assert [f"{path.name}: {line}" for path in files for line in path.read_text().splitlines() if named.search(line)] == []

@@ -166,14 +166,15 @@ def run(
     ] = False,
     runs: Runs = Path("runs"),
 ) -> None:
-    """Train once, with your functions from lab 01 (and lab 02, for a DeepSpeed method), and fill a run folder.
+    """Train once, with the exercises (those of the first two labs), and fill a run folder.
 
     In a shell this starts the ranks itself. Where torchrun, deepspeed or srun has started it, it is one of theirs.
     """
     import os
 
     from shardlab import hardware, switch
-    from shardlab.course.demo import METHODS, default_settings
+    from shardlab.course.demo import METHODS, config_of, default_settings
+    from shardlab.labs import provided
     from shardlab.run.experiment import Experiment
     from shardlab.run.launch import launch
     from shardlab.run.ranks import leave_process_group, run_under_launcher
@@ -182,8 +183,6 @@ def run(
     switch.use_exercises(switch.SOLUTIONS if solutions else switch.exercises_folder())
     if method not in METHODS:
         raise ValueError(f"there is no method '{method}'; there are {', '.join(METHODS)}")
-    options = METHODS[method]
-    config = None if options is None else switch.import_exercise("lab02_zero_stages").create_deepspeed_config(**options)
     defaults = default_settings(data, model)
     launched = "RANK" in os.environ
     if launched and ranks not in (None, int(os.environ["WORLD_SIZE"])):
@@ -193,7 +192,8 @@ def run(
     experiment = Experiment(
         name=name,
         method=method,
-        deepspeed=config,
+        program=provided("finetune"),
+        deepspeed=config_of(method),
         model=defaults["model"],
         data=defaults["data"],
         random_weights=random_weights,
@@ -250,7 +250,7 @@ def build(
     execute: Annotated[
         bool, typer.Option("--execute", help="Execute the solution notebooks and lectures again (minutes).")
     ] = False,
-    only: Annotated[str | None, typer.Option(help="With --execute: only this notebook, such as lab01_baseline.")] = None,
+    only: Annotated[str | None, typer.Option(help="With --execute: only this notebook, by its name without .ipynb.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace exercises that somebody has worked on.")] = False,
 ) -> None:
     """For authors: write skeletons and notebooks again from solutions/."""
@@ -477,7 +477,7 @@ def release(
 
 @app.command()
 def matrix(
-    labs: Annotated[list[str] | None, typer.Argument(help="Labs, such as 1 or lab01_baseline; all by default.")] = None,
+    labs: Annotated[list[str] | None, typer.Argument(help="Labs, by number or name; all by default.")] = None,
     only: Annotated[str | None, typer.Option(help="solutions, skeletons, mutants, or a task number.")] = None,
 ) -> None:
     """For authors: prove that solutions pass, skeletons fail, and each mutant fails its own milestone and no other."""

@@ -31,6 +31,9 @@ class Lab(BaseModel):
     lecture: str = Field("", description="the notebook in notebooks/ to read before it")
     writes: str = Field(description="what the learner writes, for the tables of labs")
     packages: dict[str, str] = Field({}, description="Debian packages besides the course's own, and what needs them")
+    provides: dict[str, str] = Field(
+        {}, description="exercises that the demo and `shardlab run` put together: part, and `module:function`"
+    )
 
     @property
     def folder(self) -> Path:
@@ -104,7 +107,7 @@ def stems(root: Path = ROOT) -> list[str]:
 
 
 def chosen(words: str | None = None, root: Path = ROOT) -> list[Lab]:
-    """The labs that "1,2" or "lab02_zero_stages" name; all by default.
+    """The labs that words such as "1,2" name, by number or stem; all by default.
 
     Raises:
         LabError: there is no such lab.
@@ -125,6 +128,18 @@ def named(stem: str, root: Path = ROOT) -> Lab:
     """The lab of that name; LabError if there is none."""
     (lab,) = chosen(stem, root)
     return lab
+
+
+def provided(part: str, root: Path = ROOT) -> str:
+    """The exercise that is this part of the main job, as `module:function`.
+
+    Raises:
+        LabError: no lab here provides it, as in a release without that lab.
+    """
+    for lab in catalogue(root):
+        if part in lab.provides:
+            return lab.provides[part]
+    raise LabError(f"no lab here provides '{part}': this is a release without the lab that does")
 
 
 def with_task(task: str, root: Path = ROOT) -> Lab:

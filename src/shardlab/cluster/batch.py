@@ -18,8 +18,8 @@ from shardlab.cluster.site import LOCAL_PROFILE, PROFILE, Site, minutes, read_si
 from shardlab.hardware import ROOT
 
 SCRIPTS = {
-    "baseline": "lab 01 on one GPU: the plain Trainer",
-    "zero-sweep": "lab 02 as an array job: every ZeRO stage on all GPUs of a node",
+    "baseline": "the plain Trainer on one GPU",
+    "zero-sweep": "every ZeRO stage on all GPUs of a node, as an array job",
     "multi-gpu": "one method on all GPUs of one node",
     "multi-node": "one method on several nodes: preflight, checkpoints, goes on after a lost node or the time limit",
     "jupyter": "JupyterLab on a compute node",

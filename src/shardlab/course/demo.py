@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardlab import hardware, switch
-from shardlab.run.experiment import Experiment
+from shardlab.labs import provided
+from shardlab.run.experiment import Experiment, program_of
 from shardlab.run.launch import LaunchError, launch
 from shardlab.run.placement import TooFewGpus
 from shardlab.run.run_folder import Run
@@ -19,7 +20,7 @@ METHODS = {
     "ZeRO-2 + CPU offload": {"stage": 2, "offload_optimizer": True},
     "ZeRO-3 + CPU offload": {"stage": 3, "offload_optimizer": True, "offload_param": True},
 }
-"""Method, and the arguments of `create_deepspeed_config` that make it; the baseline is the plain Trainer."""
+"""Method, and the arguments that make its DeepSpeed configuration; the baseline is the plain Trainer."""
 
 DEMO = ["baseline", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 + CPU offload"]
 
@@ -31,17 +32,23 @@ def experiments(methods: list[str], **settings) -> list[Experiment]:
         methods: keys of `METHODS`.
         settings: fields of `Experiment`; a `name` is put in front of each experiment's own.
     """
-    create = switch.import_exercise("lab02_zero_stages").create_deepspeed_config
     prefix = settings.pop("name", "")
     found = []
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"there is no method '{method}'; there are {', '.join(METHODS)}")
-        options = METHODS[method]
-        config = None if options is None else create(**options)
         name = prefix + method.lower().replace(" + ", "-").replace(" ", "-")
-        found.append(Experiment(name=name, method=method, deepspeed=config, **settings))
+        found.append(Experiment(name=name, method=method, deepspeed=config_of(method), program=provided("finetune"), **settings))
     return found
+
+
+def config_of(method: str) -> dict | None:
+    """The DeepSpeed configuration of a method, as the exercises in use make it; None for the plain `Trainer`."""
+    options = METHODS[method]
+    if options is None:
+        return None
+    switch.use_exercises(switch.exercises_folder())
+    return program_of(provided("deepspeed_config"))(**options)
 
 
 def run_demo(methods: list[str], runs: Path, **settings) -> tuple[list[Run], LaunchError | TooFewGpus | None]:

@@ -15,7 +15,7 @@ def check_slurm() -> Finding:
         return Finding(
             "Slurm",
             "not here",
-            "no job can be submitted from here; only lab 6 and jobs on several nodes need it",
+            "no job can be submitted from here; only labs with jobs, and runs on several nodes, need it",
             f"{slurm.START_ONE}    # a real Slurm on this machine; needs: sudo apt install slurm-wlm munge. Or use a login node",
         )
     return Finding(

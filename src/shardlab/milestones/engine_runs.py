@@ -78,7 +78,7 @@ def micro_step(engine, batch: dict[str, torch.Tensor]) -> float:
 
 
 def random_states() -> list[dict]:
-    """Every rank's random generators, in the form that lab 03 gives them."""
+    """Every rank's random generators, in the form that the exercises give them."""
     import random
 
     import numpy
@@ -88,7 +88,7 @@ def random_states() -> list[dict]:
 
 
 def save(engine, path: Path, state: dict) -> None:
-    """A checkpoint in the form that lab 03 describes."""
+    """A checkpoint in the form that the exercises write."""
     tag = f"step-{engine.global_steps}"
     engine.save_checkpoint(str(path), tag=tag, client_state=state | {"random": random_states()})
     barrier()
@@ -210,11 +210,11 @@ def _plain_losses(experiment_json: str) -> list[float]:
     return found
 
 
-# --- lab 04: the optimizer on NVMe ------------------------------------------------------------------------------------
+# --- the optimizer on NVMe ----------------------------------------------------------------------------------------------
 
 
 def swapped_states(engine) -> dict[int, dict]:
-    """This rank's swapped states, copied into memory, by sub-group, as lab 04 saves them."""
+    """This rank's swapped states, copied into memory, by sub-group, as the exercises save them."""
     none = torch.empty(0)
     return {
         number: {"master": master.detach().cpu().clone(), "step": state.get("step", 0)}
@@ -226,7 +226,7 @@ def swapped_states(engine) -> dict[int, dict]:
 def train_nvme(experiment: Experiment, run: Run) -> dict:
     """Train on the first batches of the first epoch.
 
-    The experiment's `options`: `save_at`, the step after which to save into `checkpoints`, in the form of lab 04.
+    The experiment's `options`: `save_at`, the step after which to save into `checkpoints`, in the form of the exercises.
     """
     engine = build(experiment)
     train_on(engine, experiment, run, 0, experiment.options.get("save_at", experiment.steps))

@@ -37,7 +37,7 @@ def grade(stem: str, *, exercises: Path | None = None, task: str | None = None, 
     """The outcome of each milestone of a lab, as `pytest labs/<stem>` would report it.
 
     Args:
-        stem: the lab, such as "lab02_zero_stages".
+        stem: the lab's name.
         exercises: the folder that holds the `exercises` package to grade; the one in use by default.
         task: only the milestones of this task.
         box: the `Box` that holds the exercises to grade, where nothing of them may run in this process.

@@ -1,4 +1,4 @@
-"""Real jobs for the milestones of lab 06: submitted to the Slurm that is there, together, and each only once in a process."""
+"""Real jobs for milestones: submitted to the Slurm that is there, together, and each only once in a process."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def folder_for(workspace: Path, *texts: str) -> Path:
     """A folder for jobs with these texts, on a file system that all nodes see. Its name has a space, as a learner's may."""
     name = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:10]
     place = workspace if slurm.is_local() else batch.run_root(site())
-    folder = place / "lab06 jobs" / name
+    folder = place / "jobs of milestones" / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def log_folder(workspace: Path) -> Path:
     """A folder for jobs' output, on a file system that all nodes see."""
-    folder = workspace / "lab06-logs" if slurm.is_local() else batch.run_root(site())
+    folder = workspace / "job-logs" if slurm.is_local() else batch.run_root(site())
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -18,7 +18,7 @@ class Experiment(BaseModel):
 
     name: str = Field(pattern=r"^[\w+-][\w.+-]*$", description="the run folder's name")
     program: str = Field(
-        "exercises.lab01_baseline:finetune",
+        "shardlab.run.training:train_text",
         pattern=r"^[\w./-]+:\w+$",
         description="what each rank runs, as module:function; it is called with the experiment and the run",
     )
@@ -60,7 +60,7 @@ class Experiment(BaseModel):
 
 
 def module_of(name: str):
-    """The module of that name; or, for a path in the course such as `labs/lab03_engine/programs.py`, of that file.
+    """The module of that name; or, for a path in the course such as `labs/<lab>/programs.py`, of that file.
 
     What lies in a lab's folder is in no package, so the file is loaded once, under a name of the course's own.
     """

@@ -1,8 +1,7 @@
 """What happens on a rank: a `Trainer` that records its run folder.
 
-The labs' own programs (`exercises.lab01_baseline.finetune`) hand their data, collator and arguments to `train`.
-`train_text` is a complete program without any exercise in it: it continues pre-training on the paragraphs, and the
-milestones of lab 02 use it, so that they judge the DeepSpeed configuration alone.
+Exercises hand their data, collator and arguments to `train`. `train_text` is a complete program without any exercise in it: it
+continues pre-training on the paragraphs. Milestones use it where they judge a DeepSpeed configuration alone.
 """
 
 from __future__ import annotations

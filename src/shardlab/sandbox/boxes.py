@@ -66,7 +66,7 @@ class Box:
         submission: the folder that holds `exercises/`; read-only in the box.
         exchange: a folder that judge and box both see under this path. What one side writes reaches the other with the next call.
         visible: folders that the box may read, under the same paths.
-        programs: a file of the course, such as `labs/lab03_engine/programs.py`, that runs beside the exercises; loaded before them.
+        programs: a file of the course, such as `labs/<lab>/programs.py`, that runs beside the exercises; loaded before them.
         kind: "bubblewrap" or "limits".
     """
 

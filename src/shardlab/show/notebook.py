@@ -1,7 +1,7 @@
 """What a lab notebook needs: the exercises, reloaded when their file is saved; checks in place; predictions beside measurements.
 
 from shardlab.show.notebook import check, compare, show, start
-lab = start("lab02_zero_stages")
+lab = start("<lab>")
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def start(stem: str) -> Exercises:
     """Begin a lab: say which file is yours and which size of the course applies here, and warm the ranks up.
 
     Args:
-        stem: the lab, such as "lab02_zero_stages".
+        stem: the lab's name.
 
     Raises:
         ValueError: there is no such lab.
