@@ -476,7 +476,8 @@ def forget_the_environment() -> None:
 
     A box has no GPU: several are judged at a time, and what they are compared with is the same on the CPU.
     """
-    kept = ("PATH", "HOME", "LANG", "TMPDIR", "TERM", "COLUMNS", "XDG_CACHE_HOME", "VIRTUAL_ENV", "TORCH_EXTENSIONS_DIR", "HF_HOME")
+    kept = ("PATH", "PYTHONPATH", "HOME", "LANG", "TMPDIR", "TERM", "COLUMNS", "VIRTUAL_ENV")
+    kept += ("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "HF_HOME")
     prefixes = ("LC_", "SHARDLAB_", "CUDA_", "NVIDIA_", "TORCH_CUDA_", "LD_LIBRARY_PATH", "SLURM_", "PYTEST_", "CC", "CXX")
     for name in list(os.environ):
         if name == "SLURM_JWT" or (name not in kept and not name.startswith(prefixes)):
