@@ -1,4 +1,7 @@
-"""The proof of the milestones: solutions pass, skeletons fail, and each mutant fails its own milestone and no other.
+"""The proof of the milestones: solutions pass, skeletons fail, and each mutant fails its own milestone.
+
+The first mutant of a task is graded against the whole lab, and must fail no other task; so a mistake stays with its task. Hidden
+milestones meet the mutants of their task, until one fails them.
 
 A mutant is a plausible wrong answer, kept in `solutions/<lab>/mutants.toml` as a replacement in the solution.
 All variants are graded in this one process, so the fork server stays warm, and equal launches are shared.
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +20,7 @@ from shardlab.course.authoring import skeleton, tasks
 from shardlab.hardware import ROOT
 from shardlab.labs import catalogue, named, stems
 from shardlab.milestones.grade import grade
+from shardlab.milestones.markers import files_of, milestones_of
 
 
 class MutantError(ValueError):
@@ -71,6 +76,33 @@ class Line:
     problem: str = ""
 
 
+def _prove_task(stem: str, task: str, wrong_answers: list[Mutant], solution: str) -> Iterator[Line]:
+    """Each mutant of a task fails its milestone; the first one no other task's; and one of them the hidden milestone too."""
+    hidden = [m.name for m in milestones_of(stem) if m.hidden and m.task == task]
+    caught, ran = set(), True
+    for number, mutant in enumerate(wrong_answers):
+        with tempfile.TemporaryDirectory() as temporary:
+            package = _package(Path(temporary), stem, mutant.source(solution))
+            outcome = grade(stem, exercises=package, task=task if number else None)
+            failed = {m.task: m.message for m in outcome if m.verdict not in ("passed", "not run")}
+            if not failed and any(m.task == task and m.verdict == "not run" for m in outcome):
+                ran = False
+                yield Line(stem, f"{task} {mutant.name} (not run: its milestone cannot run here)")
+                continue
+            if set(hidden) - caught:
+                looked = grade(stem, exercises=package, task=task, files=files_of(stem), hidden_too=True)
+                caught |= {m.name for m in looked if m.hidden and m.verdict != "passed"}
+        problem = ""
+        if set(failed) != {task}:
+            others = "".join(f"\n{message}" for other, message in failed.items() if other != task)
+            problem = f"should fail {task} alone, fails {', '.join(failed) or 'nothing'}{others}"
+        elif mutant.says not in failed[task]:
+            problem = f"should say {mutant.says!r}, says:\n{failed[task]}"
+        yield Line(stem, f"{task} {mutant.name}", problem)
+    if ran and (vacuous := set(hidden) - caught):
+        yield Line(stem, f"{task} hidden", f"no mutant fails {', '.join(sorted(vacuous))}: it may check nothing")
+
+
 def prove(labs: list[str] | None = None, *, only: str | None = None, say=lambda line: None) -> list[Line]:
     """Grade solutions, skeletons and mutants, and compare the verdicts with what they must be.
 
@@ -88,33 +120,21 @@ def prove(labs: list[str] | None = None, *, only: str | None = None, say=lambda 
     for stem in labs or stems():
         solution = named(stem).solution.read_text()
         if only in (None, "solutions"):
-            outcome = grade(stem, exercises=switch.SOLUTIONS)
-            wrong = [m.task for m in outcome if m.verdict not in ("passed", "not run")]
-            untested = sorted(set(tasks(solution)) - {m.task for m in outcome})
-            problem = (
-                f"fails {', '.join(wrong)}: {outcome and next(m.message for m in outcome if m.task in wrong)}" if wrong else ""
-            )
+            outcome = grade(stem, exercises=switch.SOLUTIONS, files=files_of(stem))
+            wrong = [m for m in outcome if m.verdict not in ("passed", "not run")]
+            untested = sorted(set(tasks(solution)) - {m.task for m in outcome if not m.hidden})
+            problem = f"fails {', '.join(m.task for m in wrong)}: {wrong[0].message}" if wrong else ""
             add(Line(stem, "solution", problem or (f"no milestone for {', '.join(untested)}" if untested else "")))
         if only in (None, "skeletons"):
             with tempfile.TemporaryDirectory() as temporary:
                 outcome = grade(stem, exercises=_package(Path(temporary), stem, skeleton(solution)))
             wrong = [m.task for m in outcome if m.verdict != "not implemented" or f"Task {m.task}" not in m.message]
             add(Line(stem, "skeleton", f"does not say 'Task {wrong[0]}': {outcome}" if wrong else ""))
+        of_task: dict[str, list[Mutant]] = {}
         for mutant in mutants(stem):
-            if only not in (None, "mutants", mutant.task):
-                continue
-            with tempfile.TemporaryDirectory() as temporary:
-                outcome = grade(stem, exercises=_package(Path(temporary), stem, mutant.source(solution)))
-            failed = {m.task: m.message for m in outcome if m.verdict not in ("passed", "not run")}
-            if not failed and any(m.task == mutant.task and m.verdict == "not run" for m in outcome):
-                add(Line(stem, f"{mutant.task} {mutant.name} (not run: its milestone cannot run here)"))
-                continue
-            problem = ""
-            if set(failed) != {mutant.task}:
-                problem = f"should fail {mutant.task} alone, fails {', '.join(failed) or 'nothing'}" + "".join(
-                    f"\n{m}" for t, m in failed.items() if t != mutant.task
-                )
-            elif mutant.says not in failed[mutant.task]:
-                problem = f"should say {mutant.says!r}, says:\n{failed[mutant.task]}"
-            add(Line(stem, f"{mutant.task} {mutant.name}", problem))
+            if only in (None, "mutants", mutant.task):
+                of_task.setdefault(mutant.task, []).append(mutant)
+        for task, wrong_answers in of_task.items():
+            for line in _prove_task(stem, task, wrong_answers, solution):
+                add(line)
     return lines

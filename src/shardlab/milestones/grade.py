@@ -12,17 +12,18 @@ import pytest
 
 from shardlab import switch
 from shardlab.hardware import ROOT
-from shardlab.milestones.plugin import BOX, SAY
+from shardlab.milestones.plugin import BOX, HIDDEN_TOO, SAY
 from shardlab.milestones.scoreboard import Milestone
 
 
 class Grading:
     """Tells the plugin of the box that the exercises are in, and the caller of what is being done."""
 
-    def __init__(self, box, say):
-        self.box, self.say = box, say
+    def __init__(self, box, say, hidden_too: bool):
+        self.box, self.say, self.hidden_too = box, say, hidden_too
 
     def pytest_configure(self, config) -> None:
+        config.stash[HIDDEN_TOO] = self.hidden_too
         if self.box is not None:
             config.stash[BOX] = self.box
         if self.say is not None:
@@ -33,7 +34,16 @@ class Grading:
             self.say(f"checking task {marker.kwargs['task']}")
 
 
-def grade(stem: str, *, exercises: Path | None = None, task: str | None = None, box=None, files=None, say=None) -> list[Milestone]:
+def grade(
+    stem: str,
+    *,
+    exercises: Path | None = None,
+    task: str | None = None,
+    box=None,
+    files: list[Path] | None = None,
+    say=None,
+    hidden_too: bool = False,
+) -> list[Milestone]:
     """The outcome of each milestone of a lab, as `pytest labs/<stem>` would report it.
 
     Args:
@@ -42,6 +52,7 @@ def grade(stem: str, *, exercises: Path | None = None, task: str | None = None, 
         task: only the milestones of this task.
         box: the `Box` that holds the exercises to grade, where nothing of them may run in this process.
         files: the milestone files; those of the lab's folder by default.
+        hidden_too: look at hidden milestones even where the task's own one has failed.
         say: called with the number of each task as it begins, and with a line on each op that is compiled.
 
     Raises:
@@ -66,7 +77,7 @@ def grade(stem: str, *, exercises: Path | None = None, task: str | None = None, 
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             tests = temporary if box is None else box.exchange
             paths = [str(path) for path in files or [ROOT / "labs" / stem]]
-            code = pytest.main([*paths, *options, f"--basetemp={tests}/pytest"], plugins=[Grading(box, say)])
+            code = pytest.main([*paths, *options, f"--basetemp={tests}/pytest"], plugins=[Grading(box, say, hidden_too)])
         printed = output.getvalue().strip()
         if task and code == pytest.ExitCode.USAGE_ERROR:
             raise ValueError(printed.splitlines()[-1])
