@@ -111,3 +111,30 @@ def test_build_does_not_replace_a_learner_s_work(tmp_path):
     assert 'return "mine"' in mine.read_text()
     authoring.build(tmp_path, force=True)
     assert mine.read_text() == text
+
+
+def test_only_what_a_person_can_mend_is_one_line(monkeypatch, capsys):
+    from shardlab import cli
+    from shardlab.errors import UsageError
+    from shardlab.run.experiment import Experiment
+
+    def app_that_raises(error):
+        def app():
+            raise error
+
+        return app
+
+    def nonsense():
+        Experiment(name="x", precision="fp64")
+
+    monkeypatch.setattr(cli, "app", app_that_raises(UsageError("--out is a file")))
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err == "shardlab: --out is a file\n"
+    monkeypatch.setattr(cli, "app", nonsense)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    assert capsys.readouterr().err.startswith("shardlab: --precision fp64: ")
+    monkeypatch.setattr(cli, "app", app_that_raises(ValueError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main()

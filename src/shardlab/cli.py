@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import ValidationError
+
+from shardlab.errors import CourseError, UsageError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,19 +22,17 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command; an expected error is one sentence on stderr and exit status 1, an interrupt is 130."""
-    from shardlab.cluster.slurm import SlurmError
-    from shardlab.course.authoring import AuthoringError
-    from shardlab.data.datasets import DataError
-    from shardlab.data.models import ModelError
-    from shardlab.run.launch import LaunchError
-    from shardlab.run.run_folder import RunError
-    from shardlab.zero.ops import OpBuildError
-
+    """Run the command; an error of the course is one sentence on stderr and exit status 1, an interrupt is 130."""
     try:
         app()
-    except (AuthoringError, DataError, ModelError, RunError, LaunchError, OpBuildError, SlurmError, ValueError) as error:
+    except CourseError as error:
         print(f"shardlab: {error}", file=sys.stderr)
+        sys.exit(1)
+    except ValidationError as error:
+        if error.title != "Experiment":
+            raise
+        said = [f"--{'-'.join(map(str, e['loc'])).replace('_', '-')} {e['input']}: {e['msg']}" for e in error.errors()]
+        print(f"shardlab: {'; '.join(said)}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("shardlab: interrupted; the ranks have been ended.", file=sys.stderr)
@@ -59,7 +60,7 @@ def _require_solutions(why: str) -> None:
     from shardlab import switch
 
     if not switch.SOLUTIONS.is_dir():
-        raise ValueError(f"{why}, and this is a release for learners: it has none.")
+        raise UsageError(f"{why}, and this is a release for learners: it has none.")
 
 
 def _given(**options) -> dict:
@@ -182,13 +183,13 @@ def run(
 
     switch.use_exercises(switch.SOLUTIONS if solutions else switch.exercises_folder())
     if method not in METHODS:
-        raise ValueError(f"there is no method '{method}'; there are {', '.join(METHODS)}")
+        raise UsageError(f"there is no method '{method}'; there are {', '.join(METHODS)}")
     defaults = default_settings(data, model)
     launched = "RANK" in os.environ
     if launched and ranks not in (None, int(os.environ["WORLD_SIZE"])):
-        raise ValueError(f"--ranks {ranks}, but the launcher has started {os.environ['WORLD_SIZE']}; leave --ranks out")
+        raise UsageError(f"--ranks {ranks}, but the launcher has started {os.environ['WORLD_SIZE']}; leave --ranks out")
     if (resume or save_every) and not launched:
-        raise ValueError("--save-every and --resume are for runs under torchrun, deepspeed or srun: slurm/ shows them")
+        raise UsageError("--save-every and --resume are for runs under torchrun, deepspeed or srun: slurm/ shows them")
     experiment = Experiment(
         name=name,
         method=method,
@@ -304,11 +305,11 @@ def _asked(given: dict):
     arguments = given.pop("context").args
     site = batch.site_in_use(given.pop("site"))
     if given["launcher"] not in ("torchrun", "deepspeed", "srun"):
-        raise ValueError(f"--launcher {given['launcher']}: it is torchrun, deepspeed or srun")
+        raise UsageError(f"--launcher {given['launcher']}: it is torchrun, deepspeed or srun")
     # A wrong option is refused here, not in the job after an hour in the queue.
     wanted = typer.main.get_command(app).commands["run"].make_context("shardlab run", ["name", *arguments]).params["method"]
     if wanted not in METHODS:
-        raise ValueError(f"there is no method '{wanted}'; there are {', '.join(METHODS)}")
+        raise UsageError(f"there is no method '{wanted}'; there are {', '.join(METHODS)}")
     return batch.JobSettings(arguments=arguments, **_given(**given)), site
 
 
@@ -415,12 +416,12 @@ def grade(
     paths = [path.absolute() for path in paths]
     found = submissions.find(paths)
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; --out names a folder")
+        raise UsageError(f"{out} is a file; --out names a folder")
     isolation = ("limits", "it was asked for with --limits-only") if limits_only else boxes.isolation()
     plan = graders.Plan(tuple(stems), timeout, graders.course_digest(stems), isolation)
     graders.require_same_labs(out, plan)
     if isolation[0] == "limits" and os.geteuid() == 0:
-        raise ValueError(
+        raise UsageError(
             f"submissions are not graded as root without isolation ({isolation[1]}): their code could end every process and write "
             "every file of this machine. Install bubblewrap, or grade from an ordinary account."
         )

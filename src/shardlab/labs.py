@@ -11,10 +11,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from shardlab.errors import CourseError
 from shardlab.hardware import ROOT
 
 
-class LabError(ValueError):
+class LabError(CourseError, ValueError):
     """A lab that is not there, or whose `lab.toml` says what it cannot; the message names it."""
 
 

@@ -10,6 +10,7 @@ import os
 import sys
 from pathlib import Path
 
+from shardlab.errors import UsageError
 from shardlab.hardware import ROOT
 
 VARIABLE = "SHARDLAB_EXERCISES"
@@ -49,7 +50,7 @@ def use_exercises(folder: Path | str) -> Path:
     if folder.name == "exercises" and not (folder / "exercises").is_dir():
         folder = folder.parent
     if not (folder / "exercises").is_dir():
-        raise ValueError(f"{folder} holds no folder 'exercises'. Name the folder that contains it, as src/ or solutions/ do.")
+        raise UsageError(f"{folder} holds no folder 'exercises'. Name the folder that contains it, as src/ or solutions/ do.")
     os.environ[VARIABLE] = str(folder)
     for module in [m for m in sys.modules if m == "exercises" or m.startswith("exercises.")]:
         del sys.modules[module]

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from shardlab.cluster import slurm
 from shardlab.cluster.site import LOCAL_PROFILE, PROFILE, Site, minutes, read_site
+from shardlab.errors import CourseError
 from shardlab.hardware import ROOT
 
 SCRIPTS = {
@@ -30,7 +31,7 @@ SWEEP = ["baseline", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
 ONE_NODE = {"baseline", "zero-sweep", "multi-gpu", "jupyter", "grading", "class"}
 
 
-class BatchError(ValueError):
+class BatchError(CourseError, ValueError):
     """A job that cannot be asked for; the message names the value and what is possible."""
 
 

@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from shardlab.errors import CourseError
 from shardlab.hardware import ROOT
 
 PROFILE = ROOT / "slurm" / "site.toml"
@@ -20,7 +21,7 @@ LOCAL_PROFILE = ROOT / "slurm" / "local.toml"
 TIME = re.compile(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d\d)")
 
 
-class SiteError(ValueError):
+class SiteError(CourseError, ValueError):
     """A site profile that cannot be used; the message names the file, the key and the remedy."""
 
 
@@ -32,7 +33,7 @@ def minutes(time: str) -> float:
     """
     found = TIME.fullmatch(time)
     if not found:
-        raise ValueError(f"{time!r} is no time; write hours, minutes and seconds: 1:30:00, or days before them: 2-12:00:00")
+        raise SiteError(f"{time!r} is no time; write hours, minutes and seconds: 1:30:00, or days before them: 2-12:00:00")
     days, hours, minutes_, seconds = (int(part or 0) for part in found.groups())
     return days * 1440 + hours * 60 + minutes_ + seconds / 60
 

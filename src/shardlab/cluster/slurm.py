@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardlab.errors import CourseError
 from shardlab.hardware import ROOT
 
 LOCAL_CLUSTER = "local_cluster.sh"
@@ -22,7 +23,7 @@ PENDING, RUNNING = (
 )
 
 
-class SlurmError(RuntimeError):
+class SlurmError(CourseError, RuntimeError):
     """Slurm is not there, or refused; the message holds what it said."""
 
 

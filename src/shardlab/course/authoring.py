@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+from shardlab.errors import CourseError
 from shardlab.hardware import ROOT
 from shardlab.labs import catalogue
 
@@ -26,7 +27,7 @@ END = re.compile(r"^\s*# END SOLUTION\s*$")
 MARKER = re.compile(r"#\s*(BEGIN|END)\s+SOLUTION", re.IGNORECASE)
 
 
-class AuthoringError(ValueError):
+class AuthoringError(CourseError, ValueError):
     """A solution module or a notebook source that cannot be built; the message names the file and the line."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shardlab import hardware, switch
+from shardlab.errors import UsageError
 from shardlab.labs import provided
 from shardlab.run.experiment import Experiment, program_of
 from shardlab.run.launch import LaunchError, launch
@@ -36,7 +37,7 @@ def experiments(methods: list[str], **settings) -> list[Experiment]:
     found = []
     for method in methods:
         if method not in METHODS:
-            raise ValueError(f"there is no method '{method}'; there are {', '.join(METHODS)}")
+            raise UsageError(f"there is no method '{method}'; there are {', '.join(METHODS)}")
         name = prefix + method.lower().replace(" + ", "-").replace(" ", "-")
         found.append(Experiment(name=name, method=method, deepspeed=config_of(method), program=provided("finetune"), **settings))
     return found

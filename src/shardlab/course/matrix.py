@@ -17,13 +17,14 @@ from pathlib import Path
 
 from shardlab import switch
 from shardlab.course.authoring import skeleton, tasks
+from shardlab.errors import CourseError
 from shardlab.hardware import ROOT
 from shardlab.labs import catalogue, named, stems
 from shardlab.milestones.grade import grade
 from shardlab.milestones.markers import files_of, milestones_of
 
 
-class MutantError(ValueError):
+class MutantError(CourseError, ValueError):
     """A mutant that cannot be made; the message names its file."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shardlab import hardware
 from shardlab.course import authoring
+from shardlab.errors import CourseError
 from shardlab.hardware import ROOT
 from shardlab.labs import Lab
 
@@ -24,7 +25,7 @@ OWN = ("src/exercises/", "labs/", "notebooks/")
 """Where a learner works: files there may change, those of milestones excepted."""
 
 
-class ReleaseError(ValueError):
+class ReleaseError(CourseError, ValueError):
     """A release that cannot be made; the message says why."""
 
 

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 from shardlab.data.minisquad import DATA_FOLDER
+from shardlab.errors import CourseError
 
 
-class DataError(ValueError):
+class DataError(CourseError, ValueError):
     """A data file that cannot be used; the message names the file, the place and the reason."""
 
 

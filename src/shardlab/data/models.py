@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from shardlab.errors import CourseError
+
 BLOOM_TINY = Path(__file__).parent / "shipped" / "bloom_tiny"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -16,7 +18,7 @@ SHAPES = {
 """Shapes by name, for measuring with random weights where the hub cannot be reached."""
 
 
-class ModelError(ValueError):
+class ModelError(CourseError, ValueError):
     """A model that cannot be had; the message says why and what to do."""
 
 

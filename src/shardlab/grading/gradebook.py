@@ -14,6 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardlab.errors import UsageError
 from shardlab.grading.submissions import file_name
 from shardlab.milestones.scoreboard import VERDICTS, task_order
 
@@ -73,24 +74,24 @@ def given_by_hand(out: Path, results: dict[str, dict]) -> dict[str, dict[str, tu
     with open(path, newline="", encoding="utf-8-sig") as file:
         lines = csv.DictReader(file)
         if lines.fieldnames != BY_HAND_COLUMNS:
-            raise ValueError(
+            raise UsageError(
                 f"{path}: its first line is {','.join(lines.fieldnames or [])}; it must be {','.join(BY_HAND_COLUMNS)}"
             )
         for number, line in enumerate(lines, 2):
             name, task = line["submission"], line["task"]
             if name not in results:
-                raise ValueError(
+                raise UsageError(
                     f"{path}, line {number}: there is no submission {name!r} in {out}. Copy its name from gradebook.csv."
                 )
             known = {grade.task: grade for grade in tasks_of(results[name])}
             if task not in known:
-                raise ValueError(f"{path}, line {number}: there is no task {task!r}; there are {', '.join(known)}.")
+                raise UsageError(f"{path}, line {number}: there is no task {task!r}; there are {', '.join(known)}.")
             try:
                 points = float(line["points"])
             except (TypeError, ValueError):
                 points = -1.0
             if not 0 <= points <= known[task].points:
-                raise ValueError(
+                raise UsageError(
                     f"{path}, line {number}: task {task} has 0 to {known[task].points} points, not {line['points']!r}."
                 )
             given[name][task] = (int(points) if points.is_integer() else points, line["why"] or "by hand")

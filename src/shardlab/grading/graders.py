@@ -26,6 +26,7 @@ from pathlib import Path
 
 import psutil
 
+from shardlab.errors import CourseError
 from shardlab.grading import submissions
 from shardlab.hardware import ROOT
 from shardlab.labs import chosen, named
@@ -42,7 +43,7 @@ GRACE = 600.0
 """Seconds that a judge may take beyond a submission's own time: its reference runs, and opening the submission."""
 
 
-class GradingError(ValueError):
+class GradingError(CourseError, ValueError):
     """A batch that cannot be graded; the message says why and what to do."""
 
 

@@ -27,6 +27,8 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 
+from shardlab.errors import CourseError
+
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".bundle")
 MODULE_BYTES = 2**20
 """A module of exercises is not larger."""
@@ -43,7 +45,7 @@ OPENING_MEMORY = 2**30
 DEPTH = 12
 
 
-class SubmissionError(ValueError):
+class SubmissionError(CourseError, ValueError):
     """A submission that cannot be graded; the message says why, and what its author can do."""
 
 

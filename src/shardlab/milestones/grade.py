@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shardlab import switch
+from shardlab.errors import UsageError
 from shardlab.hardware import ROOT
 from shardlab.milestones.plugin import BOX, HIDDEN_TOO, SAY
 from shardlab.milestones.scoreboard import Milestone
@@ -80,7 +81,7 @@ def grade(
             code = pytest.main([*paths, *options, f"--basetemp={tests}/pytest"], plugins=[Grading(box, say, hidden_too)])
         printed = output.getvalue().strip()
         if task and code == pytest.ExitCode.USAGE_ERROR:
-            raise ValueError(printed.splitlines()[-1])
+            raise UsageError(printed.splitlines()[-1])
         if code not in (0, 1) or not result.exists():
             raise RuntimeError(f"pytest ended with {code} on {exercises}:\n{printed[-3000:]}")
         return [Milestone(**entry) for entry in json.loads(result.read_text())]

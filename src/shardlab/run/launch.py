@@ -25,6 +25,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 from shardlab import hardware, switch
+from shardlab.errors import CourseError, UsageError
 from shardlab.run import progress
 from shardlab.run.experiment import Experiment
 from shardlab.run.placement import Placement, place
@@ -52,7 +53,7 @@ LOST = re.compile(r"gloo|nccl|connection|socket|broken pipe", re.IGNORECASE)
 """What a rank's error says when another one has gone."""
 
 
-class LaunchError(RuntimeError):
+class LaunchError(CourseError, RuntimeError):
     """A launch that did not end well. Its runs' folders say the same."""
 
 
@@ -166,7 +167,7 @@ def launch(
     experiments = [experiments] if isinstance(experiments, Experiment) else list(experiments)
     names = [experiment.name for experiment in experiments]
     if len(set(names)) < len(names):
-        raise ValueError(f"experiments need names of their own, to have folders of their own: {', '.join(names)}")
+        raise UsageError(f"experiments need names of their own, to have folders of their own: {', '.join(names)}")
     display = progress.default_display() if display is None else display
     where = place(max([largest or 1, *(experiment.ranks for experiment in experiments)]), or_cpu=or_cpu)
     if where.note:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shardlab import hardware
+from shardlab.errors import CourseError
 
 GIB = 2**30
 FREE_NEEDED = 2 * GIB
@@ -27,7 +28,7 @@ CHECKING_RANKS = 2
 """Ranks of a milestone that does not say how many."""
 
 
-class TooFewGpus(ValueError):
+class TooFewGpus(CourseError, ValueError):
     """A run for measuring that the GPUs here have no room for; the message says why, and what to do."""
 
 

@@ -20,12 +20,13 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from shardlab import hardware
+from shardlab.errors import CourseError
 from shardlab.run.experiment import Experiment
 
 FORMAT = 1
 
 
-class RunError(ValueError):
+class RunError(CourseError, ValueError):
     """A run folder that cannot be read or written; the message names the folder and the reason."""
 
 

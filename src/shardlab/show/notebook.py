@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shardlab import hardware, labs, switch
+from shardlab.errors import UsageError
 from shardlab.milestones.scoreboard import Milestone, render, render_board, render_html, render_text
 from shardlab.run.run_folder import Run
 from shardlab.show import report
@@ -62,7 +63,7 @@ def start(stem: str) -> Exercises:
     labs.named(stem)
     path = switch.exercise_file(stem)
     if not path.exists():
-        raise ValueError(f"there is no {path}: bring the file back, or take the skeleton from git")
+        raise UsageError(f"there is no {path}: bring the file back, or take the skeleton from git")
     switch.use_exercises(switch.exercises_folder())
     checks = place(CHECKING_RANKS, or_cpu=True)
     for device in dict.fromkeys([hardware.device(), checks.device]):
@@ -245,5 +246,5 @@ def reference(name: str) -> dict:
     path = hardware.ROOT / "bench" / "results" / f"{name}.json"
     if not path.exists():
         known = ", ".join(sorted(p.stem for p in path.parent.glob("*.json"))) or "none"
-        raise ValueError(f"there is no reference '{name}'; there are: {known}")
+        raise UsageError(f"there is no reference '{name}'; there are: {known}")
     return json.loads(path.read_text())

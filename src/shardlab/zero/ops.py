@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from shardlab import hardware
+from shardlab.errors import CourseError
 
 OPS = {
     "deepspeed_shm_comm": ("ShareMemCommBuilder", "all-reduce between ranks of one CPU machine", 0.5),
@@ -26,7 +27,7 @@ OPS = {
 """Op: DeepSpeed's builder, what it is for, and about how many minutes it takes to build on two cores."""
 
 
-class OpBuildError(RuntimeError):
+class OpBuildError(CourseError, RuntimeError):
     """An op that did not compile; the message carries the compiler's last lines."""
 
 
