@@ -70,6 +70,7 @@ def test_other_optimizers(lab):
     first, second = seen["first"]["gradients"], seen["second"]["gradients"]
     assert len(first) == len(second) == 6 and all((a == b).all() for a, b in zip(first, second))
     assert abs(seen["returned"]["largest_difference"] - (2 * sum(first)).abs().max().item()) < 1e-4
+    assert abs(seen["returned"]["first_seconds"] - 6) < 1e-6 and abs(seen["returned"]["second_seconds"] - 18) < 1e-6
 
 
 @pytest.mark.milestone(task="4.5")
