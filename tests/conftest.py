@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -10,6 +11,8 @@ import pytest
 
 from shardlab import hardware, switch
 from shardlab.milestones.launches import REFERENCES
+from shardlab.sandbox import boxes
+from shardlab.zero import toolchain
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +41,53 @@ def no_rank_outlives_the_tests():
     below = [process for process in psutil.Process().children(recursive=True) if process.ppid() != os.getpid()]
     left = [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert not left, f"ranks left behind: {left}"
+
+
+REQUIRED = set(filter(None, os.environ.get("SHARDLAB_REQUIRE", "").split(",")))
+"""What has to be here: where CI says so, nothing that needs it may be skipped or *not run*."""
+MAY_BE_SKIPPED = re.compile(r"GPU|SHARDLAB_SQUAD|about root|share this machine's network")
+"""Reasons to skip that are nobody's fault where everything is required."""
+
+
+def what_is_absent() -> dict[str, str]:
+    """Of what `SHARDLAB_REQUIRE` can name, what is not here, and why."""
+    libaio = toolchain.check_libaio()
+    found = {
+        "boxes": "" if boxes.isolation()[0] == "bubblewrap" else boxes.isolation()[1],
+        "slurm": cluster_missing() or "",
+        "libaio": "" if libaio.state == "works" else libaio.detail,
+        "shellcheck": "" if shutil.which("shellcheck") else "shellcheck is not installed: apt-get install shellcheck",
+    }
+    return {name: why for name, why in found.items() if why}
+
+
+def pytest_sessionstart(session):
+    if unknown := REQUIRED - {"boxes", "slurm", "libaio", "shellcheck"}:
+        pytest.exit(f"SHARDLAB_REQUIRE names {', '.join(unknown)}; it can name boxes, slurm, libaio, shellcheck", returncode=2)
+    absent = {name: why for name, why in what_is_absent().items() if name in REQUIRED} if REQUIRED else {}
+    if absent:
+        pytest.exit("; ".join(f"{name} is required here, and: {why}" for name, why in absent.items()), returncode=1)
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if REQUIRED and report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        if not MAY_BE_SKIPPED.search(reason):
+            report.outcome, report.longrepr = "failed", f"skipped, where nothing may be (SHARDLAB_REQUIRE): {reason}"
+    return report
+
+
+def everything_must_run() -> bool:
+    """Whether no milestone may be *not run* here."""
+    return {"slurm", "libaio"} <= REQUIRED
+
+
+def verdicts_of_solutions(slurm_here) -> set[str]:
+    """What solutions may get here: *not run* only where something is absent, and may be."""
+    all_here = slurm_here and toolchain.check_libaio().state == "works"
+    return {"passed"} if everything_must_run() or all_here else {"passed", "not run"}
 
 
 def cluster_missing() -> str | None:
