@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from shardlab.grading import gradebook, graders, submissions
+from shardlab.grading import gradebook, plan, results, submissions
 
-PLAN = graders.Plan(("lab02_zero_stages",), 60, "this course", ("bubblewrap", ""))
+PLAN = plan.Plan(("lab02_zero_stages",), 60, "this course", ("bubblewrap", ""))
 
 
 def result(name: str, **verdicts: str) -> dict:
     """A result in which every task has passed but those that are named, such as `t2_3="not run"`."""
-    made = graders.empty_result(name, Path("/handed in") / name, PLAN)
+    made = results.empty_result(name, Path("/handed in") / name, PLAN)
     for milestone in made["milestones"]:
         milestone["verdict"] = verdicts.get("t" + milestone["task"].replace(".", "_"), "passed")
     return made
@@ -108,8 +108,8 @@ def test_whatever_is_handed_in_gets_a_row(tmp_path):
 
 def test_one_folder_holds_the_grades_of_one_choice_of_labs(tmp_path):
     (tmp_path / "results").mkdir()
-    graders.keep_result(tmp_path, result("ann"))
-    graders.require_same_labs(tmp_path, PLAN)
-    other = graders.Plan(("lab01_baseline",), 60, "this course", ("bubblewrap", ""))
-    with pytest.raises(graders.GradingError, match="lab02_zero_stages, and you ask for lab01_baseline"):
-        graders.require_same_labs(tmp_path, other)
+    results.keep_result(tmp_path, result("ann"))
+    results.require_same_labs(tmp_path, PLAN)
+    other = plan.Plan(("lab01_baseline",), 60, "this course", ("bubblewrap", ""))
+    with pytest.raises(results.GradingError, match="lab02_zero_stages, and you ask for lab01_baseline"):
+        results.require_same_labs(tmp_path, other)

@@ -17,7 +17,7 @@ import submission_kinds as made
 from conftest import verdicts_of_solutions
 from submission_kinds import KINDS, STEM
 
-from shardlab.grading import gradebook, graders, submissions
+from shardlab.grading import gradebook, plan, results, submissions, whole_class
 from shardlab.hardware import ROOT
 from shardlab.labs import named
 from shardlab.sandbox import boxes
@@ -34,9 +34,9 @@ def walls():
     return kind, why
 
 
-def plan(isolation, labs=(STEM,), **changes) -> graders.Plan:
+def plan(isolation, labs=(STEM,), **changes) -> plan.Plan:
     settings = {"seconds": 150, "course": "this one", "call_seconds": 25}
-    return graders.Plan(labs, isolation=isolation, **(settings | changes))
+    return plan.Plan(labs, isolation=isolation, **(settings | changes))
 
 
 def contents(folder) -> dict[str, str]:
@@ -72,7 +72,7 @@ class Class:
         before = [contents(path) for path in (self.folder, *course)]
         running = processes()
         found = submissions.find([self.folder])
-        self.results = graders.grade_all(found, self.out, plan(walls), jobs=2)
+        self.results = whole_class.grade_all(found, self.out, plan(walls), jobs=2)
         gradebook.write(self.out, self.results)
         end = time.monotonic() + 10
         while (left := processes() - running) and time.monotonic() < end:
@@ -146,7 +146,7 @@ def verdicts(results: dict) -> dict:
 def test_equal_work_gets_equal_grades(tmp_path, walls):
     for number in range(10):
         made.package(tmp_path / "class" / f"{number}", made.half(5).replace("2**20", "1048576"))
-    results = graders.grade_all(submissions.find([tmp_path / "class"]), tmp_path / "out", plan(walls), jobs=2)
+    results = whole_class.grade_all(submissions.find([tmp_path / "class"]), tmp_path / "out", plan(walls), jobs=2)
     assert len({json.dumps(v) for v in verdicts(results).values()}) == 1
 
 
@@ -183,9 +183,9 @@ def test_killed_batch_goes_on_to_the_same_gradebook(copies, tmp_path, walls):
 
 def test_changed_submission_is_graded_again(tmp_path, walls):
     folder = made.package(tmp_path / "class" / "ann", made.half(2))
-    first = graders.grade_all({"ann": folder}, tmp_path / "out", plan(walls))
+    first = whole_class.grade_all({"ann": folder}, tmp_path / "out", plan(walls))
     (folder / "exercises" / f"{STEM}.py").write_text(made.half(3))
-    second = graders.grade_all({"ann": folder}, tmp_path / "out", plan(walls))
+    second = whole_class.grade_all({"ann": folder}, tmp_path / "out", plan(walls))
     passed = [[m["task"] for m in r["ann"]["milestones"] if m["verdict"] == "passed" and not m["hidden"]] for r in (first, second)]
     assert passed == [["2.1", "2.2"], ["2.1", "2.2", "2.3"]]
 
@@ -196,7 +196,7 @@ CONFINED = [kind for kind in KINDS if kind.confined]
 def test_limits_alone_grade_the_same(tmp_path):
     """Only submissions that keep to their own process: without walls, the others would harm whoever runs this."""
     kinds = made.make(tmp_path / "class", CONFINED)
-    results = graders.grade_all(submissions.find([tmp_path / "class"]), tmp_path / "out", plan(("limits", "a test")), jobs=2)
+    results = whole_class.grade_all(submissions.find([tmp_path / "class"]), tmp_path / "out", plan(("limits", "a test")), jobs=2)
     for name, kind in kinds.items():
         passed = tuple(sorted(m["task"] for m in results[name]["milestones"] if m["verdict"] == "passed" and not m["hidden"]))
         assert passed == kind.passes, (name, results[name])
@@ -279,7 +279,7 @@ def test_ranks_cannot_forge_what_they_report(tmp_path, walls):
         made.package(tmp_path / "class" / name, changed, "lab01_baseline.py")
     made.package(tmp_path / "class" / "right", source, "lab01_baseline.py")
     labs = ("lab01_baseline",)
-    results = graders.grade_all(submissions.find([tmp_path / "class"]), tmp_path / "out", plan(walls, labs), jobs=2)
+    results = whole_class.grade_all(submissions.find([tmp_path / "class"]), tmp_path / "out", plan(walls, labs), jobs=2)
     for name, result in results.items():
         lost = {m["task"]: m["message"] for m in result["milestones"] if m["verdict"] != "passed"}
         assert set(lost) == (set() if name == "right" else {"1.6"}), (name, lost)
@@ -307,7 +307,7 @@ def test_solutions_pass_in_boxes(tmp_path, walls, slurm_where_possible):
     for name in ("reads jobs", "reads jobs again"):  # so one of the two judges has two clusters to tell apart
         made.package(tmp_path / "class" / name, single, f"{labs[2]}.py")
     settings = plan(walls, labs, seconds=900, call_seconds=60)
-    results = graders.grade_all(submissions.find([tmp_path / "class"]), tmp_path / "out", settings, jobs=2)
+    results = whole_class.grade_all(submissions.find([tmp_path / "class"]), tmp_path / "out", settings, jobs=2)
     may = verdicts_of_solutions(slurm_where_possible)
     for stem in labs:
         mine = [m for m in results[stem]["milestones"] if m["lab"] == stem]
@@ -354,9 +354,9 @@ def test_two_of_one_name_are_refused(tmp_path):
 
 def test_damaged_result_is_graded_again(tmp_path, walls):
     folder = made.package(tmp_path / "class" / "ann", made.half(1))
-    graders.grade_all({"ann": folder}, tmp_path / "out", plan(walls))
+    whole_class.grade_all({"ann": folder}, tmp_path / "out", plan(walls))
     (path,) = (tmp_path / "out" / "results").glob("*.json")
     path.write_text(path.read_text()[:100])
-    assert graders.results_in(tmp_path / "out") == {}
-    assert graders.grade_all({"ann": folder}, tmp_path / "out", plan(walls))["ann"]["whole"]
+    assert results.results_in(tmp_path / "out") == {}
+    assert whole_class.grade_all({"ann": folder}, tmp_path / "out", plan(walls))["ann"]["whole"]
     shutil.rmtree(tmp_path / "out")

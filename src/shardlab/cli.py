@@ -408,7 +408,7 @@ def grade(
 
     Of what the submissions say nothing is believed: milestones call their functions from outside of the box, and judge there.
     """
-    from shardlab.grading import display, gradebook, graders, submissions
+    from shardlab.grading import cluster, display, gradebook, judge, plan, results, submissions, whole_class
     from shardlab.labs import chosen
     from shardlab.sandbox import boxes
 
@@ -418,8 +418,8 @@ def grade(
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; --out names a folder")
     isolation = ("limits", "it was asked for with --limits-only") if limits_only else boxes.isolation()
-    plan = graders.Plan(tuple(stems), timeout, graders.course_digest(stems), isolation)
-    graders.require_same_labs(out, plan)
+    plan = plan.Plan(tuple(stems), timeout, plan.course_digest(stems), isolation)
+    results.require_same_labs(out, plan)
     if isolation[0] == "limits" and os.geteuid() == 0:
         raise UsageError(
             f"submissions are not graded as root without isolation ({isolation[1]}): their code could end every process and write "
@@ -428,24 +428,26 @@ def grade(
     if isolation[0] == "limits":
         print(f"No isolation: {isolation[1]}. The submissions' code can read what this account can read.", file=sys.stderr)
     if part:
-        found = graders.part_of(found, part)
+        found = cluster.part_of(found, part)
     interrupted, finished = False, {}
     try:
         if on_slurm:
             words = [*map(str, paths), "--out", str(out.absolute()), "--labs", ",".join(stems)]
             words += ["--timeout", str(timeout), *(["--limits-only"] if limits_only else [])]
-            finished = graders.grade_on_cluster(found, out, plan, words, parts=jobs or 4, display=display.Lines())
+            finished = cluster.grade_on_cluster(found, out, plan, words, parts=jobs or 4, display=display.Lines())
         else:
-            graders.forget_the_environment()
-            finished = graders.grade_all(found, out, plan, jobs=jobs or graders.judges_that_fit(), display=display.default())
+            judge.forget_the_environment()
+            finished = whole_class.grade_all(
+                found, out, plan, jobs=jobs or whole_class.judges_that_fit(), display=display.default()
+            )
     except KeyboardInterrupt:
         interrupted = True
-        there = graders.results_in(out)
-        finished = {name: there[name] for name, path in found.items() if graders.is_current(there.get(name), path, plan)}
+        there = results.results_in(out)
+        finished = {name: there[name] for name, path in found.items() if results.is_current(there.get(name), path, plan)}
     if part:
         raise typer.Exit(130 if interrupted else 0)
     # Those that were not named this time keep their rows.
-    others = {name: result for name, result in graders.results_in(out).items() if name not in found}
+    others = {name: result for name, result in results.results_in(out).items() if name not in found}
     book = gradebook.write(out, others | finished, [name for name in found if name not in finished])
     print(f"{len(finished)} of {len(found)} graded\nGradebook: {book}")
     print(f"Overview:  {out / 'overview.html'}\nFeedback:  {out / 'feedback'}")
