@@ -129,13 +129,13 @@ def mutants(stem: str) -> dict:
 def demo() -> dict:
     """The demo to its table and report: BLOOM-560m's shape with random weights on GPUs, bloom-tiny without."""
     with tempfile.TemporaryDirectory() as temporary:
-        words = ["--no-scoreboard", "--runs", f"{temporary}/demo"]
+        words = ["--runs", f"{temporary}/demo"]
         words += ["--random-weights", "--data", "mini", "--steps", "12"] if hardware.gpu_count() else []
         code, output = run(["-m", "shardlab.cli", "demo", *words], COLUMNS="160")
         report = Path(temporary, "demo", "report.html")
         done = code == 0 and report.exists() and report.stat().st_size > 0
     lines = [line.rstrip() for line in output.splitlines() if line.strip() and not line.startswith(("Report:", "Plot:"))]
-    command = " ".join(["shardlab demo", *words[3:]])
+    command = " ".join(["shardlab demo", *words[2:]])
     return {"verdict": "passed", "command": command, "printed": lines} if done else {"verdict": "failed", "reason": output[-2000:]}
 
 

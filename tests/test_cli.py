@@ -26,7 +26,7 @@ def test_help_names_every_command():
 def demo(tmp_path_factory):
     """The demo's two ends: the baseline with its full training, as `make demo` has it."""
     runs = tmp_path_factory.mktemp("demo")
-    return runs, shardlab("demo", "--method", "baseline", "--no-scoreboard", "--runs", str(runs), timeout=500)
+    return runs, shardlab("demo", "--method", "baseline", "--runs", str(runs), timeout=500)
 
 
 def test_demo_teaches_the_model_to_answer(demo):
@@ -50,9 +50,7 @@ def test_demo_leaves_a_report_that_stands_alone(demo):
 
 def test_offload_runs_through_the_same_command(tmp_path):
     """ZeRO-3 with parameters and optimizer on the CPU, the reference solution's configuration; every byte is the host's."""
-    done = shardlab(
-        "demo", "--method", "ZeRO-3 + CPU offload", "--steps", "3", "--no-scoreboard", "--runs", str(tmp_path), timeout=500
-    )
+    done = shardlab("demo", "--method", "ZeRO-3 + CPU offload", "--steps", "3", "--runs", str(tmp_path), timeout=500)
     assert done.returncode == 0, done.stderr
     run = Run.read(tmp_path / "zero-3-cpu-offload")
     assert run.outcome == "finished" and len(run.losses()) == 3

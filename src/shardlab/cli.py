@@ -80,7 +80,6 @@ def demo(
     learning_rate: LearningRate = None,
     method: Annotated[list[str] | None, typer.Option(help="Only this method; may be given again. See --list-methods.")] = None,
     list_methods: Annotated[bool, typer.Option("--list-methods", help="Print the methods and stop.")] = False,
-    scoreboard: Annotated[bool, typer.Option(help="Grade the reference solutions of all labs at the end.")] = True,
     runs: Runs = Path("runs/demo"),
 ) -> None:
     """Fine-tune BLOOM with the plain Trainer and with ZeRO 1, 2, 3 and offload; then a table, a plot and a report."""
@@ -122,23 +121,8 @@ def demo(
         finished, "Model states are the bytes of parameters, gradients and optimizer states on the rank that holds most"
     )
     console.print(f"Report: {path}\nPlot:   {path.with_name('report.png')}", highlight=False)
-    if scoreboard:
-        _print_scoreboard(console)
     if error:
         raise error
-
-
-def _print_scoreboard(console) -> None:
-    from shardlab import switch
-    from shardlab.labs import stems
-    from shardlab.milestones.grade import grade
-    from shardlab.milestones.scoreboard import render
-
-    outcome = []
-    for stem in stems():
-        with console.status(f"grading the solutions of {stem} …"):
-            outcome += grade(stem, exercises=switch.SOLUTIONS)
-    console.print(render(outcome), highlight=False, markup=False)
 
 
 @app.command()

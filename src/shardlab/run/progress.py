@@ -86,7 +86,9 @@ class Quiet:
 
 
 class Terminal(Quiet):
-    """A bar for each run; in a log file, a line for each run that ends."""
+    """A bar for each run; in a log file, a line for each run that ends, and every 20 s one on what goes on."""
+
+    heartbeat = 20.0
 
     def __init__(self):
         from rich.console import Console
@@ -109,6 +111,7 @@ class Terminal(Quiet):
     def begin(self, rows: list[Row]) -> None:
         super().begin(rows)
         self.told: set[int] = set()
+        self.spoke = time.monotonic()
         if self.live:
             self.tasks = [self.bars.add_task(row.run.experiment.method, total=row.steps, numbers="", start=False) for row in rows]
             self.bars.start()
@@ -128,9 +131,14 @@ class Terminal(Quiet):
                     self.bars.stop_task(self.tasks[index])
             elif state not in ("waiting", "running") and index not in self.told:
                 self.told.add(index)
+                self.spoke = time.monotonic()
                 self.say(
                     f"{row.run.experiment.method}: {state}, {steps or 'no'} steps, loss {loss or '-'}, {speed or '-'} samples/s"
                 )
+            elif state == "running" and time.monotonic() - self.spoke > self.heartbeat:
+                self.spoke = time.monotonic()
+                doing = "starting" if not row.step else "evaluating" if row.step == row.steps else f"step {steps}, loss {loss}"
+                self.say(f"{row.run.experiment.method}: {doing}")
 
     def end(self) -> None:
         super().end()

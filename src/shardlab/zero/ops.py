@@ -107,12 +107,16 @@ def needed_by(config: dict | None, on: str | None = None) -> list[str]:
     return needed
 
 
+HEARTBEAT = 30.0
+"""Seconds after which a build that goes on says so."""
+
+
 def build(op: str, say=print, device: str | None = None) -> float:
     """Build one op in a process of its own, if it is not built; a stale lock is cleared first.
 
     Args:
         op: a key of `OPS`.
-        say: called with a line when a build begins and when it ends.
+        say: called with a line when a build begins, every half minute, and when it ends.
         device: `cuda` or `cpu`: what the ranks that load it compute on; by default what this process does.
 
     Returns:
@@ -147,7 +151,12 @@ def build(op: str, say=print, device: str | None = None) -> float:
             env=os.environ | environment(device),
         )
         try:
-            output, _ = process.communicate()
+            while True:
+                try:
+                    output, _ = process.communicate(timeout=HEARTBEAT)
+                    break
+                except subprocess.TimeoutExpired:
+                    say(f"{op}: still compiling, {time.monotonic() - started:.0f} s")
         except BaseException:
             os.killpg(process.pid, 9)
             process.wait()
