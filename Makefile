@@ -7,6 +7,7 @@ INSTALLED := .venv/installed
 
 help:
 	@echo "make demo    set up, then fine-tune BLOOM with five methods on two ranks, and report"
+	@echo "make check   set up, then check in a minute what needs no ranks: after every edit"
 	@echo "make test    set up, then run every test"
 	@echo "make lab     set up, then open JupyterLab"
 	@echo "make grade   grade the exercises in src/exercises"
@@ -27,6 +28,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/shardlab demo
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/shardlab build --check
+	$(BIN)/pytest tests -q -m "not ranks and not jobs and not boxes"
 
 test: setup
 	$(BIN)/ruff check

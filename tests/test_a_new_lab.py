@@ -13,6 +13,8 @@ import pytest
 from shardlab.hardware import ROOT
 from shardlab.sandbox.boxes import isolation
 
+pytestmark = pytest.mark.boxes
+
 STEM = "lab97_throwaway"
 COURSE = (
     "README.md",

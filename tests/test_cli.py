@@ -8,6 +8,8 @@ import pytest
 
 from shardlab.run.run_folder import Run
 
+pytestmark = pytest.mark.ranks
+
 
 def shardlab(*words: str, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess:
     """Run the command in a process of its own, without a terminal."""

@@ -22,6 +22,8 @@ from shardlab.findings import Finding, exit_status, render, show
 from shardlab.sandbox import boxes
 from shardlab.zero import ops, toolchain
 
+pytestmark = pytest.mark.ranks
+
 MARK = "SHARDLAB_TEST_MARK"
 
 

@@ -16,6 +16,8 @@ from shardlab.hardware import ROOT
 from shardlab.run.experiment import program_of
 from shardlab.run.run_folder import Run
 
+pytestmark = pytest.mark.ranks
+
 PROGRAM = str(ROOT / "labs" / "lab03_engine" / "train.py")
 BIN = Path(sys.executable).parent
 DEEPSPEED = [str(BIN / "deepspeed"), "--num_gpus", "2"]

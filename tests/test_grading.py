@@ -144,7 +144,7 @@ def test_mutant_changes_its_own_task_only():
 def test_mutant_whose_text_is_not_there_once_is_refused(task, old, times):
     with pytest.raises(MutantError, match=f"stands {times} times") as refused:
         Mutant("lab01", task, "wrong", "says", old=old, new="3").source(TWO_TASKS)
-    assert f"lab01/{task}.toml" in str(refused.value) and "'wrong'" in str(refused.value)
+    assert f"solutions/lab01/mutants.toml, task {task}," in str(refused.value) and "'wrong'" in str(refused.value)
 
 
 # --- the switch -------------------------------------------------------------------------------------------------------

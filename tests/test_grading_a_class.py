@@ -22,6 +22,8 @@ from shardlab.hardware import ROOT
 from shardlab.labs import named
 from shardlab.sandbox import boxes
 
+pytestmark = pytest.mark.boxes
+
 SHARDLAB = [sys.executable, "-m", "shardlab.cli"]
 
 

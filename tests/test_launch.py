@@ -25,6 +25,8 @@ from shardlab.run.run_folder import Run, RunError
 from shardlab.run.samplers import read_samples
 from shardlab.zero.memory_model import ddp_bytes, engine_bytes, whole_parameters
 
+pytestmark = pytest.mark.ranks
+
 launch = partial(launch, or_cpu=True)  # with one GPU these ranks run on the CPU, as those of milestones do
 
 PROGRAMS = '''

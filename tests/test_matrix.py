@@ -6,6 +6,8 @@ from conftest import everything_must_run
 from shardlab.course.matrix import prove
 from shardlab.labs import stems
 
+pytestmark = pytest.mark.ranks
+
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("stem", stems())

@@ -12,6 +12,8 @@ from shardlab import hardware, switch
 from shardlab.course import authoring
 from shardlab.labs import named
 
+pytestmark = pytest.mark.ranks
+
 LABS = {path.stem: path for path in authoring.notebooks() if path.stem.startswith("lab")}
 
 

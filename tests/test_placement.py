@@ -130,6 +130,7 @@ def test_a_program_under_a_launcher_is_refused_in_one_sentence(machine, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.ranks
 def test_ranks_that_do_not_fit_on_the_gpu_train_on_the_cpu(machine, tmp_path, monkeypatch):
     """A launcher that takes its machine for one with a GPU: its two ranks come from a server of their own, and train as ever."""
     zero = {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto"}

@@ -80,6 +80,7 @@ def test_manifest_has_every_file_and_finds_what_was_changed(released, tmp_path):
     assert release.changed(ROOT) is None
 
 
+@pytest.mark.ranks
 def test_release_passes_its_doctor_and_grades_its_exercises(released, tmp_path):
     course = tmp_path / "with a space"
     shutil.copytree(released, course)

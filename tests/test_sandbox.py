@@ -20,6 +20,8 @@ from shardlab.sandbox import boxes, wire
 from shardlab.sandbox.boxes import Box, BoxEnded
 from shardlab.sandbox.exchange import Exchange
 
+pytestmark = pytest.mark.boxes
+
 # --- the wire ---------------------------------------------------------------------------------------------------------
 
 JUDGE = wire.Codec(ask=lambda *_: None)

@@ -24,6 +24,8 @@ from shardlab.run.experiment import Experiment
 from shardlab.run.launch import launch
 from shardlab.run.run_folder import Run, RunError
 
+pytestmark = pytest.mark.jobs
+
 VENV = Path(sys.prefix)
 GPU_SITE = PROFILE.read_text().replace("CHANGE_ME", "course")
 CONDA = 'kind = "conda"\npath = "shardlab"\nconda_setup = "/opt/conda/etc/profile.d/conda.sh"\n'

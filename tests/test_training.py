@@ -13,6 +13,8 @@ from shardlab.run.launch import launch
 from shardlab.show import report
 from shardlab.zero import ops, toolchain
 
+pytestmark = pytest.mark.ranks
+
 
 @cache
 def missing_libaio() -> str:
