@@ -4,7 +4,7 @@
 
 Each figure is the median of several runs after one that warms up. Rates count the bytes that are read and written: a copy of 1 GiB
 within one memory moves 2 GiB; between GPU and host it moves 1 GiB over the link. A step of Adam reads parameter, gradient, momentum
-and variance in fp32 and writes three of them: 28 bytes an element.
+and variance in fp32 and writes three of them: 28 bytes per element.
 """
 
 import argparse

@@ -280,7 +280,7 @@ def render() -> str:
 
 
 def _each_milestone(labs: dict) -> list[str]:
-    """A line a lab: its tasks by verdict, `h` behind those of hidden milestones, and what they ran on where it differs."""
+    """A line per lab: its tasks by verdict, `h` behind those of hidden milestones, and what they ran on where it differs."""
     marks = []
     for stem, parts in sorted(labs.items()):
         by_verdict: dict[str, list[str]] = {}

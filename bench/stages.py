@@ -23,7 +23,7 @@ H100_BF16_FLOPS = 989e12  # dense bf16, H100 and H200 SXM, NVIDIA's datasheet
 
 
 def flops_per_token(config: dict, parameters: int, sequence: int) -> float:
-    """6 FLOPs a parameter and token for forward and backward, and 12·layers·hidden·sequence for attention.
+    """6 FLOPs per parameter and token for forward and backward, and 12·layers·hidden·sequence for attention.
 
     Source: PaLM, arXiv 2204.02311, appendix B.
     """

@@ -104,7 +104,7 @@ def test_slurm_refuses_what_cannot_run(slurm_cluster, site):
         ("baseline", {"nodes": 2}, "multi-node"),
         ("multi-node", {"gpus_per_node": 5}, "gpus_per_node"),
         ("multi-node", {"gpus_per_node": 0}, "one each"),
-        ("multi-node", {"ranks_per_node": 2}, "one rank a GPU"),
+        ("multi-node", {"ranks_per_node": 2}, "one rank per GPU"),
         ("multi-node", {"time": "5:00:00"}, "max_time"),
         ("multi-node", {"time": "soon"}, "soon"),
         ("multi-node", {"time": "0:00:00"}, "needs some"),

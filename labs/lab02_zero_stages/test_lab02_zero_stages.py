@@ -489,7 +489,7 @@ def test_shards_are_padded_as_deepspeed_pads(lab, run_experiments):
             wanted = 12 * lab.shard_elements(stage, states["groups"], 2)
             require(
                 held["optimizer"] == wanted,
-                expected=f"stage {stage}, rank {rank}: 12 bytes an element make {held['optimizer']} bytes (measured)",
+                expected=f"stage {stage}, rank {rank}: 12 bytes per element make {held['optimizer']} bytes (measured)",
                 got=f"{wanted} bytes (from your shard)",
                 likely="padding left out",
                 read=read,

@@ -39,7 +39,7 @@ from shardlab.show import report
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The command line. The `deepspeed` launcher puts `--local_rank=N` in front of a script's arguments; `torchrun` does not."""
-    parser = argparse.ArgumentParser(description="Train with DeepSpeed's engine; a launcher starts this once a rank.")
+    parser = argparse.ArgumentParser(description="Train with DeepSpeed's engine; a launcher starts this once per rank.")
     parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage (default: 2)")
     parser.add_argument("--offload", action="store_true", help="optimizer states on the CPU; in stage 3 the parameters too")
     parser.add_argument("--compare", action="store_true", help="train with every stage, without and with offload; print a table")
@@ -52,7 +52,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--save-every", type=int, default=10, help="optimizer steps from one checkpoint to the next (default: 10)")
     parser.add_argument("--model", help="default: bloom-tiny without a GPU, else bigscience/bloom-560m")
     parser.add_argument("--random-weights", action="store_true", help="the model's shape only, to measure without its weights")
-    parser.add_argument("--micro-batch", type=int, help="sequences a rank and forward pass (default: 2 without a GPU, else 8)")
+    parser.add_argument("--micro-batch", type=int, help="sequences per rank and forward pass (default: 2 without a GPU, else 8)")
     parser.add_argument("--local_rank", type=int, default=-1, help="set by the deepspeed launcher")
     chosen = parser.parse_args(arguments)
     if chosen.offload and chosen.stage == 0:
@@ -200,7 +200,7 @@ def main() -> int:
             [
                 {
                     "method": run.experiment.method,
-                    "bytes a rank": report.bytes_text(report.measured_states(run).device),
+                    "bytes per rank": report.bytes_text(report.measured_states(run).device),
                     "on the host": report.bytes_text(report.measured_states(run).host),
                     "samples/s": f"{run.samples_per_second():.1f}",
                     "relative speed": f"{run.samples_per_second() / fastest:.2f}",

@@ -436,7 +436,7 @@ def test_largest_model_that_fits(lab):
     read = f"lab 04, task 4.6; {LECTURE}, 'What fits'"
     limits = {"ranks": 4, "device_bytes": 10_000, "host_bytes": 64_000}
     cases = [
-        ("16 bytes a parameter on the device", lambda n: {"device": 16 * n, "host": 0}, 625),
+        ("16 bytes per parameter on the device", lambda n: {"device": 16 * n, "host": 0}, 625),
         ("the host is the limit: 4 ranks share it", lambda n: {"device": 2 * n, "host": 8 * n}, 2000),
         (
             "padding: 1 to 64 parameters take 100 bytes, 65 to 128 take 200",
@@ -449,7 +449,7 @@ def test_largest_model_that_fits(lab):
         got = lab.largest_model(bytes_of, **limits)
         require(
             got == wanted,
-            expected=f"{wanted:,} parameters ({what}; 10,000 bytes a device, 64,000 on the host)",
+            expected=f"{wanted:,} parameters ({what}; 10,000 bytes per device, 64,000 on the host)",
             got=got,
             likely="the host counted for one rank, or the last size that does not fit returned",
             read=read,

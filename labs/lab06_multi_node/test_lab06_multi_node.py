@@ -68,7 +68,7 @@ def test_node_lists(lab):
 
 
 def task_variables(**changes) -> dict[str, str]:
-    """What a task on node 1 of 3 sees, of a job with 4 tasks a node."""
+    """What a task on node 1 of 3 sees, of a job with 4 tasks per node."""
     return {
         "SLURM_JOB_ID": "123456",
         "SLURM_JOB_NUM_NODES": "3",
@@ -211,7 +211,7 @@ def check_text(text: str, log: str, read: str) -> None:
             found.get(key) == value,
             expected=f"#SBATCH --{key}={value}",
             got=found.get(key, "no such directive"),
-            likely="with more tasks a node, srun would start a torchrun for each"
+            likely="with more tasks per node, srun would start a torchrun for each"
             if key == "ntasks-per-node"
             else "left out, or another value",
             read=read,

@@ -35,14 +35,14 @@ before=$(newest)
 # A task that fails ends the others at once (--kill-on-bad-exit); they would wait for it otherwise. What stands in single quotes is for the
 # shell of each task: $SLURM_NODEID and $SLURM_PROCID must be its own.
 {% if launcher == "torchrun" %}
-# torchrun: one task a node, which starts the node's ranks. They meet at a store on the first node (is_host).
+# torchrun: one task per node, which starts the node's ranks. They meet at a store on the first node (is_host).
 # shellcheck disable=SC2016
 srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${in_environment[@]}" bash -c '
     exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node={{ ranks }} --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" \
         --rdzv-endpoint="$1" --rdzv-conf=is_host=$((SLURM_NODEID == 0)) -m "${@:2}"
 ' bash "$address:$port" "${train[@]}" &
 {% elif launcher == "deepspeed" %}
-# deepspeed: one task a node, each with the list of all nodes and its own rank among them. Without --no_ssh the first would start the
+# deepspeed: one task per node, each with the list of all nodes and its own rank among them. Without --no_ssh the first would start the
 # others by ssh without a password, which many clusters do not allow, and which leaves most variables behind.
 hostfile=$runs/hosts-$SLURM_JOB_ID.txt
 scontrol show hostnames "$SLURM_JOB_NODELIST" | sed 's/$/ slots={{ ranks }}/' >"$hostfile"
@@ -52,7 +52,7 @@ srun --ntasks-per-node=1 --kill-on-bad-exit=1 "${in_environment[@]}" bash -c '
         --module "${@:4}"
 ' bash "$hostfile" "$address" "$port" "${train[@]}" &
 {% else %}
-# srun alone: one task a rank, and the variables that torch.distributed reads are made of Slurm's.
+# srun alone: one task per rank, and the variables that torch.distributed reads are made of Slurm's.
 export MASTER_ADDR=$address MASTER_PORT=$port WORLD_SIZE={{ nodes * ranks }} LOCAL_WORLD_SIZE={{ ranks }}
 # shellcheck disable=SC2016
 srun --ntasks-per-node={{ ranks }} --ntasks={{ nodes * ranks }} --cpus-per-task=$((SLURM_CPUS_PER_TASK / {{ ranks }})) --kill-on-bad-exit=1 \

@@ -133,7 +133,7 @@ def training_arguments(output_dir: str, *, precision: str = "fp32", **overrides)
         overrides: any other argument of `TrainingArguments`; it wins over the settings below.
 
     Returns:
-        Arguments with: 4 sequences a device in training, and 8 in evaluation; accumulation over 4 batches; 3 epochs;
+        Arguments with: 4 sequences per device in training, and 8 in evaluation; accumulation over 4 batches; 3 epochs;
         learning rate 5e-5; weight decay 0.01; evaluation and saving after each epoch, keeping one checkpoint; no
         reporting service (`report_to`), no push to the hub; `use_cpu` where torch sees no GPU.
 
@@ -237,7 +237,7 @@ def summarise_training(log_history: list[dict]) -> dict:
         `final_train_loss`: the loss of the last training step;
         `eval_losses`: {epoch: loss} for each evaluation, epochs as floats;
         `train_samples_per_second`, `eval_samples_per_second`: the latter of the last evaluation, or None;
-        `steps_per_epoch`: optimizer steps an epoch, rounded to a whole number. The last entry has the optimizer steps taken
+        `steps_per_epoch`: optimizer steps per epoch, rounded to a whole number. The last entry has the optimizer steps taken
             in `step`, and the epochs, a fraction perhaps, in `epoch`.
     """
     # BEGIN SOLUTION 1.8

@@ -73,7 +73,7 @@ print("padded right:    ", repr(continue_text([text + pad], [[1] * len(text) + [
 #
 # During training a device holds:
 #
-# - **Model states.** Parameters, one gradient for each, and what the optimizer remembers. Adam remembers two numbers a parameter: a
+# - **Model states.** Parameters, one gradient for each, and what the optimizer remembers. Adam remembers two numbers per parameter: a
 #   running mean of the gradient and one of its square. They do not depend on the batch.
 # - **Activations.** What the forward pass keeps for the backward pass. They grow with batch × sequence length.
 # - **Temporary buffers**, such as the logits: batch × sequence × vocabulary numbers.
@@ -113,7 +113,7 @@ print(report.bytes_text(4 * 8 * 512 * 250_880))
 # %% [markdown]
 # ## Time
 #
-# A forward pass takes about 2 FLOPs a parameter and token, the backward pass twice that: 6Ψ FLOPs a token. What share of the device's
+# A forward pass takes about 2 FLOPs per parameter and token, the backward pass twice that: 6Ψ FLOPs per token. What share of the device's
 # peak is reached is called MFU, model FLOPs utilisation. Measured with this course's code on one H200, BLOOM-560m's shape, bf16 autocast:
 
 # %%
@@ -126,13 +126,13 @@ print(stages["hardware"]["gpus"], stages["versions"])
 
 # %% [markdown]
 # Seven eighths of the GPU's arithmetic lie idle at this batch. That is usual for small models and small batches, and a larger batch is the first thing to
-# try, before any sharding. In pure bf16, 8 sequences at a time, one micro-batch a step, the same shape reached 62 samples/s, 11 % MFU; 32 at a time, 95
+# try, before any sharding. In pure bf16, 8 sequences at a time, one micro-batch per step, the same shape reached 62 samples/s, 11 % MFU; 32 at a time, 95
 # samples/s, 17 % (`bench/results/offload-1xh200.json`, ZeRO-2).
 #
 # ## Saving
 #
 # `trainer.save_model(folder)` writes the weights; the tokenizer is a second call. A checkpoint that `Trainer` writes by itself
-# (`save_strategy`) holds Adam's two moments too: 8 more bytes a parameter, 12 in all. In lab 01 all ranks call `save_model`, even if only one writes: when
+# (`save_strategy`) holds Adam's two moments too: 8 more bytes per parameter, 12 in all. In lab 01 all ranks call `save_model`, even if only one writes: when
 # each rank holds a part of the weights (ZeRO-3, lab 02), they must come together first, and all ranks take part in that.
 #
 # ## A myth

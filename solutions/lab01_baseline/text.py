@@ -118,7 +118,7 @@ check("1.4")
 # %% [markdown]
 # ## 1.5 The settings
 #
-# The **global batch** is micro-batch × accumulation × ranks. With 4 sequences a device and accumulation over 4, one device makes one
+# The **global batch** is micro-batch × accumulation × ranks. With 4 sequences per device and accumulation over 4, one device makes one
 # optimizer step from 16 sequences, and holds the activations of 4 at a time.
 #
 # Complete `training_arguments(output_dir, precision=…, **overrides)`. The docstring lists the settings.
@@ -128,7 +128,7 @@ check("1.4")
 
 # %%
 arguments = lab.training_arguments(str(RUNS / "lab01-try"))
-print(arguments.per_device_train_batch_size, "×", arguments.gradient_accumulation_steps, "sequences a device and step,", arguments.learning_rate)
+print(arguments.per_device_train_batch_size, "×", arguments.gradient_accumulation_steps, "sequences per device and step,", arguments.learning_rate)
 
 # %%
 check("1.5")
@@ -188,7 +188,7 @@ from shardlab.hardware import best_precision, size
 
 tiny = size() == "tiny"
 predicted = {
-    "optimizer steps an epoch (whole epochs, batch 4 × 4)": ...,
+    "optimizer steps per epoch (whole epochs, batch 4 × 4)": ...,
     "exact match before training, %": ...,
     "exact match after training, %": ...,
     "bytes of parameters, gradients and Adam's states (16Ψ, Ψ = 2,866,560)": ...,
@@ -215,13 +215,13 @@ run = launch(experiment, runs=RUNS)[0]
 # %%
 summary = lab.summarise_training(run.results["log_history"])
 measured = {
-    "optimizer steps an epoch (whole epochs, batch 4 × 4)": summary["steps_per_epoch"],
+    "optimizer steps per epoch (whole epochs, batch 4 × 4)": summary["steps_per_epoch"],
     "exact match before training, %": run.results["exact_match_before"],
     "exact match after training, %": run.results["exact_match"],
     "bytes of parameters, gradients and Adam's states (16Ψ, Ψ = 2,866,560)": sum(run.states()["ranks"][0].values()),
 }
 course = {
-    "optimizer steps an epoch (whole epochs, batch 4 × 4)": 157,
+    "optimizer steps per epoch (whole epochs, batch 4 × 4)": 157,
     "exact match before training, %": 0.0,
     "exact match after training, %": 76.0,
     "bytes of parameters, gradients and Adam's states (16Ψ, Ψ = 2,866,560)": 45_864_960,
@@ -252,7 +252,7 @@ scoreboard("lab01_baseline")
 #
 # 1. The loss falls from about 8.7 to 0.2, but exact match stays at 0 for some time. Why?
 # 2. Eval loss is a mean over tokens. Can it fall while exact match falls too?
-# 3. You double the accumulation and halve the micro-batch. Which of these change: global batch, optimizer steps an epoch, memory of the model
+# 3. You double the accumulation and halve the micro-batch. Which of these change: global batch, optimizer steps per epoch, memory of the model
 #    states, memory of the activations?
 # 4. `final_train_loss` and `train_loss` in the log differ. Which is larger in a run that goes well?
 #

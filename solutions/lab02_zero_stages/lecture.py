@@ -4,7 +4,7 @@
 # Lecture beside lab 02. Read it, run it, change it. Nothing here is graded.
 #
 # In data-parallel training each rank has the whole model and its own share of the batch. The ranks average their gradients and all take the
-# same step. So each of N ranks holds the same 16 bytes a parameter. ZeRO, the Zero Redundancy Optimizer, keeps one copy in all instead of
+# same step. So each of N ranks holds the same 16 bytes per parameter. ZeRO, the Zero Redundancy Optimizer, keeps one copy in all instead of
 # N, cut into shards, and moves the pieces when they are needed (Rajbhandari et al. 2020, arXiv 1910.02054).
 
 # %% [markdown]
@@ -70,7 +70,7 @@ print(f"paper {paper / memory_model.GIB:.2f} GiB, estimator {estimator / memory_
 # %%
 groups = [[7, 5], [3]]
 for stage in (1, 3):
-    print(f"stage {stage}, 2 ranks: {memory_model.sharded_elements(groups, 2, stage)} elements a rank for {sum(map(sum, groups))} parameters")
+    print(f"stage {stage}, 2 ranks: {memory_model.sharded_elements(groups, 2, stage)} elements per rank for {sum(map(sum, groups))} parameters")
 
 # %% [markdown]
 # ## The configuration

@@ -189,7 +189,7 @@ compare({"which stage is slowest on two H200s": slowest, "do the losses differ h
 
 # %% [markdown]
 # On one rank stages 1 to 3 hold *more* than stage 0, and this is fp32's doing: the master copy is a second copy of the same numbers, and there is
-# nobody to share it with. In bf16 all four hold 16 bytes a parameter on one rank.
+# nobody to share it with. In bf16 all four hold 16 bytes per parameter on one rank.
 #
 # The samples/s in your table say little about the stages. Two CPU cores do the work of both ranks here, the runs are short, and what else the
 # machine does shows in them. Bytes and losses are exact; for speed, read the next table.
@@ -211,7 +211,7 @@ print(measured["hardware"]["gpus"][0], measured["versions"], measured["date"])
 # %% [markdown]
 # ## 2.8 Choosing
 #
-# Take the lowest stage that fits. Stages 1 and 2 communicate as much as DDP does, 2Ψ elements a step; stage 3 communicates 3Ψ (ZeRO paper, §7).
+# Take the lowest stage that fits. Stages 1 and 2 communicate as much as DDP does, 2Ψ elements per step; stage 3 communicates 3Ψ (ZeRO paper, §7).
 #
 # Complete `choose_stage(parameters, ranks, device_bytes, other_bytes)`.
 
@@ -242,15 +242,15 @@ scoreboard("lab02_zero_stages")
 # ## Questions
 #
 # 1. Stage 2 holds less than stage 1. When in a step does the difference exist, and when not?
-# 2. On 4 GPUs, stages 1 and 2 held 5.12 bytes a parameter between steps. Where do the 5 come from?
-# 3. Stage 3 with default settings held 5.91 bytes a parameter between steps on 4 GPUs, and not 16/4. Which setting is behind it?
+# 2. On 4 GPUs, stages 1 and 2 held 5.12 bytes per parameter between steps. Where do the 5 come from?
+# 3. Stage 3 with default settings held 5.91 bytes per parameter between steps on 4 GPUs, and not 16/4. Which setting is behind it?
 # 4. Somebody's losses under ZeRO-2 differ from DDP's in the third digit, in fp32. Which key of the configuration do you look at first?
 #
 # <details><summary>Answers</summary>
 #
 # 1. While gradients are accumulated: stage 1 keeps whole gradients between micro-batches, stage 2 only a shard. After the step both have none.
 # 2. 2 for the bf16 parameters, which stages 1 and 2 hold whole, and 12 / 4 = 3 for the shard of the optimizer states.
-# 3. `stage3_max_live_parameters`: up to 10⁹ gathered parameters are kept, and the whole model has fewer. So 2 bytes a parameter stay gathered.
+# 3. `stage3_max_live_parameters`: up to 10⁹ gathered parameters are kept, and the whole model has fewer. So 2 bytes per parameter stay gathered.
 # 4. `gradient_clipping`. Left out, DeepSpeed clips at 1.0.
 # </details>
 #

@@ -16,7 +16,7 @@
 # The **engine** is called like the model. It moved the model to the device and to its precision, and wrapped the optimizer: the ZeRO optimizer keeps the fp32
 # master weights, in shards from stage 1 on, and an ordinary Adam steps them. `model_parameters` says what is trained; a frozen parameter is left out.
 #
-# The loader that `training_data=` gives starts two processes a rank, and two more with each new iterator. They outlived ranks that were killed here, by
+# The loader that `training_data=` gives starts two processes per rank, and two more with each new iterator. They outlived ranks that were killed here, by
 # minutes. `engine.deepspeed_io(data, num_local_io_workers=0)` makes the same loader without them.
 #
 # ## A step

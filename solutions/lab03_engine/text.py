@@ -206,7 +206,7 @@ course = {"files in one checkpoint (complete.json included)": 4, "bytes of one c
 compare(measured, predicted, course, reference_name="course")
 
 # %% [markdown]
-# The checkpoint holds 16 bytes a parameter, 45,864,960, and a little for names and shapes: 4 for the fp32 parameters in `mp_rank_00_model_states.pt`, and 12 in the two shards of the optimizer states,
+# The checkpoint holds 16 bytes per parameter, 45,864,960, and a little for names and shapes: 4 for the fp32 parameters in `mp_rank_00_model_states.pt`, and 12 in the two shards of the optimizer states,
 # the master weights among them. In bf16 it would be 14: 2 + 12. A checkpoint that can be continued is much larger than the model.
 
 # %%

@@ -123,8 +123,8 @@ def offload_bytes(stage: int, groups: list[list[int]], ranks: int, precision: st
     with the attributes `parameters`, `gradients` and `optimizer`. `memory_model.sharded_elements(groups, ranks, stage)` gives
     the elements of one rank's shard. Then, by kind:
 
-    Optimizer offload moves the 12 bytes an element to the host. No gradients stay on the device: each goes to the host as
-    soon as it is reduced. There the step needs the shard's gradients in fp32, 4 bytes an element. Stage 3 holds them there a
+    Optimizer offload moves the 12 bytes per element to the host. No gradients stay on the device: each goes to the host as
+    soon as it is reduced. There the step needs the shard's gradients in fp32, 4 bytes per element. Stage 3 holds them there a
     second time, in the parameters' precision: it adds up the micro-batches there, and does so for a single one too.
     Parameter offload moves the parameters' shard, and nothing else.
 

@@ -19,7 +19,7 @@
 # papers: ZeRO-Offload (arXiv 2101.06840) moved the optimizer to the host, ZeRO-Infinity (arXiv 2104.07857) everything, down to the disk; SuperOffload
 # and ZenFlow since then overlap the host's step with the GPU's work. On a machine without a GPU the last two do not run.
 #
-# With the optimizer on the host, *Adam itself runs on the host*. So what crosses the link is the gradients on the way down, 2 bytes a parameter in bf16, and the new
+# With the optimizer on the host, *Adam itself runs on the host*. So what crosses the link is the gradients on the way down, 2 bytes per parameter in bf16, and the new
 # parameters on the way up, 2 bytes again; the 12 bytes of optimizer states never move. With the parameters on the host too, each layer's
 # parameters come up for its forward pass and again for its backward pass.
 #
@@ -47,7 +47,7 @@ print(host["hardware"]["gpus"][0], host["hardware"]["cpu"], host["hardware"]["cp
 #
 # ## What moves
 #
-# For one rank, bf16, Ψ parameters in all, shard $s = Ψ / N$, one micro-batch a step:
+# For one rank, bf16, Ψ parameters in all, shard $s = Ψ / N$, one micro-batch per step:
 #
 # | offloaded | device | host |
 # | --- | --- | --- |
@@ -87,7 +87,7 @@ print(gpu["hardware"]["gpus"][0], gpu["versions"], gpu["date"])
 #
 # - $a$ grows by the gradients' way. DeepSpeed brings those added up so far to the GPU, adds the new ones, and sends them down again: 2 + 2 bytes an
 #   element, each time. Only for the first micro-batch there are none to bring up.
-# - $b$ grows by Adam on the host, 28 bytes an element read and written, and by the new parameters' way up, 2 bytes an element; less the 2 bytes that the first
+# - $b$ grows by Adam on the host, 28 bytes per element read and written, and by the new parameters' way up, 2 bytes per element; less the 2 bytes that the first
 #   micro-batch does not bring up.
 #
 # From the rates above, for Ψ = 559,214,592, one GPU:
@@ -134,8 +134,8 @@ table([{"Adam": row["what"], "ms for 100 million elements": 1000 * row["seconds"
 #
 # ## On disk
 #
-# With "nvme", master weights and moments are files, and one sub-group at a time comes into memory: read 12 bytes an element, step, write 12 bytes. At 2.9 GiB/s the
-# 6.25 GiB of BLOOM-560m take 2.2 s each way. The row above has it: 4.1 samples/s, 32 samples a step, 7.8 s a step. The fp32 gradients go through files, too, 2.08
+# With "nvme", master weights and moments are files, and one sub-group at a time comes into memory: read 12 bytes per element, step, write 12 bytes. At 2.9 GiB/s the
+# 6.25 GiB of BLOOM-560m take 2.2 s each way. The row above has it: 4.1 samples/s, 32 samples per step, 7.8 s a step. The fp32 gradients go through files, too, 2.08
 # GiB; and DeepSpeed's defaults read and write one after the other (`pipeline_read` and `pipeline_write` overlap them). Reads and writes bypass the page
 # cache (`O_DIRECT`), in whole blocks. What is below 1 MiB stays in memory.
 #
@@ -154,7 +154,7 @@ table([{"method": row["method"], "outcome": row["outcome"], "samples/s": row["sa
 # ## What fits
 #
 # Turn the table of "What moves" around. A device of $M$ bytes for states holds $M / 16$ parameters in bf16 without offload on one rank, and $M / 2$ with ZeRO-2 and the
-# optimizer on the host. Then the host is the limit: 16 bytes a parameter **for all its ranks together**, whatever their number, and 18 while micro-batches add
+# optimizer on the host. Then the host is the limit: 16 bytes per parameter **for all its ranks together**, whatever their number, and 18 while micro-batches add
 # up. 128 GiB of host memory end at 7.6 billion parameters, with one GPU or with eight.
 #
 # ## A checkpoint of states on disk

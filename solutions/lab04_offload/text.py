@@ -52,7 +52,7 @@ check("4.1")
 # %% [markdown]
 # ## 4.2 What moves
 #
-# By hand, for one rank, ZeRO-2 in bf16, Ψ parameters, shard of $s = Ψ / N$ elements, one micro-batch a step:
+# By hand, for one rank, ZeRO-2 in bf16, Ψ parameters, shard of $s = Ψ / N$ elements, one micro-batch per step:
 #
 # | | no offload | optimizer on the host |
 # | --- | --- | --- |
@@ -93,7 +93,7 @@ check("4.3")
 # %% [markdown]
 # ## Predict
 #
-# You will train bloom-tiny (2,866,560 parameters, fp32, two ranks, one micro-batch a step) in five ways. Write down what rank 0 will hold, in bytes, on the
+# You will train bloom-tiny (2,866,560 parameters, fp32, two ranks, one micro-batch per step) in five ways. Write down what rank 0 will hold, in bytes, on the
 # device and on the host. Which of the five will be the slowest, and which the fastest?
 
 # %%
@@ -219,7 +219,7 @@ table(rows)
 
 # %%
 host = reference("host-1xh200")
-table([{"Adam": row["what"], "ms a step": 1000 * row["seconds"], "GiB/s": row["gib_per_second"]} for row in host["adam"]])
+table([{"Adam": row["what"], "ms per step": 1000 * row["seconds"], "GiB/s": row["gib_per_second"]} for row in host["adam"]])
 print(host["hardware"]["cpu"], host["hardware"]["cpu_cores"], "cores,", host["versions"]["torch"])
 
 # %% [markdown]
@@ -261,7 +261,7 @@ for row in gpu["results"]:
 # At micro-batch 8 even the limit is only just above 60 %.
 #
 # Where do the seconds go? The gradients in bf16 are 2 × 559,214,592 bytes, 1.04 GiB. On a link of 51.7 GiB/s (measured, pinned) they take 0.02 s each way, 0.04 s
-# to the GPU and back: most of what $a$ grew by. A step of Adam reads and writes 28 bytes an element, 14.6 GiB; at 147 GiB/s that is 0.10 s, half of what
+# to the GPU and back: most of what $a$ grew by. A step of Adam reads and writes 28 bytes per element, 14.6 GiB; at 147 GiB/s that is 0.10 s, half of what
 # $b$ grew by. **Pinned memory** is what makes the link that fast. From pageable memory the same copies ran at
 # 9 GiB/s to the GPU, and the same training at 21 instead of 40 samples/s (the rows of the table above).
 #
@@ -345,7 +345,7 @@ scoreboard("lab04_offload")
 # 1. ZeRO-2 on one GPU saves nothing. ZeRO-2 with optimizer offload on one GPU does. What is the difference?
 # 2. Offload frees 7 GiB, and you use them for a larger micro-batch. What must be true for the samples/s to be higher than without offload? Was it, on the H200?
 # 3. A colleague reports that NVMe offload in stage 2 is "surprisingly fast". What do you ask?
-# 4. A host has 128 GiB and four GPUs. With ZeRO-2 and optimizer offload, how many bytes a parameter does the host need with one rank, and with four?
+# 4. A host has 128 GiB and four GPUs. With ZeRO-2 and optimizer offload, how many bytes per parameter does the host need with one rank, and with four?
 #
 # <details><summary>Answers</summary>
 #

@@ -61,7 +61,7 @@ def rendezvous(variables: Mapping[str, str], address: str, ranks_per_node: int) 
     so the port is 12000 + (job's number modulo 10000).
 
     Args:
-        variables: the environment of a task that `srun` has started, one a node. `SLURM_NODEID` counts nodes from 0.
+        variables: the environment of a task that `srun` has started, one per node. `SLURM_NODEID` counts nodes from 0.
         address: of the job's first node, on the network that all nodes share.
         ranks_per_node: processes that each node runs.
 
@@ -98,7 +98,7 @@ def rendezvous(variables: Mapping[str, str], address: str, ranks_per_node: int) 
 def hostfile(nodes: Sequence[str], tasks_per_node: str) -> str:
     """The file that tells the `deepspeed` launcher which nodes there are, and how many ranks each runs.
 
-    A line a node, in order, each with its line end: `node1 slots=4`. Slurm gives the counts in a short form: "4(x2),3" is 4, 4, 3.
+    One line per node, in order, with its line end: `node1 slots=4`. Slurm gives the counts in a short form: "4(x2),3" is 4, 4, 3.
 
     Args:
         nodes: the hosts.
@@ -128,7 +128,7 @@ def batch_script(*, name: str, nodes: int, ranks_per_node: int, minutes: int, lo
 
     1. `#!/bin/bash`;
     2. directives, `#SBATCH --option=value` (with a space behind the # they would be comments): job-name, nodes, ntasks-per-node
-       (one task a node: torchrun starts the ranks), time (in minutes), output;
+       (one task per node: torchrun starts the ranks), time (in minutes), output;
     3. `set -euo pipefail`, so that a command that fails ends the job; then the lines of `setup`;
     4. the first node's address. The script runs on the first node, so that is its own: the first word that
        `getent ahostsv4 "$(hostname)"` prints. No other address in its place if that fails;

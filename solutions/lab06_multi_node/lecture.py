@@ -43,9 +43,9 @@
 #
 # | | started by `srun` | needs | to know |
 # | --- | --- | --- | --- |
-# | `torchrun` | one task a node | address and port | starts the node's ranks; ends them all if one fails |
-# | `deepspeed --no_ssh` | one task a node | a hostfile with every node's slots, its own `--node_rank`, address, port | without `--no_ssh` it connects to all nodes by ssh, without a password, and leaves most variables behind (DeepSpeed issue 1603) |
-# | none: one task a rank | one task a rank | `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`, made of Slurm's variables | Slurm itself watches the ranks |
+# | `torchrun` | one task per node | address and port | starts the node's ranks; ends them all if one fails |
+# | `deepspeed --no_ssh` | one task per node | a hostfile with every node's slots, its own `--node_rank`, address, port | without `--no_ssh` it connects to all nodes by ssh, without a password, and leaves most variables behind (DeepSpeed issue 1603) |
+# | none: one task per rank | one task per rank | `RANK`, `LOCAL_RANK`, `WORLD_SIZE`, `MASTER_ADDR`, `MASTER_PORT`, made of Slurm's variables | Slurm itself watches the ranks |
 #
 # `deepspeed --launcher slurm` sets no `RANK`, so a program that is not written for it stops or trains alone. `shardlab slurm render multi-node --launcher NAME` prints a
 # complete script for each of the three. On the local cluster of this course all three gave the same losses, and the tests see to it that they do.
@@ -66,7 +66,7 @@
 # %% [markdown]
 # ## The global batch
 #
-# More ranks at the same micro-batch mean a larger global batch, hence other training: fewer steps an epoch, and perhaps another learning rate. For the *same* training
+# More ranks at the same micro-batch mean a larger global batch, hence other training: fewer steps per epoch, and perhaps another learning rate. For the *same* training
 # on N ranks, keep the global batch and divide it. If it does not divide, the shares differ, and then a plain mean over ranks is wrong: by hand, 5 sequences
 # on 2 ranks, losses 1 2 3 | 4 8. The mean is 18 / 5 = 3.6. The mean of the ranks' means is (2 + 6) / 2 = 4. Weights 3 · 2 / 5 and 2 · 2 / 5 mend it:
 # (1.2 · 2 + 0.8 · 6) / 2 = 3.6.
@@ -129,7 +129,7 @@ def step(gpus: int, name: str) -> float:
     return row["micro_batch"] * row["accumulation"] * gpus / row["samples_per_second"]
 
 
-# The plain Trainer keeps fp32 gradients under autocast, so DDP sends 4 bytes an element.
+# The plain Trainer keeps fp32 gradients under autocast, so DDP sends 4 bytes per element.
 names = {"DDP": ("baseline", 4), "ZeRO-1": ("ZeRO-1", 2), "ZeRO-2": ("ZeRO-2", 2), "ZeRO-3": ("ZeRO-3", 2)}
 models = {method: fit(method, PARAMETERS, 2, step(1, name), step(2, name), nvlink, size) for method, (name, size) in names.items()}
 models["ZeRO++"] = replace(models["ZeRO-3"], method="ZeRO++")
@@ -187,7 +187,7 @@ table(rows)
 # - A checkpoint may be half written. The last file of each says that it is whole (lab 03).
 # - Before the time limit Slurm sends a signal: `--signal=B:USR1@120` means 120 seconds before, to the batch shell alone. A shell that waits for a command in the foreground
 #   looks at signals only when the command has ended. So: in the background, and `wait`.
-# - **All ranks must stop after the same step.** One that stops alone leaves the others in an all-reduce. So they agree, once a step.
+# - **All ranks must stop after the same step.** One that stops alone leaves the others in an all-reduce. So they agree, once per step.
 # - A job that fails again and again must not be put back for ever. Put it back if there is a new checkpoint since it began.
 #
 # With the local cluster of this course you can see all of it on your own machine: `slurm/local_cluster.sh up`, submit, `slurm/local_cluster.sh kill node2`.

@@ -54,7 +54,7 @@ check("6.1")
 # ## 6.2 Where they meet
 #
 # The lecture's three questions: who holds the store, at which address, on which port? Complete `rendezvous(variables, address, ranks_per_node)`. By hand: in job 41234, on the second
-# of two nodes (`SLURM_NODEID` 1), with 4 ranks a node: port 12000 + 41234 mod 10000 = 13234, and `is_host=false`.
+# of two nodes (`SLURM_NODEID` 1), with 4 ranks per node: port 12000 + 41234 mod 10000 = 13234, and `is_host=false`.
 
 # %%
 node_2 = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_PROCID": "1"}
@@ -66,7 +66,7 @@ check("6.2")
 # %% [markdown]
 # ## 6.3 A hostfile
 #
-# The `deepspeed` launcher wants a file instead: a line a node, with its *slots*, the ranks that it runs. Slurm knows the counts, again in a short form: `4(x2),3` stands for
+# The `deepspeed` launcher wants a file instead: a line per node, with its *slots*, the ranks that it runs. Slurm knows the counts, again in a short form: `4(x2),3` stands for
 # 4, 4, 3. A job with unequal nodes is where a script with `slots=4` for all ends in an error, or leaves a GPU idle.
 #
 # Complete `hostfile(nodes, tasks_per_node)`. DeepSpeed's own parser is the judge.
@@ -276,7 +276,7 @@ scoreboard("lab06_multi_node")
 # 2. The address is not reachable from the other node (the preflight says "cannot reach"); a node never started its launcher (the preflight says "no word from"); both think that they are alone, since the
 #    address was localhost (each prints a world size of one).
 # 3. A second job of that name would continue the first one's training, or both would write into one folder at once.
-# 4. 350 / 4 = 87.5 samples/s a GPU, so 0.875. `Trainer` reports samples/s over all ranks.
+# 4. 350 / 4 = 87.5 samples/s per GPU, so 0.875. `Trainer` reports samples/s over all ranks.
 # 5. What ended it would most likely end it again, and again: a mistake in the program, a full disk. It would fill the queue for ever.
 # </details>
 #

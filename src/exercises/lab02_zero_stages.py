@@ -35,7 +35,7 @@ def create_deepspeed_config(stage: int, *, micro_batch: int | str = "auto", accu
 
     Args:
         stage: 0, 1, 2 or 3.
-        micro_batch: sequences a rank and forward pass.
+        micro_batch: sequences per rank and forward pass.
         accumulation: forward passes an optimizer step.
         world_size: ranks; it is no key of the configuration, but the global batch depends on it.
         precision: `fp32`, `bf16`, `fp16`, or `auto` to take `Trainer`'s.

@@ -47,7 +47,7 @@ Data = Annotated[
 RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="Build the architecture without weights: enough for measuring memory and speed.")
 ]
-Ranks = Annotated[int | None, typer.Option(min=1, help="Processes, one a GPU. By default all GPUs, or 2 without one.")]
+Ranks = Annotated[int | None, typer.Option(min=1, help="Processes, one per GPU. By default all GPUs, or 2 without one.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")]
 Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. By default the best that the hardware has.")]
 MicroBatch = Annotated[int | None, typer.Option(min=1, help="Sequences a rank and forward pass.")]

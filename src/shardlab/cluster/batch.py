@@ -42,7 +42,7 @@ class JobSettings(BaseModel):
 
     nodes: int | None = None
     gpus_per_node: int | None = None
-    ranks_per_node: int | None = Field(None, description="on nodes without GPUs; with GPUs it is one rank a GPU")
+    ranks_per_node: int | None = Field(None, description="on nodes without GPUs; with GPUs it is one rank per GPU")
     time: str | None = None
     launcher: Literal["torchrun", "deepspeed", "srun"] = "torchrun"
     exercises: str | None = Field(None, description="for grading: the folder that holds `exercises/`")
@@ -67,7 +67,7 @@ def site_in_use(path: Path | str | None = None) -> Site:
 
 
 def _checked(name: str, settings: JobSettings, site: Site) -> tuple[int, int, int, str]:
-    """Nodes, GPUs a node, ranks a node and time, or an error that says what is impossible."""
+    """Nodes, GPUs per node, ranks per node and time, or an error that says what is impossible."""
     if name not in SCRIPTS:
         raise BatchError(f"there is no script '{name}'; there are {', '.join(SCRIPTS)}")
     nodes = settings.nodes if settings.nodes is not None else 2 if name == "multi-node" else 1
@@ -86,7 +86,7 @@ def _checked(name: str, settings: JobSettings, site: Site) -> tuple[int, int, in
     if site.gpus_per_node and not gpus and name != "class":
         raise BatchError("--gpus-per-node 0: these nodes have GPUs, and the ranks need one each")
     if gpus and settings.ranks_per_node not in (None, gpus):
-        raise BatchError(f"--ranks-per-node {settings.ranks_per_node}: with GPUs it is one rank a GPU, here {gpus}")
+        raise BatchError(f"--ranks-per-node {settings.ranks_per_node}: with GPUs it is one rank per GPU, here {gpus}")
     ranks = gpus or (settings.ranks_per_node if settings.ranks_per_node is not None else 1 if name == "multi-node" else 2)
     if ranks < 1:
         raise BatchError(f"--ranks-per-node {ranks}: a node needs at least 1 rank")
@@ -125,10 +125,10 @@ def directives(name: str, settings: JobSettings, site: Site) -> list[Directive]:
     found = [
         Directive("The name in squeue, and in the name of the log.", f"--job-name=shardlab-{name}"),
         Directive("How many nodes. Not a range: the run's global batch rests on it.", f"--nodes={nodes}"),
-        Directive("One task a node: it starts the node's ranks itself.", "--ntasks-per-node=1"),
+        Directive("One task per node: it starts the node's ranks itself.", "--ntasks-per-node=1"),
     ]
     if gpus:
-        found.append(Directive("GPUs on each node, one a rank.", _gpus(site, gpus)))
+        found.append(Directive("GPUs on each node, one per rank.", _gpus(site, gpus)))
     found.append(
         Directive(
             f"CPU cores of that task, {site.cores_per_task} a rank: for Python, the data and an offloaded optimizer.",
@@ -137,11 +137,11 @@ def directives(name: str, settings: JobSettings, site: Site) -> list[Directive]:
     )
     if site.memory_per_node_gib:
         found.append(
-            Directive("Host memory a node; without this line many clusters give very little.", f"--mem={site.memory_per_node_gib}G")
+            Directive("Host memory per node; without it many clusters give very little.", f"--mem={site.memory_per_node_gib}G")
         )
     found.append(Directive("After this time Slurm ends the job. Shorter jobs start sooner.", f"--time={time}"))
     if name == "zero-sweep":
-        found.append(Directive("One job a method, two at a time, so that others get nodes too.", f"--array=0-{len(SWEEP) - 1}%2"))
+        found.append(Directive("One job per method, two at a time, so that others get nodes too.", f"--array=0-{len(SWEEP) - 1}%2"))
     if name == "class":
         found.append(Directive("One job a share of the class.", f"--array=0-{settings.parts - 1}"))
     if name == "multi-node":

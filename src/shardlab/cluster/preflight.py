@@ -1,6 +1,6 @@
 """Before a job on several nodes: does every rank reach every other, and are all nodes alike?
 
-Slurm starts it once a rank:
+Slurm starts it once per rank:
 
     srun --ntasks-per-node=RANKS python -m shardlab.cluster.preflight --address ADDRESS --port PORT
 
@@ -221,7 +221,7 @@ def check(rank: int, ranks: int, address: str, port: int, folder: Path, seconds:
 
 
 def table(reports: list[dict]) -> str:
-    """A line a node."""
+    """A line per node."""
     lines = [f"{'node':<16}{'ranks':>6}{'GPUs':>6}{'cores':>7}{'GiB free':>10}  torch      deepspeed  compiled ops"]
     for node in dict.fromkeys(report["node"] for report in reports):
         mine = [report for report in reports if report["node"] == node]
@@ -242,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", default=60.0, type=float, help="how long to wait for a rank")
     chosen = parser.parse_args(arguments)
     if "SLURM_PROCID" not in os.environ:
-        parser.error("srun starts this, once a rank: srun --ntasks-per-node=RANKS python -m shardlab.cluster.preflight …")
+        parser.error("srun starts this, once per rank: srun --ntasks-per-node=RANKS python -m shardlab.cluster.preflight …")
     # torch warns about each address that has no name, and prints its stack where a peer is late.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     rank, ranks = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])

@@ -57,7 +57,7 @@ def elements_sent(method: str, parameters: int, ranks: int, micro_batches: int =
         method: one of `METHODS`.
         parameters: Ψ.
         ranks: N.
-        micro_batches: of an optimizer step. DDP and stage 1 exchange gradients once a step; stage 2 reduces those of every
+        micro_batches: of an optimizer step. DDP and stage 1 exchange gradients once per step; stage 2 reduces those of every
             micro-batch; stage 3 gathers the parameters for every micro-batch, too.
         between_nodes: for ZeRO++, whose savings are between nodes.
 

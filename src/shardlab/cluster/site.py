@@ -97,7 +97,7 @@ class Site(BaseModel):
         ranks = max(1, self.gpus_per_node)
         if self.cores_per_task * ranks > self.cores_per_node:
             raise ValueError(
-                f"cores_per_task {self.cores_per_task} × {ranks} ranks a node are more than cores_per_node {self.cores_per_node}"
+                f"cores_per_task {self.cores_per_task} × {ranks} ranks per node are more than cores_per_node {self.cores_per_node}"
             )
         return self
 

@@ -1,4 +1,4 @@
-"""The progress of a batch of gradings: bars in a terminal, a line a submission elsewhere."""
+"""The progress of a batch of gradings: bars in a terminal, a line per submission elsewhere."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def all_tasks(rows: list[dict]) -> list[str]:
 
 
 def gradebook_csv(rows: list[dict], waiting: list[str] = ()) -> str:
-    """A row a submission, a column a task. A task that did not run says so instead of a number, and does not count into `of`."""
+    """A row per submission, a column per task. A task that did not run says so, and does not count into `of`."""
     tasks, text = all_tasks(rows), io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["submission", "points", "of", *tasks, "state", "isolation", "notes", "feedback"])
@@ -180,7 +180,7 @@ def gradebook_json(rows: list[dict], waiting: list[str] = ()) -> dict:
 
 
 def moodle_csv(rows: list[dict]) -> str:
-    """Moodle's import of grades: who, and a column a lab. No number where a task did not run or a judge broke."""
+    """Moodle's import of grades: who, and a column per lab. No number where a task did not run or a judge broke."""
     labs = sorted({lab for row in rows for lab in row["labs"]})
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

@@ -57,7 +57,7 @@ def grade_submission(name: str, path: Path, plan: Plan, tell: Callable[[str], No
             tell(stem)
             lab = named(stem)
             programs = str(lab.programs.relative_to(ROOT)) if lab.programs.exists() else ""
-            # A box a lab: what a hidden milestone handed over must not be there for the next lab to tell.
+            # A box per lab: what a hidden milestone handed over must not be there for the next lab to tell.
             box = Box(work / "submission", work / f"exchange-{stem}", (visible_folder(),), programs, kind=plan.isolation[0])
             box.seconds, box.call_seconds = left, plan.call_seconds
             with box:

@@ -108,7 +108,7 @@ def full_weights(engine) -> dict[str, torch.Tensor]:
 
 
 def go_on(engine, experiment: Experiment, run: Run, *, epoch: int = 0, samples: int = 0, before_first=lambda: None) -> None:
-    """Train to the experiment's last step from a position in the data, and write a line a step.
+    """Train to the experiment's last step from a position in the data, and write a line per step.
 
     The experiment's `options`: `checkpoints`, a folder to save to after the steps in `save_at`; `weights`, a file for the
     weights after the step `weights_at`; `kill_at`, the step in which rank 1 ends itself with SIGKILL.
@@ -243,7 +243,7 @@ def train_nvme(experiment: Experiment, run: Run) -> dict:
 
 
 def train_on(engine, experiment: Experiment, run: Run, first: int, last: int) -> None:
-    """Train from one optimizer step to another, one micro-batch each, and write a line a step."""
+    """Train from one optimizer step to another, one micro-batch each, and write a line per step."""
     batches = epoch_batches(text_rows(experiment)[0], 0, experiment.micro_batch, world_size(), rank())
     for step in range(first, last):
         loss = micro_step(engine, batches[step])

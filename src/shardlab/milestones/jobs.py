@@ -141,7 +141,7 @@ def recorded_torchrun(folder: Path) -> str:
     real = shutil.which("torchrun") or "torchrun"
     (folder / "bin").mkdir(exist_ok=True)
     wrapper = folder / "bin" / "torchrun"
-    # The words come one a line, so that those with spaces can be told apart.
+    # The words come one per line, so that those with spaces can be told apart.
     wrapper.write_text(
         "#!/bin/bash\n"
         f'{{ printf "node %s\\n" "$SLURM_NODEID"; printf "%s\\n" "$@"; }} >{shlex.quote(str(folder))}/started-"$SLURM_NODEID"-$$\n'

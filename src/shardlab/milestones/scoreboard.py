@@ -108,7 +108,7 @@ def render_html(milestones: list[Milestone]) -> str:
 
 
 def render_board(milestones: list[Milestone]) -> str:
-    """The scoreboard for a notebook: a line a task, the messages folded behind those that failed, points, what to do next."""
+    """The scoreboard for a notebook: a line per task, the messages folded behind those that failed, points, what to do next."""
     rows = []
     for lab in dict.fromkeys(m.lab for m in milestones):
         mine = sorted((m for m in milestones if m.lab == lab), key=lambda m: task_order(m.task))

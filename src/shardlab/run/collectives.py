@@ -16,7 +16,7 @@ def world_size() -> int:
 
 
 def gather(value) -> list:
-    """One value a rank, in the order of the ranks, on every rank."""
+    """One value per rank, in the order of the ranks, on every rank."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()

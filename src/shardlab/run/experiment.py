@@ -28,8 +28,8 @@ class Experiment(BaseModel):
     data: str = Field("mini", description="mini, a SQuAD JSON file, or a hub name")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     deepspeed: dict[str, Any] | None = Field(None, description="DeepSpeed's configuration; none: the plain Trainer")
-    ranks: int = Field(1, ge=1, description="processes, one a GPU")
-    micro_batch: int = Field(4, ge=1, description="sequences a rank and forward pass")
+    ranks: int = Field(1, ge=1, description="processes, one per GPU")
+    micro_batch: int = Field(4, ge=1, description="sequences per rank and forward pass")
     accumulation: int = Field(4, ge=1, description="forward passes an optimizer step")
     epochs: float = Field(3.0, gt=0, description="passes over the training data; steps wins where it is given")
     steps: int | None = Field(None, ge=1, description="optimizer steps")

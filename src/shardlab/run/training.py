@@ -92,7 +92,7 @@ def train(
     Args:
         run: where everything is recorded.
         model: what to train. Under ZeRO-3, load it after `arguments` exist: it is then sharded while it is loaded.
-        arguments: the exercise's; logging is set to a line a step.
+        arguments: the exercise's; logging is set to a line per step.
         train_set, eval_set: encoded examples; with an empty `eval_set` nothing is evaluated.
         collate: makes a batch of tensors from a list of examples.
         tokens_per_sequence: mean length of the training sequences.

@@ -93,7 +93,7 @@ NARROW = ("method", "loss_after", "exact_match", "samples_per_second", "measured
 
 
 def print_table(runs: list[Run], title: str = "") -> None:
-    """Print a table, a row a run: all columns where there is room, or no terminal that could be too narrow."""
+    """Print a table, a row per run: all columns where there is room, or no terminal that could be too narrow."""
     from rich.console import Console
     from rich.table import Table
 
@@ -137,7 +137,7 @@ def html_table(runs: list[Run]) -> str:
 
 
 def plot(runs: list[Run], path: Path | str | None = None):
-    """Three plots side by side: loss by step, bytes a rank by kind with the prediction, and samples/s.
+    """Three plots side by side: loss by step, bytes per rank by kind with the prediction, and samples/s.
 
     Args:
         runs: any runs; those without a step or without counted states are left out of the plot that needs them.
@@ -223,7 +223,7 @@ lie on one another.</p>"""
     path.write_text(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>
 <h1>{html.escape(title)}</h1>{"".join(f"<p>{html.escape(fact)}</p>" for fact in facts)}{html_table(runs)}
-<p><img alt="Training loss, bytes a rank, samples per second" src="data:image/png;base64,{picture}"></p>{notes}
+<p><img alt="Training loss, bytes per rank, samples per second" src="data:image/png;base64,{picture}"></p>{notes}
 <h2>Answers after training</h2><table><tr><th>method</th><th>question</th><th>answer</th><th>generated</th></tr>{answers}</table></html>
 """,
         encoding="utf-8",

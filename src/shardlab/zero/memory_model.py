@@ -66,7 +66,7 @@ def paper_bytes(stage: int, parameters: int, ranks: int) -> States:
 
 
 def estimator_bytes(stage: int, parameters: int, ranks: int, *, largest_layer: int = 0) -> int:
-    """Device bytes a rank without offload as DeepSpeed's estimators have them, with their factor for buffers at 1.
+    """Device bytes per rank without offload as DeepSpeed's estimators have them, with their factor for buffers at 1.
 
     Source: `deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs` (2Ψ + 18Ψ/N) and
     `deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs` (18Ψ/N + 4 × the largest layer).
@@ -119,7 +119,7 @@ def engine_bytes(
     of the shard; stage 0 in fp32 keeps none. Transient buffers, and what stage 3 gathers, come on top.
 
     Args:
-        stage: 0 to 3. Stage 0 is DeepSpeed without ZeRO; in fp32 it holds what DDP holds, 16 bytes a parameter.
+        stage: 0 to 3. Stage 0 is DeepSpeed without ZeRO; in fp32 it holds what DDP holds, 16 bytes per parameter.
         groups: sizes of the parameters, by optimizer group.
         ranks: N.
         precision: `fp32`, `bf16` or `fp16`.
