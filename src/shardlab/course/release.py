@@ -15,6 +15,7 @@ from shardlab.course import authoring
 from shardlab.errors import CourseError
 from shardlab.hardware import ROOT
 from shardlab.labs import Lab
+from shardlab.pages import page
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -64,7 +65,7 @@ def make(target: Path, labs: list[Lab], root: Path = ROOT) -> dict:
         _copy(lab.folder, target / lab.folder.relative_to(root))
     _write_notebooks(target, labs, root)
     (target / "README.md").write_text(_readme(labs), encoding="utf-8")
-    (target / "Makefile").write_text(_template("release_makefile").render(), encoding="utf-8")
+    (target / "Makefile").write_text(page("release_makefile"), encoding="utf-8")
     (target / ".gitignore").write_text((root / ".gitignore").read_text(encoding="utf-8"), encoding="utf-8")
     files = {str(p.relative_to(target)): digest(p) for p in sorted(target.rglob("*")) if p.is_file()}
     manifest = {
@@ -112,12 +113,5 @@ def _write_notebooks(target: Path, labs: list[Lab], root: Path) -> None:
         nbformat.write(authoring.read_source(sources[path], path.stem), place)
 
 
-def _template(name: str):
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).resolve().parents[1] / "templates")
-    return jinja2.Environment(loader=loader, keep_trailing_newline=True, trim_blocks=True).get_template(name)
-
-
 def _readme(labs: list[Lab]) -> str:
-    return _template("release_readme.md").render(labs=labs)
+    return page("release_readme.md", labs=labs)

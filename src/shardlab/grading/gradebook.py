@@ -17,8 +17,8 @@ from pathlib import Path
 from shardlab.errors import UsageError
 from shardlab.grading.submissions import file_name
 from shardlab.milestones.scoreboard import VERDICTS, task_order
+from shardlab.pages import page
 
-TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
 BY_HAND = "by_hand.csv"
 """In the output folder: points that an instructor gives, which no regrading changes."""
 BY_HAND_COLUMNS = ["submission", "task", "points", "why"]
@@ -119,10 +119,9 @@ def write(out: Path, results: dict[str, dict], waiting: list[str] = ()) -> Path:
         _write(out / "moodle-worksheet.csv", worksheet)
     pages = out / "feedback"
     pages.mkdir(exist_ok=True)
-    template = _template("feedback.html")
     for result in rows:
-        _write(pages / f"{file_name(result['name'])}.html", template.render(**_for_feedback(result)))
-    _write(out / "overview.html", _template("overview.html").render(**_for_overview(rows, waiting)))
+        _write(pages / f"{file_name(result['name'])}.html", page("feedback.html", **_for_feedback(result)))
+    _write(out / "overview.html", page("overview.html", **_for_overview(rows, waiting)))
     return out / "gradebook.csv"
 
 
@@ -215,13 +214,6 @@ def moodle_worksheet(rows: list[dict]) -> str:
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
-
-
-def _template(name: str):
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(TEMPLATES)
-    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined).get_template(name)
 
 
 def title_of(name: str) -> str:

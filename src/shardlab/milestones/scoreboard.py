@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import io
 from dataclasses import dataclass
+
+from shardlab.pages import page
 
 VERDICTS = {"passed": "green", "failed": "red", "not implemented": "yellow", "not run": "blue"}
 
@@ -30,6 +31,11 @@ class Milestone:
     hidden: bool = False
     waits_for: str = ""
     ran_on: str = ""
+
+    @property
+    def title(self) -> str:
+        """The test's name in words."""
+        return self.name.removeprefix("test_").replace("_", " ")
 
     @property
     def earned(self) -> int:
@@ -75,7 +81,7 @@ def render(milestones: list[Milestone], width: int = 110) -> str:
         for m in mine:
             reason = f": {m.message.splitlines()[0]}" if m.verdict == "not run" and m.message else ""
             reason = f"; it uses task {m.waits_for}, which comes first" if m.waits_for else reason
-            table.add_row(m.task, m.name.removeprefix("test_").replace("_", " "), m.verdict + reason, f"{m.earned}/{m.points}")
+            table.add_row(m.task, m.title, m.verdict + reason, f"{m.earned}/{m.points}")
         table.add_section()
         table.add_row("", "", "", f"{sum(m.earned for m in mine)}/{sum(m.points for m in mine)}")
         console.print(table)
@@ -88,44 +94,20 @@ def render_text(milestones: list[Milestone]) -> str:
     """The outcome of one check in a terminal."""
     lines = []
     for m in milestones:
-        lines += [f"{m.task} {m.verdict}: {m.name.removeprefix('test_').replace('_', ' ')} ({m.earned}/{m.points})", m.message]
+        lines += [f"{m.task} {m.verdict}: {m.title} ({m.earned}/{m.points})", m.message]
     lines += where_ranks_ran(milestones)
     return "\n".join(line for line in lines if line)
 
 
 def render_html(milestones: list[Milestone]) -> str:
     """The outcome of one check in a notebook."""
-    blocks = []
-    for m in milestones:
-        message = f"<pre style='margin:4px 0 0 0'>{html.escape(m.message)}</pre>" if m.message else ""
-        blocks.append(
-            f"<div style='border-left:4px solid {COLOURS[m.verdict]};padding:2px 10px;margin:4px 0'>"
-            f"<b style='color:{COLOURS[m.verdict]}'>{m.task} {m.verdict}</b> "
-            f"{html.escape(m.name.removeprefix('test_').replace('_', ' '))} ({m.earned}/{m.points}){message}</div>"
-        )
-    blocks += [f"<div style='padding:0 13px'>{html.escape(sentence)}</div>" for sentence in where_ranks_ran(milestones)]
-    return "".join(blocks)
+    return page("check.html", milestones=milestones, colours=COLOURS, where=where_ranks_ran(milestones))
 
 
 def render_board(milestones: list[Milestone]) -> str:
     """The scoreboard for a notebook: a line per task, the messages folded behind those that failed, points, what to do next."""
-    rows = []
-    for lab in dict.fromkeys(m.lab for m in milestones):
-        mine = sorted((m for m in milestones if m.lab == lab), key=lambda m: task_order(m.task))
-        rows.append(f"<tr><th colspan=4 style='text-align:left'>{html.escape(lab)}</th></tr>")
-        for m in mine:
-            verdict = f"<b style='color:{COLOURS[m.verdict]}'>{m.verdict}</b>"
-            if m.waits_for:
-                verdict += f"; it uses task {m.waits_for}, which comes first"
-            elif m.message and m.verdict != "not implemented":
-                first, *rest = m.message.splitlines()
-                verdict += f"<details><summary>{html.escape(first)}</summary><pre>{html.escape(chr(10).join(rest))}</pre></details>"
-            title = html.escape(m.name.removeprefix("test_").replace("_", " "))
-            cells = (m.task, title, verdict, f"{m.earned}/{m.points}")
-            rows.append("<tr>" + "".join(f"<td style='text-align:left;vertical-align:top'>{cell}</td>" for cell in cells) + "</tr>")
-        total = f"{sum(m.earned for m in mine)}/{sum(m.points for m in mine)}"
-        rows.append(
-            f"<tr><td></td><td style='text-align:left'>{html.escape(next_step(mine))}</td><td></td><td><b>{total}</b></td></tr>"
-        )
-        rows += [f"<tr><td></td><td style='text-align:left' colspan=3>{html.escape(s)}</td></tr>" for s in where_ranks_ran(mine)]
-    return f"<table>{''.join(rows)}</table>"
+    labs = []
+    for name in dict.fromkeys(m.lab for m in milestones):
+        mine = sorted((m for m in milestones if m.lab == name), key=lambda m: task_order(m.task))
+        labs.append({"name": name, "milestones": mine, "next": next_step(mine), "where": where_ranks_ran(mine)})
+    return page("scoreboard.html", labs=labs, colours=COLOURS)

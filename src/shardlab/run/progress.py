@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import sys
 import time
 from dataclasses import dataclass, field
 
+from shardlab.pages import page
 from shardlab.run.run_folder import Run
 
 
@@ -173,13 +173,8 @@ class Notebook(Quiet):
         self.handle.update(self.html(self._table()))
 
     def _table(self) -> str:
-        head = "".join(f"<th>{heading}</th>" for heading in HEADINGS)
-        body = ""
-        for row in self.rows:
-            share = 100 * row.step / row.steps if row.steps else 0
-            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row.cells)
-            body += f'<tr>{cells}<td><progress max="100" value="{share:.0f}"></progress></td></tr>'
-        return f"<table><tr>{head}<th></th></tr>{body}</table>"
+        rows = [(row.cells, round(100 * row.step / row.steps) if row.steps else 0) for row in self.rows]
+        return page("progress.html", head=HEADINGS, rows=rows)
 
 
 def in_notebook() -> bool:
@@ -231,12 +226,8 @@ class JobDisplay:
     def _redraw(self, cells: list[str], row: Row | None) -> None:
         from IPython.display import HTML, display
 
-        share = 100 * row.step / row.steps if row and row.steps else 0
-        head = "".join(f"<th>{name}</th>" for name in ("", "state", "reason", "nodes", "", "training", "since"))
-        body = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        table = (
-            f'<table><tr>{head}<th></th></tr><tr>{body}<td><progress max="100" value="{share:.0f}"></progress></td></tr></table>'
-        )
+        share = round(100 * row.step / row.steps) if row and row.steps else 0
+        table = page("progress.html", head=["", "state", "reason", "nodes", "", "training", "since"], rows=[(cells, share)])
         if self.handle is None:
             self.handle = display(HTML(table), display_id=True)
         else:

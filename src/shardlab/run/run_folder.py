@@ -1,4 +1,4 @@
-"""Experiments, and the run folders that come back from them.
+"""The run folder: what comes back from an experiment.
 
 A run folder is all that remains of a run, and all that tables, plots, milestones and grading read:
 

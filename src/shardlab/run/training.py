@@ -1,4 +1,4 @@
-"""What happens on a rank: a `Trainer` that records its run folder.
+"""Training on a rank: a `Trainer` that records its run folder.
 
 Exercises hand their data, collator and arguments to `train`. `train_text` is a complete program without any exercise in it: it
 continues pre-training on the paragraphs. Milestones use it where they judge a DeepSpeed configuration alone.

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from shardlab import hardware, labs, switch
+from shardlab import hardware, labs, pages, switch
 from shardlab.errors import UsageError
 from shardlab.milestones.scoreboard import Milestone, render, render_board, render_html, render_text
 from shardlab.run.run_folder import Run
@@ -209,14 +209,14 @@ def compare(
             return f"{value:,} {unit}".strip()
         return f"{value:,.4g} {unit}".strip() if isinstance(value, float) else str(value)
 
-    rows = ""
+    rows = []
     for name, came in measured.items():
         said = predicted.get(name)
         ratio = f"{said / came:.2f} ×" if isinstance(said, int | float) and isinstance(came, int | float) and came else ""
         cells = [str(name), text(said), text(came), ratio] + ([text(reference.get(name))] if reference else [])
-        rows += "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+        rows.append(cells)
     heads = ["", "you predicted", "measured", "prediction / measured"] + ([reference_name] if reference else [])
-    _display("<table><tr>" + "".join(f"<th>{html.escape(head)}</th>" for head in heads) + f"</tr>{rows}</table>")
+    _display(pages.table(heads, rows))
     open_ = sum(predicted.get(name, ...) in (None, ...) for name in measured)
     if open_:
         print(f"{open_} of {len(measured)} not predicted. Guess before you run: a wrong guess shows what you did not know yet.")
@@ -233,8 +233,7 @@ def table(rows: list[dict], *, bytes_columns: tuple[str, ...] = ()) -> None:
         return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
     heads = list(dict.fromkeys(key for row in rows for key in row))
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(text(key, row.get(key)))}</td>" for key in heads) + "</tr>" for row in rows)
-    _display("<table><tr>" + "".join(f"<th>{html.escape(head.replace('_', ' '))}</th>" for head in heads) + f"</tr>{body}</table>")
+    _display(pages.table([head.replace("_", " ") for head in heads], [[text(key, row.get(key)) for key in heads] for row in rows]))
 
 
 def reference(name: str) -> dict:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-import html
 from pathlib import Path
 
+from shardlab.pages import page, table
 from shardlab.run.run_folder import Run
 from shardlab.zero import memory_model
 from shardlab.zero.memory_model import GIB, MIB, States
@@ -129,11 +129,7 @@ def print_rows(title: str, rows: list[dict]) -> None:
 def html_table(runs: list[Run]) -> str:
     """The same table in HTML."""
     rows = [summary(run) for run in runs]
-    head = "".join(f"<th>{heading}</th>" for heading in columns(rows).values())
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(_cell(key, row[key]))}</td>" for key in columns(rows)) + "</tr>" for row in rows
-    )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return table(list(columns(rows).values()), [[_cell(key, row[key]) for key in columns(rows)] for row in rows])
 
 
 def plot(runs: list[Run], path: Path | str | None = None):
@@ -190,11 +186,6 @@ def plot(runs: list[Run], path: Path | str | None = None):
     return figure
 
 
-STYLE = """body{font-family:system-ui,sans-serif;max-width:1150px;margin:2em auto;padding:0 1em;color:#222;line-height:1.45}
-table{border-collapse:collapse;font-size:14px}th,td{border:1px solid #ccc;padding:4px 9px;text-align:right}
-th:first-child,td:first-child{text-align:left}th{background:#f3f3f3}img{max-width:100%}code{background:#f3f3f3;padding:0 3px}"""
-
-
 def write_report(runs: list[Run], folder: Path | str, title: str) -> Path:
     """Write `report.png` and `report.html` into `folder`; returns the HTML file, which needs no other."""
     folder = Path(folder)
@@ -211,21 +202,7 @@ def write_report(runs: list[Run], folder: Path | str, title: str) -> Path:
         + f"; commit {first.record_json['commit']}.",
     ]
     samples = [(run.experiment.method, example) for run in runs for example in run.results.get("examples", [])[:2]]
-    answers = "".join(
-        f"<tr><td>{html.escape(method)}</td><td>{html.escape(e['question'])}</td><td>{html.escape(e['answer'])}</td><td>{html.escape(e['predicted'])}</td></tr>"
-        for method, e in samples
-    )
-    notes = """<p>Loss before and after is the evaluation loss on held-out paragraphs. EM is exact match on generated answers.
-Measured bytes are what the rank that holds most had in parameters, gradients and optimizer states while it accumulated gradients;
-predicted bytes come from the formulae in <code>shardlab.zero.memory_model</code>. All methods compute the same mathematics, so the loss curves
-lie on one another.</p>"""
     path = folder / "report.html"
-    path.write_text(
-        f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>
-<h1>{html.escape(title)}</h1>{"".join(f"<p>{html.escape(fact)}</p>" for fact in facts)}{html_table(runs)}
-<p><img alt="Training loss, bytes per rank, samples per second" src="data:image/png;base64,{picture}"></p>{notes}
-<h2>Answers after training</h2><table><tr><th>method</th><th>question</th><th>answer</th><th>generated</th></tr>{answers}</table></html>
-""",
-        encoding="utf-8",
-    )
+    values = {"title": title, "facts": facts, "table": html_table(runs), "picture": picture, "answers": samples}
+    path.write_text(page("report.html", **values), encoding="utf-8")
     return path
