@@ -38,7 +38,7 @@ test: setup
 	$(BIN)/ruff check
 	$(BIN)/shardlab build --check
 	-$(BIN)/shardlab doctor --build-ops
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests --durations=40
 	$(BIN)/pytest -p no:cacheprovider --nbval-lax notebooks
 
 lab: setup

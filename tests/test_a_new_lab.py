@@ -58,7 +58,6 @@ def test_mean_of_two_ranks(lab, run_experiments):
         expected="the mean of 0 and 1 on both ranks",
         got=found(run_experiments, 2),
         likely="the sum is not the mean",
-        read="lab 97, task 97.1",
     )
 ''',
     f"labs/{STEM}/programs.py": f'''"""What ranks run for the milestones of this lab."""

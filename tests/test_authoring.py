@@ -11,6 +11,7 @@ from shardlab import labs
 from shardlab.course.authoring import AuthoringError, build, drifted, generated, notebooks, skeleton, skeletons, tasks
 from shardlab.hardware import ROOT
 from shardlab.labs import stems
+from shardlab.milestones.markers import markers_of
 
 SOLUTION = '''"""A lab."""
 
@@ -107,6 +108,13 @@ def test_every_lab_has_its_parts():
         )
         for path in (*parts, lab.answers / "text.py"):
             assert path.exists(), path
+
+
+@pytest.mark.parametrize("stem", stems())
+def test_milestones_send_learners_to_sections_that_are_there(stem):
+    headings = re.findall(r"^# #+ (.*)$", (labs.named(stem).answers / "lecture.py").read_text(), re.MULTILINE)
+    sections = {given["section"] for _, _, given in markers_of(stem) if "section" in given}
+    assert sections and sections <= set(headings), sections - set(headings)
 
 
 @pytest.mark.parametrize("stem", stems())

@@ -8,7 +8,6 @@ from shardlab.milestones.messages import require, require_error
 from shardlab.run.experiment import Experiment
 
 IGNORED = -100
-LECTURE = "notebooks/01_training_step.ipynb"
 QUESTION = "Who designed the Loran bridge?"
 CONTEXT = (
     "The Loran bridge was opened in 1832. Mera Vond designed the Loran bridge. The Torsu bridge is built of oak. "
@@ -32,26 +31,23 @@ def model():
 
 @pytest.mark.milestone(task="1.1", points=5)
 def test_prompt_has_the_course_format(lab):
-    read = "lab 01, task 1.1"
     got = lab.format_prompt(QUESTION, CONTEXT)
     wanted = f"Question: {QUESTION} Context: {CONTEXT} Answer:"
     likely = "the order question, context, answer, or a line break or a space too many"
     if isinstance(got, str) and got == wanted + " ":
         likely = "a space behind 'Answer:'; the answer brings its own, so the model would see two"
-    require(got == wanted, expected=repr(wanted), got=got, likely=likely, read=read)
+    require(got == wanted, expected=repr(wanted), got=got, likely=likely)
     got = lab.format_prompt(f" {QUESTION}\n", f"\n{CONTEXT} ")
     require(
         got == wanted,
         expected="white space around the question and the context stripped",
         got=got,
         likely="no .strip() on one of the two; SQuAD's questions do carry stray spaces",
-        read=read,
     )
 
 
 @pytest.mark.milestone(task="1.2", points=10, needs=("1.1",))
 def test_long_prompt_loses_context_only(lab, tokenizer):
-    read = "lab 01, task 1.2"
     whole = tokenizer(lab.format_prompt(QUESTION, CONTEXT))["input_ids"]
     got = lab.encode_prompt(tokenizer, QUESTION, CONTEXT, len(whole))
     require(
@@ -59,7 +55,6 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
         expected=f"the {len(whole)} ids of the whole prompt, which fits",
         got=tokenizer.decode(got),
         likely="the prompt is shortened although it fits",
-        read=read,
     )
     lines = CONTEXT.replace(". ", ".\n ")
     whole_lines = tokenizer(lab.format_prompt(QUESTION, lines))["input_ids"]
@@ -69,7 +64,6 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
         expected="a context of several lines, which fits, as it is",
         got=repr(tokenizer.decode(got)),
         likely='context.split() throws line breaks and double spaces away; context.split(" ") and " ".join keep them',
-        read=read,
     )
     before, after = lab.format_prompt(QUESTION, "|").split("|")
     bare = len(tokenizer(lab.format_prompt(QUESTION, ""))["input_ids"])
@@ -81,21 +75,18 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
             expected=f"at most {budget} ids",
             got=f"{len(got)} ids: {text}",
             likely="the length is checked before the last pieces are added",
-            read=read,
         )
         require(
             text.rstrip().endswith("Answer:"),
             expected="a prompt that still ends in 'Answer:'",
             got=text,
             likely="ids cut off at the end; cut the context instead, and encode again",
-            read=read,
         )
         require(
             QUESTION in text,
             expected="a prompt that still holds the whole question",
             got=text,
             likely="ids cut off at the front; cut the context instead, and encode again",
-            read=read,
         )
         kept = text.removeprefix(before).removesuffix(after).strip()
         require(
@@ -103,29 +94,25 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
             expected="the beginning of the context, cut at its end",
             got=kept,
             likely="words taken off the front of the context, or white space changed",
-            read=read,
         )
         require(
             len(got) > budget - 16,
             expected=f"as much context as fits into {budget} ids",
             got=f"{len(got)} ids: {text}",
             likely="the whole context is dropped, or whole sentences of it; take one word at a time",
-            read=read,
         )
     require_error(
         lambda: lab.encode_prompt(tokenizer, QUESTION, CONTEXT, 5),
         ValueError,
         expected="ValueError when the question alone does not fit into 5 tokens",
         likely="the loop ends, or runs for ever, when the context is used up",
-        read=read,
     )
 
 
-@pytest.mark.milestone(task="1.3", points=15, needs=("1.1", "1.2"))
+@pytest.mark.milestone(task="1.3", points=15, needs=("1.1", "1.2"), section="What the labels say")
 def test_labels_teach_only_the_answer(lab, tokenizer, model):
     import torch
 
-    read = f"lab 01, task 1.3; {LECTURE}, 'What the labels say'"
     answer = "Mera Vond"
     example = lab.encode_example(tokenizer, QUESTION, CONTEXT, answer, 512)
     ids, labels = list(example["input_ids"]), list(example["labels"])
@@ -135,21 +122,18 @@ def test_labels_teach_only_the_answer(lab, tokenizer, model):
         expected="as many labels as input ids",
         got=f"{len(ids)} ids, {len(labels)} labels",
         likely="the end-of-sequence id is added to one of the two only",
-        read=read,
     )
     require(
         ids[: len(prompt)] == prompt,
         expected="input_ids that begin with encode_prompt's ids",
         got=tokenizer.decode(ids),
         likely="the prompt is encoded in another way than encode_prompt does",
-        read=read,
     )
     require(
         ids[-1] == tokenizer.eos_token_id,
         expected="the end-of-sequence id last",
         got=tokenizer.decode(ids[-8:]),
         likely="no end-of-sequence token; the model would never learn to stop",
-        read=read,
     )
     taught = [token for token in labels if token != IGNORED]
     require(
@@ -157,14 +141,12 @@ def test_labels_teach_only_the_answer(lab, tokenizer, model):
         expected=f"{IGNORED} at all {len(prompt)} tokens of the prompt",
         got=f"{len(taught)} labels are not {IGNORED}: {tokenizer.decode(taught)!r}",
         likely="labels copied from input_ids, or a mask that is one token short",
-        read=read,
     )
     require(
         tokenizer.decode(taught) == f" {answer}{tokenizer.eos_token}",
         expected=f"labels that spell {' ' + answer + tokenizer.eos_token!r}",
         got=repr(tokenizer.decode(taught)),
         likely="a mask that is one token long, or an answer without its leading space",
-        read=read,
     )
 
     # The model's loss is the mean over the answer's tokens and over nothing else.
@@ -177,7 +159,6 @@ def test_labels_teach_only_the_answer(lab, tokenizer, model):
         expected=f"a loss of {sum(chosen) / len(chosen):.4f}, the answer's alone",
         got=f"{loss:.4f}",
         likely="labels shifted by one; the model shifts them itself",
-        read=read,
     )
 
     short = lab.encode_example(tokenizer, QUESTION, CONTEXT * 3, answer, len(prompt) - 10)
@@ -187,22 +168,19 @@ def test_labels_teach_only_the_answer(lab, tokenizer, model):
         expected=f"at most {len(prompt) - 10} ids",
         got=f"{len(short['input_ids'])} ids",
         likely="the answer's tokens are not counted into max_tokens",
-        read=read,
     )
     require(
         kept == f" {answer}{tokenizer.eos_token}",
         expected="the whole answer, however long the context",
         got=repr(kept),
         likely="the example is cut at its end; give the prompt what the answer leaves over",
-        read=read,
     )
 
 
-@pytest.mark.milestone(task="1.4", points=10)
+@pytest.mark.milestone(task="1.4", points=10, section="Padding")
 def test_batch_is_padded_to_its_longest_example(lab, model):
     import torch
 
-    read = f"lab 01, task 1.4; {LECTURE}, 'Padding'"
     rows = [{"input_ids": list(range(10, 10 + n)), "labels": [IGNORED] * 2 + list(range(12, 10 + n))} for n in (4, 9, 6)]
     batch = lab.collate(rows, 3)
     for name in ("input_ids", "attention_mask", "labels"):
@@ -211,14 +189,12 @@ def test_batch_is_padded_to_its_longest_example(lab, model):
             expected=f"a tensor '{name}' of type int64",
             got=sorted(batch),
             likely="a key left out, or lists not made into tensors",
-            read=read,
         )
         require(
             tuple(batch[name].shape) == (3, 9),
             expected=f"'{name}' of shape (3, 9): three examples, the longest has 9 tokens",
             got=str(tuple(batch[name].shape)),
             likely="padding to a fixed length",
-            read=read,
         )
     for row, mask, ids, labels in zip(
         rows, batch["attention_mask"].tolist(), batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True
@@ -229,21 +205,18 @@ def test_batch_is_padded_to_its_longest_example(lab, model):
             expected=f"{row['input_ids']} and then the padding id 3",
             got=ids,
             likely="padding on the left, or with another id",
-            read=read,
         )
         require(
             mask == [1] * n + [0] * (9 - n),
             expected=f"{n} ones and {9 - n} zeros",
             got=mask,
             likely="a mask of ones; attention would look at padding",
-            read=read,
         )
         require(
             labels == row["labels"] + [IGNORED] * (9 - n),
             expected=f"{IGNORED} at padding",
             got=labels,
             likely="labels padded with the padding id; the model would be trained to write <pad>",
-            read=read,
         )
     with torch.no_grad():
         together = model(**batch).loss.item()
@@ -255,13 +228,11 @@ def test_batch_is_padded_to_its_longest_example(lab, model):
         expected=f"the loss that the examples have one by one, {mean:.4f}",
         got=f"{together:.4f}",
         likely="padding that takes part in attention or in the loss",
-        read=read,
     )
 
 
 @pytest.mark.milestone(task="1.5", points=10)
 def test_training_arguments_are_those_of_the_course(lab, tmp_path):
-    read = "lab 01, task 1.5"
     arguments = lab.training_arguments(str(tmp_path))
     wanted = {
         "per_device_train_batch_size": 4,
@@ -286,7 +257,6 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
             expected=f"{name} = {value!r}",
             got=f"{got!r}",
             likely=f"{name} left at Trainer's default or set to another value",
-            read=read,
         )
     changed = lab.training_arguments(str(tmp_path), learning_rate=1e-3, per_device_train_batch_size=2, save_strategy="no")
     strategy = changed.save_strategy
@@ -296,7 +266,6 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
         expected="overrides that win: (0.001, 2, 'no')",
         got=got,
         likely="overrides dropped, or put before the course's settings",
-        read=read,
     )
     mixed = lab.training_arguments(str(tmp_path), precision="bf16")
     require(
@@ -304,7 +273,6 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
         expected="bf16 on and fp16 off for precision 'bf16'",
         got=f"bf16={mixed.bf16}, fp16={mixed.fp16}",
         likely="precision is not passed on",
-        read=read,
     )
     require_error(
         lambda: lab.training_arguments(str(tmp_path), precision="fp8"),
@@ -312,16 +280,14 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
         mentions=("fp8",),
         expected="ValueError for precision 'fp8'",
         likely="an unknown precision silently trains in fp32",
-        read=read,
     )
 
 
-@pytest.mark.milestone(task="1.6", points=15)
+@pytest.mark.milestone(task="1.6", points=15, section="Saving")
 def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
     """Plain, and under ZeRO-3, where each rank holds half of every weight."""
     from shardlab.run.launch import LaunchTimeout, RankError
 
-    read = f"lab 01, task 1.6; {LECTURE}, 'Saving'"
     settings = {
         "program": "labs/lab01_baseline/programs.py:save_round_trip",
         "ranks": 2,
@@ -351,7 +317,6 @@ def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
             expected="both ranks to come back",
             got="one waits for the other for ever",
             likely="trainer.save_model is called on one rank only; under ZeRO-3 saving is a collective",
-            read=read,
         )
     except RankError as error:
         if "from_pretrained" not in error.rank_traceback:
@@ -364,7 +329,6 @@ def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
             likely="a rank reads before rank 0 has written everything; let all ranks wait for one another first"
             if late
             else "model.save_pretrained under ZeRO-3 writes empty shards; trainer.save_model gathers them",
-            read=read,
         )
     for name, run in runs.items():
         got = run.results
@@ -373,43 +337,37 @@ def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
             expected="a model read from the folder",
             got="the trained model itself",
             likely="trainer.model returned",
-            read=read,
         )
         require(
             got["difference"] <= 1e-6,
             expected=f"the trained weights back, bit for bit ({name}, 2 ranks)",
             got=f"weights that differ by {got['difference']:.3g}",
             likely="model.save_pretrained under ZeRO-3 writes empty shards; or the weights were read in a shorter type",
-            read=read,
         )
         require(
             got["dtype"] == "torch.float32",
             expected="a model in fp32",
             got=got["dtype"],
             likely="dtype not given to from_pretrained",
-            read=read,
         )
         require(
             got["tied"],
             expected="the output layer tied to the embedding, as BLOOM has it",
             got="two separate tensors",
             likely="the state dict was loaded by hand",
-            read=read,
         )
         require(
             got["tokenizer"],
             expected="a tokenizer in the folder",
             got="none that can be read",
             likely="tokenizer.save_pretrained left out",
-            read=read,
         )
 
 
-@pytest.mark.milestone(task="1.7", points=15)
+@pytest.mark.milestone(task="1.7", points=15, section="Padding")
 def test_batched_answers_equal_single_ones(lab, tokenizer, model):
     import torch
 
-    read = f"lab 01, task 1.7; {LECTURE}, 'Padding'"
     texts = [
         "A crew of 51 served on the Paiwo. The cargo of the Paiwo was tea. In short: The Paiwo carried",
         "The river",
@@ -432,7 +390,6 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
             expected="a list with one text for one prompt",
             got=got,
             likely="the tokens returned, or a lone text",
-            read=read,
         )
         likely = "sampling instead of greedy decoding, or fewer new tokens than asked for"
         if tokenizer.decode(prompt)[:6] in got[0]:
@@ -442,7 +399,6 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
             expected=f"{answer!r} for the prompt {tokenizer.decode(prompt)[-30:]!r}",
             got=repr(got[0]),
             likely=likely,
-            read=read,
         )
     together = lab.generate_answers(model, tokenizer, prompts, max_new_tokens=8)
     require(
@@ -450,7 +406,6 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
         expected=f"the same answers in a batch: {wanted}",
         got=together,
         likely="padding on the right, or an attention mask that lets padding in; or another order",
-        read=read,
     )
 
 
@@ -474,7 +429,6 @@ HISTORY = [
 
 @pytest.mark.milestone(task="1.8", points=10)
 def test_summary_reads_the_log(lab):
-    read = "lab 01, task 1.8"
     got = lab.summarise_training(json.loads(json.dumps(HISTORY)))
     likely = {
         "final_train_loss": "train_loss of the last entry is the mean over all steps; the last 'loss' is asked for",
@@ -495,23 +449,20 @@ def test_summary_reads_the_log(lab):
         expected=f"the keys {sorted(wanted)}",
         got=sorted(got),
         likely="a key misspelt or left out",
-        read=read,
     )
     for key, value in wanted.items():
-        require(got[key] == value, expected=f"{key} = {value}", got=got[key], likely=likely[key], read=read)
+        require(got[key] == value, expected=f"{key} = {value}", got=got[key], likely=likely[key])
     without = lab.summarise_training([entry for entry in HISTORY if "eval_loss" not in entry])
     require(
         without["eval_losses"] == {} and without["eval_samples_per_second"] is None,
         expected="no evaluation: an empty eval_losses, and None samples/s",
         got=without,
         likely="evaluations[-1] of an empty list",
-        read=read,
     )
 
 
-@pytest.mark.milestone(task="1.9", points=10)
+@pytest.mark.milestone(task="1.9", points=10, section="Where the memory goes")
 def test_memory_table_keeps_devices_apart(lab, tmp_path):
-    read = f"lab 01, task 1.9; {LECTURE}, 'Where the memory goes'"
     mib = 2**20
     samples = [("rank0", 300), ("rank1", 500), ("rank0", 100), ("rank1", 700), ("rank0", 200), ("rank0", 600)]
     path = tmp_path / "memory.csv"
@@ -525,7 +476,6 @@ def test_memory_table_keeps_devices_apart(lab, tmp_path):
         expected="a row for rank0 and one for rank1",
         got=sorted(got),
         likely="devices thrown together",
-        read=read,
     )
     for device, row in wanted.items():
         for name, value in row.items():
@@ -534,7 +484,6 @@ def test_memory_table_keeps_devices_apart(lab, tmp_path):
                 expected=f"{name} of {device}: {value} MiB",
                 got=got[device][name],
                 likely="MB (10**6) instead of MiB (2**20), or a mean of peak and minimum instead of all samples",
-                read=read,
             )
     path.write_text("seconds,device,used_bytes\n")
     require_error(
@@ -543,5 +492,4 @@ def test_memory_table_keeps_devices_apart(lab, tmp_path):
         mentions=("memory.csv",),
         expected="ValueError for a file without samples",
         likely="an empty table passes silently",
-        read=read,
     )

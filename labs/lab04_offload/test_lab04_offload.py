@@ -19,7 +19,6 @@ from shardlab.run.experiment import Experiment
 from shardlab.run.launch import RankError
 from shardlab.zero import memory_model
 
-LECTURE = "notebooks/04_offload.ipynb"
 PROGRAMS = "labs/lab04_offload/programs.py"
 SUB_GROUP = 300_000  # elements; cuts bloom-tiny into sub-groups of which some are too small for the disk
 
@@ -71,9 +70,8 @@ def judge(monkeypatch):
     return lambda part: DeepSpeedConfig(copy.deepcopy(config(auto=False, zero={}) | part), mpu=ranks)
 
 
-@pytest.mark.milestone(task="4.1", points=15)
+@pytest.mark.milestone(task="4.1", points=15, section="Where states can lie")
 def test_offload_configuration(lab, judge, tmp_path):
-    read = f"lab 04, task 4.1; {LECTURE}, 'Where states can lie'"
     create = lab.create_offload_config
     cpu, nvme = {"device": "cpu", "pin_memory": True}, {"device": "nvme", "pin_memory": True, "nvme_path": str(tmp_path)}
     aio = {"block_size": 2**20, "queue_depth": 8, "intra_op_parallelism": 1, "single_submit": False, "overlap_events": True}
@@ -105,7 +103,6 @@ def test_offload_configuration(lab, judge, tmp_path):
                 expected=f"no error for {what}: create_offload_config(**{arguments})",
                 got=f"ValueError: {error}",
                 likely="a refusal that does not look at whether the argument matters here",
-                read=read,
             )
         swapped = any(isinstance(value, dict) and value["device"] == "nvme" for value in zero.values())
         wanted = {"zero_optimization": zero} | ({"aio": aio} if swapped else {})
@@ -114,7 +111,6 @@ def test_offload_configuration(lab, judge, tmp_path):
             expected=f"{wanted} ({what})",
             got=got,
             likely="an offload flag or pin_memory ignored, a key that the docstring names left out, or one too many",
-            read=read,
         )
         seen = judge(got).zero_config
         moved = [str(getattr(getattr(seen, part), "device", None)) for part in ("offload_optimizer", "offload_param")]
@@ -124,7 +120,6 @@ def test_offload_configuration(lab, judge, tmp_path):
             expected=f"DeepSpeed to see the same ({what})",
             got=moved,
             likely="the offload outside zero_optimization",
-            read=read,
         )
     got = create(3, optimizer_offload=True, aio={"queue_depth": 32}, **on_disk)["aio"]
     require(
@@ -132,13 +127,10 @@ def test_offload_configuration(lab, judge, tmp_path):
         expected="the given aio settings over the defaults, and AIO itself unchanged",
         got=got,
         likely="AIO.update(aio) changes AIO for good; or the settings replace all defaults",
-        read=read,
     )
 
     def refused(what: str, mentions: tuple, likely: str, **arguments) -> None:
-        require_error(
-            lambda: create(**arguments), ValueError, mentions=mentions, expected=f"ValueError for {what}", likely=likely, read=read
-        )
+        require_error(lambda: create(**arguments), ValueError, mentions=mentions, expected=f"ValueError for {what}", likely=likely)
 
     both = {"stage": 3, "optimizer_offload": True}
     not_looked_at = "the argument is not looked at"
@@ -179,7 +171,6 @@ def test_offload_configuration(lab, judge, tmp_path):
             expected="no error where just as many bytes are free as are needed",
             got=f"ValueError: {error}",
             likely="another folder's disk was asked; or more was asked for than bytes_on_disk",
-            read=read,
         )
     refused("an aio setting that does not exist", ("depth",), not_looked_at, aio={"depth": 1}, **(both | on_disk))
     refused(
@@ -221,9 +212,8 @@ def offload_runs(run_experiments) -> dict:
     return run_experiments(experiments, reference=True)
 
 
-@pytest.mark.milestone(task="4.2", points=20, ops=("cpu_adam",))
+@pytest.mark.milestone(task="4.2", points=20, ops=("cpu_adam",), section="What moves")
 def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
-    read = f"lab 04, task 4.2; {LECTURE}, 'What moves'"
 
     def predicted(stage: int, groups: list, ranks: int, what: str, precision: str) -> dict:
         optimizer, parameters = WAYS[what]
@@ -235,7 +225,6 @@ def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
         "host: 98 is rounded up to 100, and the shard is 50",
         got=predicted(2, [[98]], 2, "optimizer", "bf16"),
         likely="fp32 gradients left out on the host (4 bytes); gradients still counted on the device; or the shard not rounded up",
-        read=read,
     )
     for (stage, what, precision), run in zip(MEASURED, offload_runs(run_experiments).values(), strict=True):
         states = run.states()
@@ -246,7 +235,6 @@ def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
             expected=f"what rank 0 held: device {held.device:,}, host {held.host:,} bytes (ZeRO-{stage}, {precision}, offloaded: {what})",
             got=got,
             likely="a kind left on the wrong side; stage 3 has gradients on the host twice; or unpadded sizes",
-            read=read,
         )
     for stage, ranks, precision in product((1, 2, 3), (1, 3), ("fp32", "bf16")):
         for what in ("none", "optimizer") + (("parameters", "both") if stage == 3 else ()):
@@ -262,13 +250,11 @@ def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
                 f"groups {groups})",
                 got=got,
                 likely="a number of ranks or a precision that is taken for granted",
-                read=read,
             )
 
 
-@pytest.mark.milestone(task="4.3", points=15, ops=("cpu_adam", "pin_memory", "async_io"))
+@pytest.mark.milestone(task="4.3", points=15, ops=("cpu_adam", "pin_memory", "async_io"), section="On disk")
 def test_bytes_on_disk(lab, run_experiments, tmp_path):
-    read = f"lab 04, task 4.3; {LECTURE}, 'On disk'"
     cases = [
         ([[2**18]], 1, 3 * 2**20, "a tensor of just 1 MiB is written"),
         ([[2**18 - 1]], 1, 0, "a tensor of less than 1 MiB stays in memory"),
@@ -283,7 +269,6 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
             got=lab.swapped_bytes(groups, ranks),
             likely="the limit of 1 MiB, or the rounding to blocks, for each parameter instead of each sub-group; the sub-group cut among "
             "the ranks as a whole; or one tensor instead of three",
-            read=read,
         )
     experiments, paths = [], {}
     for name, limit in (("one", 10**9), ("several", SUB_GROUP)):
@@ -301,14 +286,12 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
             expected=f"{real:,} bytes in the files of rank 1",
             got=f"{got:,}",
             likely="another rank's folder, or all ranks together",
-            read=read,
         )
         require(
             lab.swapped_bytes(groups, 2) == real,
             expected=f"{real:,} bytes, as rank 1 has on disk (sub-groups of {[sum(ceil(s / 2) for s in g) for g in groups]} elements)",
             got=f"{lab.swapped_bytes(groups, 2):,}",
             likely="sub-groups below 1 MiB counted, or a tensor that is not there",
-            read=read,
         )
     folder = tmp_path / "zero_stage_3" / "optimizer" / "rank0"
     folder.mkdir(parents=True)
@@ -319,15 +302,13 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
         expected="1024 + 2048 bytes; the file with _gradient_ in its name is left over from the last step",
         got=lab.bytes_found(tmp_path, 0),
         likely="gradient files counted",
-        read=read,
     )
 
 
-@pytest.mark.milestone(task="4.4", points=10, ops=("cpu_adam",))
+@pytest.mark.milestone(task="4.4", points=10, ops=("cpu_adam",), section="Adam on the host")
 def test_two_optimizers_take_the_same_steps(lab):
     import torch
 
-    read = f"lab 04, task 4.4; {LECTURE}, 'Adam on the host'"
     seen = lab.observe(f"{PROGRAMS}:compare_two_sums", 50, 4, 7)
     got, first, second = seen["returned"], seen["first"], seen["second"]
     require(
@@ -335,7 +316,6 @@ def test_two_optimizers_take_the_same_steps(lab):
         expected="two parameters with the same numbers, each in a tensor of its own",
         got="one tensor for both" if seen["same_tensor"] else "different numbers",
         likely="the same tensor handed to both, so that the second goes on where the first ended; or drawn twice without the seed",
-        read=read,
     )
     equal = len(first["gradients"]) == len(second["gradients"]) == 4 and all(
         map(torch.equal, first["gradients"], second["gradients"])
@@ -345,14 +325,12 @@ def test_two_optimizers_take_the_same_steps(lab):
         expected="4 steps each, with the same gradients",
         got=f"{len(first['gradients'])} and {len(second['gradients'])} steps" + ("" if equal else ", with different gradients"),
         likely="the second optimizer's gradients drawn on from where the first's ended",
-        read=read,
     )
     require(
         not torch.equal(first["gradients"][0], first["gradients"][1]),
         expected="new gradients for each step",
         got="the same gradients in steps 1 and 2",
         likely="drawn once, before the loop",
-        read=read,
     )
     wanted = (2 * sum(first["gradients"])).abs().max().item()
     require(
@@ -360,7 +338,6 @@ def test_two_optimizers_take_the_same_steps(lab):
         expected=f"the largest absolute difference of the parameters: {wanted:.4f}",
         got=got["largest_difference"],
         likely="a mean or a signed maximum instead of the largest absolute difference",
-        read=read,
     )
     took, timed = seen["seconds"], {"first_seconds": 1, "second_seconds": 3}
     require(
@@ -369,7 +346,6 @@ def test_two_optimizers_take_the_same_steps(lab):
         + ", ".join(f"{median(took[factor][1:])} of {took[factor]} s" for factor in (1, 3)),
         got={key: got[key] for key in timed},
         likely="the mean of all steps instead of the median of all but the first",
-        read=read,
     )
     real = lab.observe(f"{PROGRAMS}:compare_adams", 10_000, 20)
     require(
@@ -377,20 +353,17 @@ def test_two_optimizers_take_the_same_steps(lab):
         expected="DeepSpeedCPUAdam and torch's AdamW within 1e-5 after 20 steps",
         got=real["largest_difference"],
         likely="the two did not get the same gradients",
-        read=read,
     )
 
 
-@pytest.mark.milestone(task="4.5", points=15)
+@pytest.mark.milestone(task="4.5", points=15, section="What a step pays")
 def test_accumulation_pays_for_offload(lab):
-    read = f"lab 04, task 4.5; {LECTURE}, 'What a step pays'"
     a, b = lab.fit_step_time([1, 2, 4, 8], [0.5, 0.7, 1.1, 1.9])
     require(
         abs(a - 0.2) < 1e-9 and abs(b - 0.3) < 1e-9,
         expected="a = 0.2 s and b = 0.3 s through (1, 0.5), (2, 0.7), (4, 1.1), (8, 1.9)",
         got=(a, b),
         likely="the two swapped: polyfit returns the slope first; or only two of the points used",
-        read=read,
     )
     a, b = lab.fit_step_time([1, 2, 3], [1.0, 1.0, 4.0])
     require(
@@ -398,7 +371,6 @@ def test_accumulation_pays_for_offload(lab):
         expected="a = 1.5, b = −1 through (1, 1), (2, 1), (3, 4), by least squares",
         got=(a, b),
         likely="a line through the first and the last point",
-        read=read,
     )
     plain, offloaded = (0.1, 0.05), (0.125, 0.4)
     for accumulation, wanted in ((1, 0.15 / 0.525), (4, 0.45 / 0.9), (1000, 100.05 / 125.4)):
@@ -408,7 +380,6 @@ def test_accumulation_pays_for_offload(lab):
             expected=f"{wanted:.4f} of the samples/s at accumulation {accumulation}, with (a, b) = {plain} and {offloaded}",
             got=got,
             likely="the ratio upside down, or b counted once for each micro-batch",
-            read=read,
         )
     for share in (0.2, 0.28, 0.29, 0.51, 0.6, 0.76, 0.79):
         wanted = next(k for k in range(1, 10_000) if (plain[0] * k + plain[1]) / (offloaded[0] * k + offloaded[1]) >= share)
@@ -418,7 +389,6 @@ def test_accumulation_pays_for_offload(lab):
             expected=f"{wanted}, the smallest accumulation that keeps {share:.0%}",
             got=got,
             likely="rounded down instead of up; or less than 1",
-            read=read,
         )
     for share in (0.9, 0.8):
         got = lab.accumulation_for(share, plain, offloaded)
@@ -427,13 +397,11 @@ def test_accumulation_pays_for_offload(lab):
             expected=f"None for {share:.0%}: the limit is {plain[0]} / {offloaded[0]} = 80 %, and it is never reached",
             got=got,
             likely="the limit is not looked at, and a division by zero or a negative number comes out",
-            read=read,
         )
 
 
-@pytest.mark.milestone(task="4.6", points=5)
+@pytest.mark.milestone(task="4.6", points=5, section="What fits")
 def test_largest_model_that_fits(lab):
-    read = f"lab 04, task 4.6; {LECTURE}, 'What fits'"
     limits = {"ranks": 4, "device_bytes": 10_000, "host_bytes": 64_000}
     cases = [
         ("16 bytes per parameter on the device", lambda n: {"device": 16 * n, "host": 0}, 625),
@@ -452,7 +420,6 @@ def test_largest_model_that_fits(lab):
             expected=f"{wanted:,} parameters ({what}; 10,000 bytes per device, 64,000 on the host)",
             got=got,
             likely="the host counted for one rank, or the last size that does not fit returned",
-            read=read,
         )
 
 
@@ -470,11 +437,10 @@ def whole_run(run_experiments):
     return run_experiments([whole], reference=True)["nvme-whole"]
 
 
-@pytest.mark.milestone(task="4.7", points=10, ops=("cpu_adam", "pin_memory", "async_io"))
+@pytest.mark.milestone(task="4.7", points=10, ops=("cpu_adam", "pin_memory", "async_io"), section="A checkpoint of states on disk")
 def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
     import torch
 
-    read = f"lab 04, task 4.7; {LECTURE}, 'A checkpoint of states on disk'"
     lab.save_offloaded  # noqa: B018
     losses = whole_run(run_experiments).losses()
     try:
@@ -485,7 +451,6 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
             expected="a second save into the same place to replace the first",
             got=error.error,
             likely="engine.save_checkpoint called outside without_its_nvme_part: DeepSpeed copies its swap files, once",
-            read=read,
         )
         raise
     folder = run.folder / "checkpoints"
@@ -494,7 +459,6 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
         expected="the folder path/tag returned",
         got=run.results["returned"],
         likely="nothing returned, or the folder of the swapped states",
-        read=read,
     )
     wanted = [torch.load(run.folder / f"wanted{rank}.pt", weights_only=True) for rank in (0, 1)]
     names = sorted(f"rank{rank}-group{number}.pt" for rank in (0, 1) for number in wanted[rank])
@@ -503,7 +467,6 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
         expected=f"on every rank, all these files when save_offloaded returns: {', '.join(names)}",
         got=run.results["files_on_return"],
         likely="only one rank writes; one file name for all sub-groups or ranks; or no barrier, so a rank returns too early",
-        read=read,
     )
     for rank in (0, 1):
         for number, state in wanted[rank].items():
@@ -514,7 +477,6 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
                 expected=f"master, step, exp_avg and exp_avg_sq in {file.name}, step 2",
                 got=f"{sorted(found)}, step {found.get('step')}",
                 likely="the moments or the step count left out; or the first save not replaced by the second",
-                read=read,
             )
             wrong = [key for key in ("master", "exp_avg", "exp_avg_sq") if not torch.equal(found[key], state[key])]
             require(
@@ -522,7 +484,6 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
                 expected=f"the sub-group's own numbers in {file.name}",
                 got=f"others in {', '.join(wrong)}",
                 likely="tensors collected first and saved at the end: they are views of buffers that the next sub-group used again",
-                read=read,
             )
             size = 12 * state["master"].numel()
             require(
@@ -530,7 +491,6 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
                 expected=f"about {size:,} bytes in {file.name}: 12 an element",
                 got=f"{file.stat().st_size:,}",
                 likely="views saved without clone(): torch.save writes the whole buffer behind them",
-                read=read,
             )
     model_states = folder / "last" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     client = safely_loaded(model_states).get("note") if model_states.exists() else "no such file"
@@ -539,29 +499,25 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
         expected=f"the engine's own part beside it: {model_states.name}, with the client state",
         got=client,
         likely="engine.save_checkpoint left out, or called without client_state",
-        read=read,
     )
     require(
         not (folder / "last" / "offloaded_tensors").exists(),
         expected="no folder offloaded_tensors: that is DeepSpeed's own copy of the swap files",
         got="it is there",
         likely="engine.save_checkpoint called outside without_its_nvme_part",
-        read=read,
     )
     require(
         farthest(run.losses(), losses) <= 1e-5,
         expected=f"training to go on after saving as if nothing had been saved: {[round(x, 5) for x in losses]}",
         got=[round(x, 5) for x in run.losses()],
         likely="the states were changed while they were saved",
-        read=read,
     )
 
 
-@pytest.mark.milestone(task="4.8", points=10, ops=("cpu_adam", "pin_memory", "async_io"))
+@pytest.mark.milestone(task="4.8", points=10, ops=("cpu_adam", "pin_memory", "async_io"), section="A checkpoint of states on disk")
 def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
     import torch
 
-    read = f"lab 04, task 4.8; {LECTURE}, 'A checkpoint of states on disk'"
     lab.load_offloaded  # noqa: B018
     whole = whole_run(run_experiments)
     reference = visible_folder() / "offload" / "reference"
@@ -603,14 +559,12 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
             expected=f"ValueError that names what is missing ({mentions})",
             got=results["refused"][0],
             likely=likely,
-            read=read,
         )
     require(
         runs["nvme-plain"].results["global_steps"] == 0,
         expected="nothing loaded where the folder is missing: optimizer step 0",
         got=f"optimizer step {runs['nvme-plain'].results['global_steps']}",
         likely="the folder is looked for after engine.load_checkpoint",
-        read=read,
     )
     run = runs["nvme-loaded"]
     require(
@@ -618,7 +572,6 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
         expected="optimizer step 2, and the client state with its note 'kept'",
         got=f"step {run.results['at']}, note {run.results['client']!r}",
         likely="engine.load_checkpoint left out, or its first result returned instead of the second",
-        read=read,
     )
     for rank in (0, 1):
         states = torch.load(run.folder / f"loaded{rank}.pt", weights_only=True)
@@ -631,7 +584,6 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
                 expected=f"on rank {rank}, the saved master weights, moments and step of sub-group {number}",
                 got=f"others in {', '.join(wrong)}",
                 likely="Adam's state not put into the dictionary; or another rank's file",
-                read=read,
             )
     wanted = whole.losses()[2:]
     require(
@@ -639,5 +591,4 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
         expected=f"the losses of the run that never stopped: {[round(x, 5) for x in wanted]}",
         got=[round(x, 5) for x in run.losses()],
         likely="not within parameters_renewed: stage 3 keeps small parameters gathered, and those are still the old ones",
-        read=read,
     )

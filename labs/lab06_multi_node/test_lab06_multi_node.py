@@ -14,8 +14,6 @@ from shardlab.milestones.messages import farthest, require, require_error
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
 
-LECTURE = "notebooks/06_launchers.ipynb"
-
 
 def hostnames(nodelist: str) -> list[str]:
     if not shutil.which("scontrol"):
@@ -23,9 +21,8 @@ def hostnames(nodelist: str) -> list[str]:
     return slurm.hostnames(nodelist)
 
 
-@pytest.mark.milestone(task="6.1", points=10)
+@pytest.mark.milestone(task="6.1", points=10, section="What Slurm tells a job")
 def test_node_lists(lab):
-    read = f"lab 06, task 6.1; {LECTURE}, 'What Slurm tells a job'"
     likely = {
         "node1": "a single name is a list, too",
         "a1,b2": "names are separated by commas",
@@ -49,9 +46,7 @@ def test_node_lists(lab):
         )
     for nodelist, mistake in likely.items():
         got, wanted = lab.expand_nodelist(nodelist), hostnames(nodelist)
-        require(
-            got == wanted, expected=f"{nodelist} → {wanted}, as scontrol show hostnames says", got=got, likely=mistake, read=read
-        )
+        require(got == wanted, expected=f"{nodelist} → {wanted}, as scontrol show hostnames says", got=got, likely=mistake)
     for bad, mistake in (
         ("node[1-2", "a bracket that is not closed let through; or a sentence that does not quote it"),
         ("node[3-1]", "let through: a range that runs backwards gives no host; or a sentence that does not quote it"),
@@ -63,7 +58,6 @@ def test_node_lists(lab):
             mentions=(bad,),
             expected=f"ValueError for {bad!r}",
             likely=mistake,
-            read=read,
         )
 
 
@@ -79,9 +73,8 @@ def task_variables(**changes) -> dict[str, str]:
     } | changes
 
 
-@pytest.mark.milestone(task="6.2", points=10)
+@pytest.mark.milestone(task="6.2", points=10, section="Where ranks meet")
 def test_rendezvous(lab):
-    read = f"lab 06, task 6.2; {LECTURE}, 'Where ranks meet'"
     by_node = [lab.rendezvous(task_variables(SLURM_NODEID=str(node)), "10.0.0.7", 4) for node in range(3)]
     wanted = {"nnodes": 3, "nproc-per-node": 4, "rdzv-backend": "c10d", "rdzv-id": "123456", "rdzv-endpoint": "10.0.0.7:15456"}
     for node, came in enumerate(by_node):
@@ -94,21 +87,18 @@ def test_rendezvous(lab):
                     "rdzv-endpoint": "each node's own address, or a fixed port, which the next job on that node finds taken",
                     "nproc-per-node": "SLURM_NTASKS counts tasks of srun; torchrun starts ranks_per_node itself",
                 }.get(key, "another variable of Slurm, or another name of the option"),
-                read=read,
             )
         require(
             came.get("rdzv-conf") == f"is_host={'true' if node == 0 else 'false'}",
             expected=f"is_host=true on node 0 alone; this is node {node}, SLURM_PROCID {4 * node}",
             got=came.get("rdzv-conf"),
             likely="SLURM_PROCID or SLURM_LOCALID in the place of SLURM_NODEID, or the same on every node",
-            read=read,
         )
     require(
         lab.rendezvous(task_variables(SLURM_JOB_ID="123457"), "10.0.0.7", 4)["rdzv-endpoint"] != by_node[0]["rdzv-endpoint"],
         expected="another port for another job",
         got="the same",
         likely="a fixed port: the second of two jobs on a node cannot start",
-        read=read,
     )
     for name in ("SLURM_JOB_ID", "SLURM_NODEID"):
         without = {key: value for key, value in task_variables().items() if key != name}
@@ -118,7 +108,6 @@ def test_rendezvous(lab):
             mentions=(name,),
             expected=f"ValueError without {name}",
             likely="a default, so that a program outside of a job trains alone and says nothing; or KeyError",
-            read=read,
         )
     for address in ("localhost", "127.0.0.1", "127.0.1.1"):
         require_error(
@@ -127,7 +116,6 @@ def test_rendezvous(lab):
             mentions=(address,),
             expected=f"ValueError for the address {address}",
             likely="localhost let through: each node would wait at its own store",
-            read=read,
         )
     # torchrun itself, twice on this machine, as on two nodes.
     pair = [
@@ -141,15 +129,13 @@ def test_rendezvous(lab):
         expected="two torchruns with these options to start ranks 0 to 3 of 4",
         got=f"ranks {ranks}, statuses {statuses}",
         likely="an option that torchrun does not know",
-        read=read,
     )
 
 
-@pytest.mark.milestone(task="6.3", points=5)
+@pytest.mark.milestone(task="6.3", points=5, section="Three launchers")
 def test_hostfile(lab, tmp_path):
     from deepspeed.launcher.runner import fetch_hostfile
 
-    read = f"lab 06, task 6.3; {LECTURE}, 'Three launchers'"
     for nodes, tasks, slots, mistake in (
         (["node1"], "2", [2], "the counts"),
         (["n3", "n1"], "2,1", [2, 1], "the nodes sorted: rank 0 is on the first node of the list"),
@@ -169,7 +155,6 @@ def test_hostfile(lab, tmp_path):
             expected=f"DeepSpeed to read {dict(zip(nodes, slots))} from the file",
             got=found,
             likely=mistake,
-            read=read,
         )
     require_error(
         lambda: lab.hostfile(["n1", "n2"], "4(x3)"),
@@ -177,7 +162,6 @@ def test_hostfile(lab, tmp_path):
         mentions=("2", "3"),
         expected="ValueError where there are counts for 3 nodes and 2 nodes",
         likely="zip() ends at the shorter list and says nothing",
-        read=read,
     )
 
 
@@ -188,14 +172,13 @@ def directives(text: str) -> dict[str, str]:
     return dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", text, re.MULTILINE))
 
 
-def check_text(text: str, log: str, read: str) -> None:
+def check_text(text: str, log: str) -> None:
     """The defects that can be seen in the text, each by its name."""
     require(
         isinstance(text, str) and text.startswith("#!"),
         expected="a script that begins with #!/bin/bash",
         got=str(text)[:40],
         likely="a blank line first",
-        read=read,
     )
     spaced = re.findall(r"^#\s+SBATCH.*$", text, re.MULTILINE)
     require(
@@ -203,7 +186,6 @@ def check_text(text: str, log: str, read: str) -> None:
         expected="#SBATCH",
         got=spaced[:1],
         likely="a space behind the #: for sbatch that is a comment, and it says nothing",
-        read=read,
     )
     found, lines = directives(text), text.splitlines()
     for key, value in (NAMED | {"output": log, "job-name": "shardlab-lab06"}).items():
@@ -214,7 +196,6 @@ def check_text(text: str, log: str, read: str) -> None:
             likely="with more tasks per node, srun would start a torchrun for each"
             if key == "ntasks-per-node"
             else "left out, or another value",
-            read=read,
         )
     first = next((number for number, line in enumerate(lines) if line.strip() and not line.startswith("#")), 0)
     late = [line for line in lines[first:] if line.startswith("#SBATCH")]
@@ -223,19 +204,17 @@ def check_text(text: str, log: str, read: str) -> None:
         expected="all directives above the first command",
         got=late[:1],
         likely="sbatch stops reading at the first command",
-        read=read,
     )
     require(
         "set -euo pipefail" in text,
         expected="set -euo pipefail",
         got="no such line",
         likely="without it a job that failed ends as COMPLETED",
-        read=read,
     )
     own = re.findall(r"\b(localhost|127\.0\.\d\.\d)\b", text)
     require(
         not own, expected="the first node's address on the network that all nodes share", got=own[:1],
-        likely="localhost as master: each node would wait at its own store", read=read,
+        likely="localhost as master: each node would wait at its own store",
     )  # fmt: skip
     fallback = re.findall(r"getent.*\|\|.*", text)
     require(
@@ -243,22 +222,19 @@ def check_text(text: str, log: str, read: str) -> None:
         expected="no other address where the lookup fails",
         got=fallback[:1],
         likely="a fallback: the job would hang instead of ending",
-        read=read,
     )
     require(
         "--kill-on-bad-exit" in text or re.search(r"srun.* -K", text), expected="srun --kill-on-bad-exit=1", got="no such option",
-        likely="left out: when one node fails, the others wait for it until the time limit", read=read,
+        likely="left out: when one node fails, the others wait for it until the time limit",
     )  # fmt: skip
 
 
-@pytest.mark.milestone(task="6.4", points=20)
+@pytest.mark.milestone(task="6.4", points=20, section="A batch script")
 def test_batch_script(lab, run_experiments, workspace, slurm_beside_exercises):
-    read = f"lab 06, task 6.4; {LECTURE}, 'A batch script'"
     settings = {"name": "shardlab-lab06", "nodes": 2, "ranks_per_node": 2, "minutes": 5}
     check_text(
         lab.batch_script(**settings, log="/tmp/log.out", setup="true", program=["-m", "shardlab.cli", "run", "my run"]),
         "/tmp/log.out",
-        read,
     )
     site = jobs.site()
     setup = batch.setup_lines(site)
@@ -280,7 +256,6 @@ def test_batch_script(lab, run_experiments, workspace, slurm_beside_exercises):
             expected="a script that sbatch takes",
             got=f"sbatch: {error}",
             likely="a directive that Slurm does not know",
-            read=read,
         )
     noted = [words for node, all_words in jobs.started(folder).items() for words in all_words if str(ranks_seen) in words]
     nodes = [node for node, all_words in jobs.started(folder).items() for words in all_words if str(ranks_seen) in words]
@@ -289,7 +264,6 @@ def test_batch_script(lab, run_experiments, workspace, slurm_beside_exercises):
         expected="srun to start one torchrun on each of the two nodes",
         got=f"torchruns on nodes {nodes}; {first.told}",
         likely="torchrun started without srun runs on the first node alone; or a word with a space was not quoted",
-        read=read,
     )
     hosts = [
         next((word for word in words if "is_host" in word), "no is_host") for words in (w for n, w in sorted(zip(nodes, noted)))
@@ -299,7 +273,6 @@ def test_batch_script(lab, run_experiments, workspace, slurm_beside_exercises):
         expected="is_host true on node 0 alone",
         got=hosts,
         likely="wrong node rank: in double quotes $SLURM_NODEID is the batch script's own, which is 0, on every node",
-        read=read,
     )
     ends = {word for words in noted for word in words if word.startswith(("--rdzv-endpoint=", "--rdzv_endpoint="))}
     endpoint = next(iter(ends), "none").partition("=")[2]
@@ -310,7 +283,6 @@ def test_batch_script(lab, run_experiments, workspace, slurm_beside_exercises):
         expected=f"one endpoint for both nodes, the first node's address and port {12000 + int(first.job.number) % 10000}",
         got=sorted(ends),
         likely="each node's own address; or a fixed port",
-        read=read,
     )
     lines = sorted(ranks_seen.read_text().split("\n")[:-1]) if ranks_seen.exists() else []
     require(
@@ -318,14 +290,12 @@ def test_batch_script(lab, run_experiments, workspace, slurm_beside_exercises):
         expected="COMPLETED, and rank, world size and local rank 0 4 0, 1 4 1, 2 4 0, 3 4 1",
         got=f"{first.job.state}, {lines}; {first.told}",
         likely="options of task 6.2 left out, or `program` quoted wrongly",
-        read=read,
     )
     require(
         second.job.state == "FAILED",
         expected="FAILED, within seconds, where one rank fails",
         got=second.job.state,
         likely="the script's last command succeeds whatever srun did; or the others were waited for",
-        read=read,
     )
     experiment, program = jobs.training(f"two-nodes-{folder.name}", folder, steps=6)
     (ended,) = jobs.run_jobs([script("train", program, ranks_per_node=1)], running=180, gpus_per_node=min(1, site.gpus_per_node))
@@ -336,7 +306,6 @@ def test_batch_script(lab, run_experiments, workspace, slurm_beside_exercises):
         expected=f"the losses of one node with two ranks: {[round(loss, 5) for loss in one_node]}",
         got=f"{[round(loss, 5) for loss in losses]}; {ended.job.state}; {ended.told}",
         likely="each node trained for itself",
-        read=read,
     )
 
 
@@ -355,9 +324,8 @@ def one_node_losses(experiment: Experiment, run_experiments, setup: str, workspa
     return Run.read(folder / alone.name).losses()
 
 
-@pytest.mark.milestone(task="6.5", ranks=4, points=15)
+@pytest.mark.milestone(task="6.5", ranks=4, points=15, section="The global batch")
 def test_shares_of_the_global_batch(lab, run_experiments):
-    read = f"lab 06, task 6.5; {LECTURE}, 'The global batch'"
     for global_batch, ranks in ((8, 2), (10, 3), (16, 6), (7, 7), (5, 1), (64, 24)):
         shares = [list(lab.share(global_batch, rank, ranks)) for rank in range(ranks)]
         together = [position for share in shares for position in share]
@@ -366,14 +334,12 @@ def test_shares_of_the_global_batch(lab, run_experiments):
             expected=f"each of {global_batch} sequences on just one of {ranks} ranks",
             got=shares,
             likely="the remainder dropped: global batch // ranks for every rank; or some counted twice",
-            read=read,
         )
         require(
             together == sorted(together),
             expected="consecutive sequences, rank by rank",
             got=shares,
             likely="dealt out in turns",
-            read=read,
         )
         sizes = [len(share) for share in shares]
         require(
@@ -381,11 +347,10 @@ def test_shares_of_the_global_batch(lab, run_experiments):
             expected=f"{global_batch} over {ranks} ranks: none has more than one more, the first ranks have those",
             got=sizes,
             likely="the whole remainder given to one rank, which all others then wait for",
-            read=read,
         )
     require_error(
         lambda: lab.share(4, 0, 5), ValueError, mentions=("4", "5"), expected="ValueError for 4 sequences on 5 ranks",
-        likely="an empty share: the mean loss of no sequence is nan", read=read,
+        likely="an empty share: the mean loss of no sequence is nan",
     )  # fmt: skip
     runs = run_experiments(
         [
@@ -404,7 +369,6 @@ def test_shares_of_the_global_batch(lab, run_experiments):
             expected=f"on {run.experiment.ranks} ranks, the gradient of the mean over the global batch of 10, as one rank has it",
             got=f"one that differs by {run.results['difference']:.2g}; weights {run.results['weights']}",
             likely="every rank weighted alike, so that sequences of smaller shares count more; or weights that do not add up to the number of ranks",
-            read=read,
         )
 
 
@@ -416,9 +380,8 @@ JOB = (
 )
 
 
-@pytest.mark.milestone(task="6.6", points=10)
+@pytest.mark.milestone(task="6.6", points=10, section="What a job is doing")
 def test_reading_a_job(lab, slurm_beside_exercises):
-    read = f"lab 06, task 6.6; {LECTURE}, 'What a job is doing'"
     cases = (
         ({"state": "PENDING", "reason": "Resources", "nodes": "(null)", "restarts": 0, "time": "00:00:00", "code": 0}, ("Resources", None, 0)),
         ({"state": "RUNNING", "reason": "None", "nodes": "node[1-2]", "restarts": 2, "time": "01:02:03", "code": 0}, (None, "node[1-2]", 3723)),
@@ -439,7 +402,6 @@ def test_reading_a_job(lab, slurm_beside_exercises):
                     "reason": "Slurm's None is a text",
                     "nodes": "Slurm's (null) is a text",
                 }.get(key, "another key, or a text where a number should be"),
-                read=read,
             )
     site = jobs.site()
     log = "--output=/dev/null"
@@ -459,7 +421,6 @@ def test_reading_a_job(lab, slurm_beside_exercises):
                 expected=f"{wanted} of a real job",
                 got=f"{wrong} from {line[:60]} … {line[line.find('JobState') : line.find('JobState') + 60]} …",
                 likely="a form that real jobs have besides: NodeList= with nothing behind it",
-                read=read,
             )
     finally:
         slurm.cancel(waits)
@@ -474,9 +435,8 @@ def made_run(folder, name: str, speeds: list[float], **settings) -> Run:
     return Run.read(run.folder)
 
 
-@pytest.mark.milestone(task="6.7", points=10)
+@pytest.mark.milestone(task="6.7", points=10, section="Scaling")
 def test_scaling(lab, tmp_path):
-    read = f"lab 06, task 6.7; {LECTURE}, 'Scaling'"
     weak = [
         made_run(tmp_path, f"weak{n}", [1.0, s, s], ranks=n, micro_batch=4, accumulation=2)
         for n, s in ((8, 512.0), (1, 80.0), (2, 152.0))
@@ -495,7 +455,6 @@ def test_scaling(lab, tmp_path):
             expected=f"'{kind}' for ranks, micro-batch, accumulation {[(r.experiment.ranks, r.experiment.micro_batch, r.experiment.accumulation) for r in runs]}",
             got=came["kind"],
             likely="strong: the global batch stays; weak: a rank's part of it stays",
-            read=read,
         )
         keys = ("ranks", "global samples/s", "samples/s per rank", "efficiency")
         for row, values in zip(came["rows"], wanted, strict=False):
@@ -509,25 +468,22 @@ def test_scaling(lab, tmp_path):
                         "global samples/s": "the run folder's figure is global already",
                         "efficiency": "speed-up in the place of efficiency; or a base of one rank that was never measured",
                     }.get(key, "global and per-rank samples/s confused"),
-                    read=read,
                 )
         require(
             len(came["rows"]) == len(wanted),
             expected=f"{len(wanted)} rows",
             got=len(came["rows"]),
             likely="a run left out",
-            read=read,
         )
     for runs, mistake in (
         (weak[:1], "one run taken for perfect scaling"),
         ([weak[1], strong[1]], "runs compared that share nothing"),
     ):
-        require_error(lambda runs=runs: lab.scaling(runs), ValueError, expected="ValueError", likely=mistake, read=read)
+        require_error(lambda runs=runs: lab.scaling(runs), ValueError, expected="ValueError", likely=mistake)
 
 
-@pytest.mark.milestone(task="6.8", points=5)
+@pytest.mark.milestone(task="6.8", points=5, section="A job that ends before its training")
 def test_stopping_together(lab, run_experiments):
-    read = f"lab 06, task 6.8; {LECTURE}, 'A job that ends before its training'"
     lab.stop_together  # noqa: B018  # what cannot be imported is said from here
     (run,) = run_experiments(
         [
@@ -545,14 +501,12 @@ def test_stopping_together(lab, run_experiments):
         expected="rank 1 asked to stop in step 3, rank 0 in step 5: both stop after step 3",
         got=f"rank 0 after step {run.results['stopped'][0]}, rank 1 after step {run.results['stopped'][1]} (8: not at all)",
         likely="the minimum, or rank 0's answer alone; or each rank stops by itself",
-        read=read,
     )
     require(
         run.results["kinds"] == ["bool"] * 2,
         expected="True or False",
         got=run.results["kinds"],
         likely="the tensor itself returned",
-        read=read,
     )
 
 
@@ -569,9 +523,8 @@ FAKE = {
 """What stands for the ranks in the quick jobs of task 6.9."""
 
 
-@pytest.mark.milestone(task="6.9", points=15)
+@pytest.mark.milestone(task="6.9", points=15, section="A job that ends before its training")
 def test_surviving(lab, run_experiments, workspace, slurm_beside_exercises):
-    read = f"lab 06, task 6.9; {LECTURE}, 'A job that ends before its training'"
     own_lines = lab.surviving("launch", "run")
     site = jobs.site()
     folder = jobs.folder_for(workspace, own_lines)
@@ -609,21 +562,18 @@ def test_surviving(lab, run_experiments, workspace, slurm_beside_exercises):
             expected=f"a job whose training {name}: {state}, started again {restarts} ×",
             got=f"{job.state}, started again {job.restarts} ×; {ended[name].told}",
             likely=likely,
-            read=read,
         )
     require(
         not (folder / "run 3" / "too late").exists(),
         expected="the file stop to be there as soon as the signal came, while the ranks run",
         got="it came when the ranks had ended by themselves",
         likely="the ranks run in the foreground: the shell looks at a signal when the command has ended",
-        read=read,
     )
     require(
         not (folder / "run 3" / "stop").exists(),
         expected="the file stop removed before the job's second life",
         got="it is there",
         likely="left there: the second life would stop at its first step, and so on",
-        read=read,
     )
     if not slurm.is_local():
         return  # nobody kills a node of a real cluster for a milestone
@@ -653,7 +603,6 @@ def test_surviving(lab, run_experiments, workspace, slurm_beside_exercises):
         likely="the job failed at its start: see its first error"
         if not losses
         else "training began anew, or was put back once too often",
-        read=read,
     )
 
 

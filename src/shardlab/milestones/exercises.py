@@ -40,7 +40,7 @@ class Lab:
     def _missing(self, name: str) -> MilestoneFailed:
         return MilestoneFailed(
             f"expected  a function {name}() in {self.path.name}\ngot       none of that name\n"
-            f"likely    it was renamed or deleted\nread      the skeleton: git show HEAD:src/exercises/{self.path.name}"
+            f"likely    it was renamed or deleted; the skeleton has it: git show HEAD:src/exercises/{self.path.name}"
         )
 
     def replace(self, name: str, function) -> None:

@@ -20,7 +20,7 @@ def is_hidden(path: Path) -> bool:
     return path.name.startswith("hidden_")
 
 
-def _markers_of(stem: str) -> Iterator[tuple[Path, str, dict]]:
+def markers_of(stem: str) -> Iterator[tuple[Path, str, dict]]:
     """File, test and arguments of each milestone marker of a lab, read from the source."""
     for path in files_of(stem):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -41,10 +41,10 @@ def milestones_of(stem: str) -> list[Milestone]:
             message="its grading did not come to its end",
             hidden=is_hidden(path),
         )
-        for path, name, given in _markers_of(stem)
+        for path, name, given in markers_of(stem)
     ]
 
 
 def ops_of(stems: Iterable[str]) -> list[str]:
     """DeepSpeed's ops that milestones of these labs load."""
-    return list(dict.fromkeys(op for stem in stems for _, _, given in _markers_of(stem) for op in given.get("ops", ())))
+    return list(dict.fromkeys(op for stem in stems for _, _, given in markers_of(stem) for op in given.get("ops", ())))

@@ -1,4 +1,4 @@
-"""A failing milestone teaches: expected, got, the likely cause, where to read on."""
+"""A failing milestone teaches: expected, got, the likely cause. Where to read on stands in its marker, and the plugin adds it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class MilestoneFailed(AssertionError):
     """A milestone's own failure; its text is all that a learner is shown."""
 
 
-def require(condition, *, expected: str, got, likely: str, read: str) -> None:
+def require(condition, *, expected: str, got, likely: str) -> None:
     """Fail the milestone unless `condition` holds.
 
     Args:
@@ -19,12 +19,11 @@ def require(condition, *, expected: str, got, likely: str, read: str) -> None:
         expected: what should have come.
         got: what came; shortened if it is long.
         likely: the usual mistake behind it.
-        read: where the lab or the lecture explains it.
     """
     if not condition:
         text = got if isinstance(got, str) else repr(got)
         text = text if len(text) <= 400 else f"{text[:400]} …"
-        raise MilestoneFailed(f"expected  {expected}\ngot       {text}\nlikely    {likely}\nread      {read}")
+        raise MilestoneFailed(f"expected  {expected}\ngot       {text}\nlikely    {likely}")
 
 
 def farthest(found: list[float], wanted: list[float]) -> float:
@@ -36,7 +35,7 @@ def farthest(found: list[float], wanted: list[float]) -> float:
         return math.inf
 
 
-def require_error(call, error: type[Exception], *, mentions: tuple[str, ...] = (), expected: str, likely: str, read: str) -> None:
+def require_error(call, error: type[Exception], *, mentions: tuple[str, ...] = (), expected: str, likely: str) -> None:
     """Fail the milestone unless `call()` raises `error` with all of `mentions` in its text."""
     try:
         result = call()
@@ -49,9 +48,8 @@ def require_error(call, error: type[Exception], *, mentions: tuple[str, ...] = (
             expected=f"{expected}, in a sentence that names {', '.join(map(repr, mentions))}",
             got=f"{type(raised).__name__}: {raised}",
             likely=likely,
-            read=read,
         )
     except Exception as raised:
-        require(False, expected=expected, got=f"{type(raised).__name__}: {raised}", likely=likely, read=read)
+        require(False, expected=expected, got=f"{type(raised).__name__}: {raised}", likely=likely)
     else:
-        require(False, expected=expected, got=f"no error; it returned {result!r}", likely=likely, read=read)
+        require(False, expected=expected, got=f"no error; it returned {result!r}", likely=likely)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from shardlab import switch
+from shardlab import labs, switch
 from shardlab.cluster import slurm
 from shardlab.milestones.exercises import BoxedLab, Lab
 from shardlab.milestones.launches import launched, own_folder
@@ -35,8 +35,8 @@ def pytest_addoption(parser) -> None:
 
 def pytest_configure(config) -> None:
     marker = (
-        "milestone(task, points, needs, ops, ranks): a graded milestone of a lab; `needs`: tasks that it uses, `ops`: DeepSpeed's "
-        "ops, `ranks`: of the largest run that it starts, 2 by default"
+        "milestone(task, points, section, needs, ops, ranks): a graded milestone of a lab; `section`: of the lecture, to read on; "
+        "`needs`: tasks that it uses, `ops`: DeepSpeed's ops, `ranks`: of the largest run that it starts, 2 by default"
     )
     config.addinivalue_line("markers", marker)
     if config.getoption("--solutions") and config.getoption("--exercises"):
@@ -181,7 +181,8 @@ def pytest_runtest_makereport(item, call):
     if report.skipped:
         verdict, message = "not run", str(call.excinfo.value)
     elif report.failed:
-        verdict, message = "failed", _message(call.excinfo, task, item.funcargs["lab"].folder if "lab" in item.funcargs else "")
+        folder = item.funcargs["lab"].folder if "lab" in item.funcargs else ""
+        verdict, message = "failed", _message(call.excinfo, _where_to_read(item), folder)
         if _is_unwritten(call.excinfo.value) and _names_task(call.excinfo.value) in ("", task):
             verdict = "not implemented"
         report.longrepr = message
@@ -224,14 +225,24 @@ def _open_tasks(item, tasks: set[str]) -> list[Milestone]:
     return [m for m in judged if m.task in tasks and m.lab == _stem(item.path) and m.verdict != "passed"]
 
 
+def _where_to_read(item) -> str:
+    """The lab's task, and the section of its lecture that the marker names."""
+    given = item.get_closest_marker("milestone").kwargs
+    task = str(given["task"])
+    place = f"lab {int(task.partition('.')[0]):02d}, task {task}"
+    if "section" in given:
+        place += f"; notebooks/{labs.named(_stem(item.path)).lecture}.ipynb, '{given['section']}'"
+    return place
+
+
 def _is_unwritten(error: BaseException) -> bool:
     return isinstance(error, NotImplementedError) or str(getattr(error, "error", "")).startswith("NotImplementedError")
 
 
-def _message(excinfo, task: str, folder) -> str:
+def _message(excinfo, read: str, folder) -> str:
     error = excinfo.value
     if isinstance(error, MilestoneFailed):
-        return str(error)
+        return f"{error}\nread      {read}" if str(error).startswith("expected  ") else str(error)
     if _is_unwritten(error):
         return str(getattr(error, "error", error)).removeprefix("NotImplementedError: ")
     folder = str(folder or switch.exercises_folder() / "exercises")
@@ -262,7 +273,7 @@ def _message(excinfo, task: str, folder) -> str:
             f"got       {got}",
             *(f"          {place}" for place in places[:-1]),
             f"likely    {likely}",
-            f"read      lab {int(task.partition('.')[0]):02d}, task {task}",
+            f"read      {read}",
         ]
     )
 

@@ -24,17 +24,16 @@ def safely_loaded(path: Path) -> dict:
         raise MilestoneFailed(
             f"expected  a file of torch.save with tensors and plain values in it: {path.name}\n"
             f"got       {str(error).splitlines()[0][:300]}\n"
-            "likely    an object of a class of its own was saved, or the file is not whole\nread      the task's docstring"
+            "likely    an object of a class of its own was saved, or the file is not whole"
         ) from None
 
 
-def saved_weights(folder: Path, base_model: str, *, read: str) -> dict:
+def saved_weights(folder: Path, base_model: str) -> dict:
     """The weights in a model folder, read as what they are: JSON and safetensors. Nothing else in the folder is looked at.
 
     Args:
         folder: what `save_pretrained` wrote, with its tokenizer.
         base_model: the model whose shape and tokenizer it must have.
-        read: where the lab explains it.
 
     Returns:
         fp32 tensors by the parameters' names, each shared tensor once.
@@ -57,7 +56,6 @@ def saved_weights(folder: Path, base_model: str, *, read: str) -> dict:
             expected=f"a {name} in the folder",
             got=f"{type(found).__name__}: {found}",
             likely="save_pretrained left out, or a state dict saved without its configuration",
-            read=read,
         )
         return found
 
@@ -69,7 +67,6 @@ def saved_weights(folder: Path, base_model: str, *, read: str) -> dict:
         expected=f"the configuration of {', '.join(f'{name} {wanted[name]}' for name in shape)}, its output layer tied",
         got=", ".join(f"{name} {config.get(name)}" for name in (*shape, "tie_word_embeddings")),
         likely="another model saved, or lm_head handled by itself",
-        read=read,
     )
     try:
         weights = load_file(folder / "model.safetensors")
@@ -79,7 +76,6 @@ def saved_weights(folder: Path, base_model: str, *, read: str) -> dict:
             expected="the weights in model.safetensors",
             got=f"{type(error).__name__}: {error}",
             likely="model.save_pretrained under ZeRO-3 writes empty shards; or weights saved in another way",
-            read=read,
         )
     types = sorted({str(weight.dtype) for weight in weights.values()})
     require(
@@ -87,7 +83,6 @@ def saved_weights(folder: Path, base_model: str, *, read: str) -> dict:
         expected="fp32 weights",
         got=", ".join(types) or "none",
         likely="the model's half-precision copy instead of the master weights",
-        read=read,
     )
     tokenizer = load_tokenizer(base_model)
     vocabulary = json_in("tokenizer.json").get("model", {}) if (folder / "tokenizer.json").exists() else {}
@@ -96,6 +91,5 @@ def saved_weights(folder: Path, base_model: str, *, read: str) -> dict:
         expected="the tokenizer in the folder",
         got="none that can be read" if not vocabulary else "another one",
         likely="the tokenizer's save_pretrained left out: load_tokenizer(base_model).save_pretrained(folder)",
-        read=read,
     )
     return {name if name.startswith("transformer.") else f"transformer.{name}": weight for name, weight in weights.items()}
