@@ -130,30 +130,18 @@ def crowded(reports: list[dict]) -> list[str]:
 
 def all_reduce(store, rank: int, ranks: int, seconds: float) -> str | None:
     """An all-reduce over all ranks, as training does it; why it failed, or None."""
-    import torch
     import torch.distributed as dist
 
     from shardlab import hardware
+    from shardlab.run.collectives import try_all_reduce
 
-    gpu = hardware.gpu_count() > 0
+    gpu = int(os.environ.get("SLURM_LOCALID", "0")) if hardware.gpu_count() else None
+    store = dist.PrefixStore("all-reduce", store)
     try:
-        if gpu:
-            torch.cuda.set_device(int(os.environ.get("SLURM_LOCALID", "0")))
-        dist.init_process_group(
-            "nccl" if gpu else "gloo",
-            store=dist.PrefixStore("all-reduce", store),
-            rank=rank,
-            world_size=ranks,
-            timeout=timedelta(seconds=seconds),
-        )
-        values = torch.full((1024,), rank + 1.0, device="cuda" if gpu else "cpu")
-        dist.all_reduce(values)
-        wanted = ranks * (ranks + 1) / 2
-        right = values.eq(wanted).all().item()
-        dist.destroy_process_group()
-        return None if right else f"the all-reduce gave {values[0].item():g}, not {wanted:g}"
+        try_all_reduce(gpu, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=seconds))
     except (RuntimeError, ValueError) as error:
         return f"the all-reduce failed: {str(error).splitlines()[0]}"
+    return None
 
 
 def expected_nodes(ranks: int) -> list[str]:

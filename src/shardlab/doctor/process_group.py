@@ -99,25 +99,12 @@ def check_process_group(limit: float = 60.0, say: Callable[[str], None] = lambda
 
 
 def run_rank(backend: str, starter: int) -> None:
-    """What each rank runs: contribute rank + 1, and see that all of them arrived."""
-    from shardlab.run.ranks import _die_with_the_launcher
+    """What each rank runs."""
+    from shardlab.run.collectives import try_all_reduce
+    from shardlab.run.ranks import die_with_the_launcher
 
-    _die_with_the_launcher(starter)
-    import torch
-    import torch.distributed as dist
-
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if backend == "nccl" else torch.device("cpu")
-    if backend == "nccl":
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend)
-    ranks = dist.get_world_size()
-    values = torch.full((1024,), dist.get_rank() + 1.0, device=device)
-    dist.all_reduce(values)
-    expected = ranks * (ranks + 1) / 2
-    if not values.eq(expected).all():
-        raise RuntimeError(f"the all-reduce gave {values.unique().tolist()}, not {expected:g}")
-    dist.barrier()
-    dist.destroy_process_group()
+    die_with_the_launcher(starter)
+    try_all_reduce(int(os.environ["LOCAL_RANK"]) if backend == "nccl" else None)
 
 
 def main(arguments: list[str]) -> int:

@@ -26,7 +26,7 @@ from shardlab.zero import ops
 
 def rank_main(folders: list[str], logs: str, launcher: int) -> dict[str, dict]:
     os.setpgid(0, 0)
-    _die_with_the_launcher(launcher)
+    die_with_the_launcher(launcher)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher gets Ctrl-C, and ends the ranks
     rank, name, results = int(os.environ["RANK"]), "", {}
     try:
@@ -66,7 +66,7 @@ def leave_process_group() -> None:
         dist.destroy_process_group()
 
 
-def _die_with_the_launcher(launcher: int) -> None:
+def die_with_the_launcher(launcher: int) -> None:
     """Ask the kernel to end this rank when its parent, the fork server, ends; that one ends with the launcher.
 
     The fork server ends when nobody holds the other end of a pipe of its any more. Each rank gets that end too, so it must
