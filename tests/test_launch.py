@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from shardlab import switch
+from shardlab.milestones.small_runs import zero_config
 from shardlab.run.experiment import Experiment
 from shardlab.run.launch import LaunchTimeout, RankError, launch
 from shardlab.run.progress import Quiet
@@ -123,16 +124,8 @@ def programs(tmp_path_factory):
 
 
 def zero(stage: int, **offload: bool) -> dict:
-    config = {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "train_batch_size": "auto",
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": stage} | {part: {"device": "cpu"} for part in offload},
-    }
-    if offload:
-        config["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}}
-    return config
+    parts = {part: {"device": "cpu"} for part in offload}
+    return zero_config({"stage": stage} | parts, adam={"lr": "auto", "weight_decay": "auto"} if offload else None)
 
 
 def program(name: str, function: str, **settings) -> Experiment:

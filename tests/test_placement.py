@@ -11,6 +11,7 @@ import pytest
 from shardlab import hardware
 from shardlab.cluster import preflight
 from shardlab.doctor.machine import check_milestone_ranks
+from shardlab.milestones.small_runs import text_experiment, zero_config
 from shardlab.run import launch, placement, ranks
 from shardlab.run.experiment import Experiment
 from shardlab.run.placement import GIB, Placement, TooFewGpus, place
@@ -133,11 +134,7 @@ def test_a_program_under_a_launcher_is_refused_in_one_sentence(machine, tmp_path
 @pytest.mark.ranks
 def test_ranks_that_do_not_fit_on_the_gpu_train_on_the_cpu(machine, tmp_path, monkeypatch):
     """A launcher that takes its machine for one with a GPU: its two ranks come from a server of their own, and train as ever."""
-    zero = {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto"}
-    zero |= {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
-    zero |= {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
-    settings = {"program": "shardlab.run.training:train_text", "micro_batch": 2, "accumulation": 1, "steps": 2, "max_tokens": 32}
-    plan = Experiment(name="two", ranks=2, train_examples=32, evaluate=False, save=False, deepspeed=zero, **settings)
+    plan = text_experiment("two", accumulation=1, deepspeed=zero_config(2, adam={"lr": "auto"}))
     for name in ops.environment():
         monkeypatch.setenv(name, os.environ.get(name, ""))  # a launch sets them, and the next test must not find them
     monkeypatch.setattr(launch, "_servers", {})
@@ -262,14 +259,10 @@ def test_memory_that_another_process_takes_is_seen():
 @a_gpu
 def test_one_process_launches_ranks_on_gpus_and_on_the_cpu(tmp_path):
     """Turn by turn, with a fork server each: DeepSpeed trains on the device that was chosen, and on no other."""
-    zero = {"train_micro_batch_size_per_gpu": "auto", "train_batch_size": "auto", "gradient_accumulation_steps": "auto"}
-    zero |= {"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}
-    zero |= {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}}
-    settings = {"program": "shardlab.run.training:train_text", "micro_batch": 2, "accumulation": 1, "steps": 2, "max_tokens": 32}
-    settings |= {"train_examples": 32, "evaluate": False, "save": False, "deepspeed": zero}
+    settings = {"accumulation": 1, "deepspeed": zero_config(2, adam={"lr": "auto"})}
     losses = {}
     for name, count, device in (("a", 1, "cuda"), ("b", hardware.gpu_count() + 1, "cpu"), ("c", 1, "cuda")):
-        plan = Experiment(name=name, ranks=count, **settings)
+        plan = text_experiment(name, ranks=count, **settings)
         (run,) = launch.launch(plan, runs=tmp_path, display=Quiet(), or_cpu=True)
         assert run.record_json["hardware"]["ranks_on"] == device
         assert ("device_memory" in run.results) == (device == "cuda")

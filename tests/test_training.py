@@ -7,6 +7,7 @@ import pytest
 from shardlab import switch
 from shardlab.findings import Finding
 from shardlab.milestones.grade import grade
+from shardlab.milestones.small_runs import text_experiment, zero_config
 from shardlab.run import progress
 from shardlab.run.experiment import Experiment
 from shardlab.run.launch import launch
@@ -23,28 +24,9 @@ def missing_libaio() -> str:
 
 
 def experiment(name: str, zero: dict | None = None, **changes) -> Experiment:
-    settings = {
-        "program": "shardlab.run.training:train_text",
-        "ranks": 2,
-        "micro_batch": 2,
-        "accumulation": 2,
-        "steps": 2,
-        "max_tokens": 32,
-        "train_examples": 32,
-        "evaluate": False,
-        "save": False,
-    }
     if zero is not None:
-        sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-        precision = changes.get("precision", "fp32")
-        adam = {"lr": "auto"} | ({} if "offload_optimizer" in zero else {"torch_adam": True})
-        settings["deepspeed"] = dict.fromkeys(sizes, "auto") | {
-            "gradient_clipping": 1.0,
-            "bf16": {"enabled": precision == "bf16"},
-            "zero_optimization": zero,
-            "optimizer": {"type": "AdamW", "params": adam},
-        }
-    return Experiment(name=name, **(settings | changes))
+        changes = {"deepspeed": zero_config(zero, precision=changes.get("precision", "fp32"), adam={"lr": "auto"})} | changes
+    return text_experiment(name, **({"learning_rate": 2e-5} | changes))
 
 
 def test_a_short_last_step_counts_the_samples_that_it_had(tmp_path):
@@ -94,8 +76,7 @@ def test_deepspeed_s_own_nvme_checkpoint_loses_states(tmp_path):
             "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path / name)},
         }
         plan = experiment(name, zero, accumulation=1, steps=steps, program="shardlab.course.lectures:resume_with_deepspeed_alone")
-        sizes = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "train_batch_size": 4}
-        config = plan.deepspeed | sizes | {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+        config = zero_config(zero, micro_batch=2, accumulation=1, ranks=2, adam={"lr": 1e-3})
         options["checkpoints"] = str(tmp_path / "checkpoints")
         plan = plan.model_copy(update={"deepspeed": config, "options": options})
         return launch(plan, runs=tmp_path / "runs", timeout=600, display=progress.Quiet(), or_cpu=True)[0].results

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from shardlab.milestones.messages import require, require_error
+from shardlab.milestones.small_runs import zero_config
 from shardlab.run.experiment import Experiment
 
 IGNORED = -100
@@ -299,13 +300,7 @@ def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
         "train_examples": 16,
         "evaluate": False,
     }
-    zero3 = {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "train_batch_size": "auto",
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
-    }
+    zero3 = zero_config({"stage": 3, "stage3_gather_16bit_weights_on_model_save": True})
     lab.save_and_reload  # noqa: B018  (a syntax error shows here, not as a rank's error)
     try:
         runs = run_experiments(

@@ -8,39 +8,18 @@ from types import SimpleNamespace
 import pytest
 
 from shardlab.hardware import gpu_count
+from shardlab.milestones import small_runs
 from shardlab.milestones.engine_runs import odd_model
 from shardlab.milestones.messages import farthest, require, require_error
+from shardlab.milestones.small_runs import zero_config
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
 from shardlab.zero import memory_model
 
 
-def zero_config(stage: int, precision: str = "fp32") -> dict:
-    return {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "train_batch_size": "auto",
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": precision == "bf16"},
-        "zero_optimization": {"stage": stage},
-    }
-
-
 def text_experiment(name: str, **changes) -> Experiment:
-    settings = {
-        "program": "shardlab.run.training:train_text",
-        "ranks": 2,
-        "micro_batch": 2,
-        "accumulation": 2,
-        "steps": 4,
-        "learning_rate": 1e-3,
-        "max_tokens": 48,
-        "train_examples": 64,
-        "evaluate": False,
-        "save": False,
-        "clipping": 1.0,
-    }
-    return Experiment(name=name, **(settings | changes))
+    settings = {"steps": 4, "max_tokens": 48, "train_examples": 64, "clipping": 1.0}
+    return small_runs.text_experiment(name, **(settings | changes))
 
 
 def stage_runs(run_experiments) -> dict[str, Run]:
@@ -48,7 +27,8 @@ def stage_runs(run_experiments) -> dict[str, Run]:
     experiments = [text_experiment("ddp")]
     experiments += [text_experiment(f"zero{stage}", deepspeed=zero_config(stage)) for stage in range(4)]
     experiments += [
-        text_experiment(f"bf16-zero{stage}", deepspeed=zero_config(stage, "bf16"), precision="bf16", steps=2) for stage in (1, 2, 3)
+        text_experiment(f"bf16-zero{stage}", deepspeed=zero_config(stage, precision="bf16"), precision="bf16", steps=2)
+        for stage in (1, 2, 3)
     ]
     return run_experiments(experiments, reference=True)
 
@@ -515,7 +495,7 @@ def test_table_row_reads_the_run_folder(lab, tmp_path):
     )
     cases = (
         ("plain", None, 0 + 300 + 1, "without DeepSpeed, stage 0 in fp32: autocast keeps the parameters in fp32"),
-        ("zero", zero_config(2, "bf16"), 2000 + 300 + 2, "the stage and precision of the experiment"),
+        ("zero", zero_config(2, precision="bf16"), 2000 + 300 + 2, "the stage and precision of the experiment"),
     )
     for name, config, predicted, why in cases:
         run = Run.create(text_experiment(name, ranks=3, deepspeed=config, method=name, precision="bf16"), tmp_path)

@@ -8,6 +8,7 @@ from shardlab.milestones import engine_runs
 from shardlab.milestones.launches import once, shared_folder, visible_folder
 from shardlab.milestones.messages import farthest, require, require_error
 from shardlab.milestones.saved_weights import safely_loaded, saved_weights
+from shardlab.milestones.small_runs import text_experiment, zero_config
 from shardlab.run.experiment import Experiment, program_of
 
 PROGRAMS = "labs/lab03_engine/programs.py"
@@ -16,17 +17,10 @@ DROPOUT = {1: 0.0, 2: 0.1, 3: 0.0}
 
 
 def config(stage: int, *, ranks: int = 2, accumulation: int = 2, clipping: float = 0.5, universal: bool = False) -> dict:
-    return {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": 2 * accumulation * ranks,
-        "gradient_clipping": clipping,
-        "bf16": {"enabled": False},
-        "zero_optimization": {"stage": stage},
-        # With an epsilon this large, AdamW feels the scale of its gradients; with the usual 1e-8 it would not.
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "eps": 0.1, "weight_decay": 0.01, "torch_adam": True}},
-        "checkpoint": {"load_universal": universal},
-    }
+    # With an epsilon this large, AdamW feels the scale of its gradients; with the usual 1e-8 it would not.
+    adam = {"lr": 1e-2, "eps": 0.1, "weight_decay": 0.01}
+    sizes = {"micro_batch": 2, "accumulation": accumulation, "ranks": ranks}
+    return zero_config(stage, **sizes, clipping=clipping, adam=adam, checkpoint={"load_universal": universal})
 
 
 def experiment(
@@ -38,16 +32,12 @@ def experiment(
         "ranks": ranks,
         "deepspeed": config(stage, ranks=ranks, accumulation=accumulation),
         "model": engine_runs.odd_model(),
-        "micro_batch": 2,
         "accumulation": accumulation,
         "steps": STEPS,
-        "max_tokens": 32,
         "train_examples": 24,
-        "evaluate": False,
-        "save": False,
         "options": options or {},
     }
-    return Experiment(name=name, **(settings | changes))
+    return text_experiment(name, **(settings | changes))
 
 
 def never_stopped(run_experiments) -> dict:

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 from shardlab.hardware import gpu_count
-from shardlab.milestones import engine_runs
+from shardlab.milestones import engine_runs, small_runs
 from shardlab.milestones.launches import once, shared_folder, visible_folder
 from shardlab.milestones.messages import farthest, require, require_error
 from shardlab.milestones.saved_weights import safely_loaded
+from shardlab.milestones.small_runs import zero_config
 from shardlab.run.experiment import Experiment
 from shardlab.run.launch import RankError
 from shardlab.zero import memory_model
@@ -31,31 +32,12 @@ def fresh(folder: Path) -> Path:
 
 
 def config(zero: dict, *, precision: str = "fp32", auto: bool = True, **changes) -> dict:
-    sizes = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-    return {
-        **(dict.fromkeys(sizes, "auto") if auto else dict(zip(sizes, (2, 1, 4)))),
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": precision == "bf16"},
-        "zero_optimization": zero,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3} | ({} if "offload_optimizer" in zero else {"torch_adam": True})},
-        **changes,
-    }
+    sizes = {} if auto else {"micro_batch": 2, "accumulation": 1, "ranks": 2}
+    return zero_config(zero, **sizes, precision=precision, adam={"lr": 1e-3}, **changes)
 
 
 def text_experiment(name: str, **changes) -> Experiment:
-    settings = {
-        "program": "shardlab.run.training:train_text",
-        "ranks": 2,
-        "micro_batch": 2,
-        "accumulation": 2,
-        "steps": 2,
-        "learning_rate": 1e-3,
-        "max_tokens": 32,
-        "train_examples": 16,
-        "evaluate": False,
-        "save": False,
-    }
-    return Experiment(name=name, **(settings | changes))
+    return small_runs.text_experiment(name, **({"train_examples": 16} | changes))
 
 
 @pytest.fixture

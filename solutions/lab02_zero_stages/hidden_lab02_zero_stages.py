@@ -62,8 +62,12 @@ def test_another_configuration_survives_a_file(lab, tmp_path):
 @pytest.mark.milestone(task="2.4")
 def test_another_experiment_gets_its_configuration(lab):
     plain = public.text_experiment("long", ranks=4, micro_batch=3, seed=5, max_tokens=96)
-    made = lab.with_deepspeed(plain, public.zero_config(3, "bf16"), "ZeRO-3 + offload")
-    assert made.deepspeed == public.zero_config(3, "bf16") and made.method == "ZeRO-3 + offload" and made.name.startswith("long-")
+    made = lab.with_deepspeed(plain, public.zero_config(3, precision="bf16"), "ZeRO-3 + offload")
+    assert (
+        made.deepspeed == public.zero_config(3, precision="bf16")
+        and made.method == "ZeRO-3 + offload"
+        and made.name.startswith("long-")
+    )
     assert made.name != lab.with_deepspeed(plain, public.zero_config(1), "ZeRO-1").name
     same = {"name", "method", "deepspeed"}
     assert made.model_dump(exclude=same) == plain.model_dump(exclude=same) and plain.deepspeed is None

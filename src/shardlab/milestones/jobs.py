@@ -14,6 +14,7 @@ import pytest
 
 from shardlab.cluster import batch, slurm
 from shardlab.cluster.site import Site, SiteError
+from shardlab.milestones.small_runs import text_experiment, zero_config
 from shardlab.run.experiment import Experiment
 from shardlab.sandbox.ended import BoxEnded
 
@@ -162,26 +163,8 @@ def started(folder: Path) -> dict[int, list[list[str]]]:
 
 def training(name: str, folder: Path, **changes) -> tuple[Experiment, list[str]]:
     """An experiment without any exercise in it, and the words with which torchrun starts a rank of it."""
-    stage_2 = {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "train_batch_size": "auto",
-        "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 2},
-        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
-    }
-    settings = {
-        "program": "shardlab.run.training:train_text",
-        "ranks": 2,
-        "micro_batch": 2,
-        "accumulation": 1,
-        "max_tokens": 64,
-        "learning_rate": 1e-3,
-        "evaluate": False,
-        "save": False,
-        "deepspeed": stage_2,
-    }
-    experiment = Experiment(name=name, **(settings | changes))
+    settings = {"accumulation": 1, "max_tokens": 64, "train_examples": None, "deepspeed": zero_config(2, adam={"lr": "auto"})}
+    experiment = text_experiment(name, **(settings | changes))
     path = folder / f"{name}.json"
     path.write_text(experiment.model_dump_json())
     return experiment, ["-m", "shardlab.run.ranks", str(path), str(folder)]
