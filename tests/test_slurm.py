@@ -19,6 +19,7 @@ from shardlab.cluster.batch import BatchError, JobSettings
 from shardlab.cluster.site import LOCAL_PROFILE, PROFILE, SiteError, minutes, read_site
 from shardlab.course.demo import METHODS
 from shardlab.hardware import ROOT
+from shardlab.labs import provided
 from shardlab.run import progress
 from shardlab.run.experiment import Experiment
 from shardlab.run.launch import launch
@@ -266,6 +267,7 @@ def one_node_losses(tmp_path_factory):
         switch.use_exercises(switch.SOLUTIONS)
         config = switch.import_exercise("lab02_zero_stages").create_deepspeed_config(**METHODS["ZeRO-2"])
         settings = {
+            "program": provided("finetune"),
             "steps": STEPS,
             "micro_batch": 2,
             "accumulation": 1,
@@ -350,7 +352,7 @@ def test_two_jobs_side_by_side_and_the_other_launchers(local_site, one_node_loss
 @pytest.mark.timeout(200)
 def test_a_course_on_a_path_with_spaces(slurm_cluster, tmp_path):
     course = tmp_path / "my course"
-    for part in ("src", "slurm", "solutions"):
+    for part in ("src", "slurm", "labs", "solutions"):
         shutil.copytree(ROOT / part, course / part, ignore=shutil.ignore_patterns("__pycache__"))
     profile = course / "slurm" / "local.toml"
     profile.write_text(profile.read_text() + f'PYTHONPATH = "{course / "src"}"\n')
