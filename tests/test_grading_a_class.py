@@ -17,7 +17,8 @@ import submission_kinds as made
 from conftest import verdicts_of_solutions
 from submission_kinds import KINDS, STEM
 
-from shardlab.grading import gradebook, plan, results, submissions, whole_class
+from shardlab.grading import gradebook, results, submissions, whole_class
+from shardlab.grading.plan import Plan
 from shardlab.hardware import ROOT
 from shardlab.labs import named
 from shardlab.sandbox import boxes
@@ -36,9 +37,9 @@ def walls():
     return kind, why
 
 
-def plan(isolation, labs=(STEM,), **changes) -> plan.Plan:
+def plan(isolation, labs=(STEM,), **changes) -> Plan:
     settings = {"seconds": 150, "course": "this one", "call_seconds": 25}
-    return plan.Plan(labs, isolation=isolation, **(settings | changes))
+    return Plan(labs, isolation=isolation, **(settings | changes))
 
 
 def contents(folder) -> dict[str, str]:
