@@ -16,7 +16,7 @@ from pathlib import Path
 
 from shardlab.errors import UsageError
 from shardlab.grading.submissions import file_name
-from shardlab.milestones.scoreboard import VERDICTS, task_order
+from shardlab.milestones.scoreboard import VERDICTS, task_order, title_of
 from shardlab.pages import page
 
 BY_HAND = "by_hand.csv"
@@ -214,11 +214,6 @@ def moodle_worksheet(rows: list[dict]) -> str:
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------
-
-
-def title_of(name: str) -> str:
-    """A test's name as words."""
-    return name.removeprefix("test_").replace("_", " ")
 
 
 def _for_feedback(result: dict) -> dict:

@@ -35,11 +35,16 @@ class Milestone:
     @property
     def title(self) -> str:
         """The test's name in words."""
-        return self.name.removeprefix("test_").replace("_", " ")
+        return title_of(self.name)
 
     @property
     def earned(self) -> int:
         return self.points if self.verdict == "passed" else 0
+
+
+def title_of(name: str) -> str:
+    """A test's name as words."""
+    return name.removeprefix("test_").replace("_", " ")
 
 
 def task_order(task: str) -> list[int]:
