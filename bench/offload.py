@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stages import figures, write_results
 
-from shardlab.run import progress
+from shardlab import progress
 from shardlab.run.experiment import Experiment
 from shardlab.run.launch import LaunchError, launch
 from shardlab.run.placement import TooFewGpus

@@ -10,9 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
-from shardlab import switch
+from shardlab import progress, switch
 from shardlab.course.demo import METHODS, experiments
-from shardlab.run import progress
 from shardlab.run.launch import LaunchError, launch
 from shardlab.run.placement import TooFewGpus
 from shardlab.run.run_folder import Run
@@ -126,7 +125,7 @@ def main() -> None:
     results, last = [], None
     for experiment in planned:
         try:
-            launch(experiment, runs=options.runs, timeout=240, display=progress.Terminal())
+            launch(experiment, runs=options.runs, timeout=240, display=progress.default_display())
         except TooFewGpus as error:
             raise SystemExit(str(error)) from None
         except LaunchError as error:

@@ -9,7 +9,10 @@ import pytest
 import shardlab
 
 ROOT = Path(shardlab.__file__).parent
-ORDER = "errors pages hardware findings switch labs data zero run cluster sandbox milestones grading show course doctor cli".split()
+ORDER = [
+    *"errors pages progress hardware findings switch labs".split(),
+    *"data zero run cluster sandbox milestones grading show course doctor cli".split(),
+]
 """From the ground up; `docs/architecture.md` says what each is about."""
 
 

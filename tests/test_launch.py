@@ -19,9 +19,9 @@ import pytest
 
 from shardlab import switch
 from shardlab.milestones.small_runs import zero_config
+from shardlab.progress import Quiet
 from shardlab.run.experiment import Experiment
 from shardlab.run.launch import LaunchTimeout, RankError, launch
-from shardlab.run.progress import Quiet
 from shardlab.run.run_folder import Run, RunError
 from shardlab.run.samplers import read_samples
 from shardlab.zero.memory_model import ddp_bytes, engine_bytes, whole_parameters
@@ -409,7 +409,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from shardlab.run.launch import launch
-from shardlab.run.progress import Quiet
+from shardlab.progress import Quiet
 from shardlab.run.experiment import Experiment
 
 runs, place, log = sys.argv[1:]

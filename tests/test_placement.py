@@ -12,10 +12,10 @@ from shardlab import hardware
 from shardlab.cluster import preflight
 from shardlab.doctor.machine import check_milestone_ranks
 from shardlab.milestones.small_runs import text_experiment, zero_config
+from shardlab.progress import Quiet
 from shardlab.run import launch, placement, ranks
 from shardlab.run.experiment import Experiment
 from shardlab.run.placement import GIB, Placement, TooFewGpus, place
-from shardlab.run.progress import Quiet
 from shardlab.zero import ops
 
 H100 = hardware.Gpu("NVIDIA H100 80GB HBM3", (9, 0), 80 * GIB, 79 * GIB)

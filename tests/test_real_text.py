@@ -12,9 +12,9 @@ import pytest
 
 from shardlab import switch
 from shardlab.data.datasets import load_squad
+from shardlab.progress import Quiet
 from shardlab.run.experiment import Experiment
 from shardlab.run.launch import launch
-from shardlab.run.progress import Quiet
 
 FILE = os.environ.get("SHARDLAB_SQUAD", "")
 pytestmark = [

@@ -13,14 +13,13 @@ from pathlib import Path
 import pytest
 from conftest import cluster_command, cluster_missing
 
-from shardlab import switch
+from shardlab import progress, switch
 from shardlab.cluster import batch, slurm
 from shardlab.cluster.batch import BatchError, JobSettings
 from shardlab.cluster.site import LOCAL_PROFILE, PROFILE, SiteError, minutes, read_site
 from shardlab.course.demo import METHODS
 from shardlab.hardware import ROOT
 from shardlab.labs import provided
-from shardlab.run import progress
 from shardlab.run.experiment import Experiment
 from shardlab.run.launch import launch
 from shardlab.run.run_folder import Run, RunError
@@ -284,14 +283,7 @@ def submit(site, **changes) -> tuple[int, Path]:
 
 
 def wait_for(number: int, seconds: float = 150) -> slurm.Job:
-    class Silent:
-        def update(self, job, row):
-            pass
-
-        def end(self):
-            pass
-
-    job = slurm.follow(number, limit=seconds, display=Silent())
+    job = slurm.follow(number, limit=seconds, display=progress.Quiet())
     assert job.state == "COMPLETED", f"{job}\n{slurm.log_tail(number, 60)}"
     return job
 

@@ -4,11 +4,10 @@ from functools import cache
 
 import pytest
 
-from shardlab import switch
+from shardlab import progress, switch
 from shardlab.findings import Finding
 from shardlab.milestones.grade import grade
 from shardlab.milestones.small_runs import text_experiment, zero_config
-from shardlab.run import progress
 from shardlab.run.experiment import Experiment
 from shardlab.run.launch import launch
 from shardlab.show import report

@@ -121,7 +121,7 @@ print("stage:", DeepSpeedConfig({"train_batch_size": 1, "zero_optimisation": {"s
 # need not fall within four steps. That all methods give the same four is the point.)
 
 # %%
-from shardlab.run import progress
+from shardlab import progress
 from shardlab.run.launch import launch
 from shardlab.show.notebook import RUNS
 from shardlab.run.experiment import Experiment

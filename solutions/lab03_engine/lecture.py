@@ -33,7 +33,7 @@
 # ranks, watched from outside:
 
 # %%
-from shardlab.run import progress
+from shardlab import progress
 from shardlab.run.launch import launch
 from shardlab.show.notebook import RUNS, table
 from shardlab.run.experiment import Experiment

@@ -166,7 +166,7 @@ table([{"method": row["method"], "outcome": row["outcome"], "samples/s": row["sa
 import shutil
 
 from shardlab.zero import toolchain
-from shardlab.run import progress
+from shardlab import progress
 from shardlab.run.launch import launch
 from shardlab.show.notebook import RUNS
 from shardlab.run.experiment import Experiment

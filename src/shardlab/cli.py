@@ -392,8 +392,9 @@ def grade(
 
     Of what the submissions say nothing is believed: milestones call their functions from outside of the box, and judge there.
     """
-    from shardlab.grading import cluster, display, gradebook, judge, plan, results, submissions, whole_class
+    from shardlab.grading import cluster, gradebook, judge, plan, results, submissions, whole_class
     from shardlab.labs import chosen
+    from shardlab.progress import default_display
     from shardlab.sandbox import boxes
 
     stems = [lab.stem for lab in chosen(labs)]
@@ -418,11 +419,11 @@ def grade(
         if on_slurm:
             words = [*map(str, paths), "--out", str(out.absolute()), "--labs", ",".join(stems)]
             words += ["--timeout", str(timeout), *(["--limits-only"] if limits_only else [])]
-            finished = cluster.grade_on_cluster(found, out, plan, words, parts=jobs or 4, display=display.Lines())
+            finished = cluster.grade_on_cluster(found, out, plan, words, parts=jobs or 4, display=default_display())
         else:
             judge.forget_the_environment()
             finished = whole_class.grade_all(
-                found, out, plan, jobs=jobs or whole_class.judges_that_fit(), display=display.default()
+                found, out, plan, jobs=jobs or whole_class.judges_that_fit(), display=default_display()
             )
     except KeyboardInterrupt:
         interrupted = True

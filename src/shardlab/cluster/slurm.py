@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardlab import progress
 from shardlab.errors import CourseError
 from shardlab.hardware import ROOT
 
@@ -231,7 +232,9 @@ def cancel(number: int | str) -> None:
     command("scancel", str(number))
 
 
-def follow(number: int | str, run_folder: Path | None = None, *, limit: float | None = None, display=None) -> Job:
+def follow(
+    number: int | str, run_folder: Path | None = None, *, limit: float | None = None, display: progress.Quiet | None = None
+) -> Job:
     """Wait until a job is over, and show what it does: first its state in the queue, then the steps and losses of its run folder.
 
     Ctrl-C ends the following, not the job.
@@ -240,30 +243,41 @@ def follow(number: int | str, run_folder: Path | None = None, *, limit: float | 
         number: the job.
         run_folder: the one that the job will write.
         limit: seconds after which to stop waiting.
-        display: an object with `update(job, row)` and `end()`; by default a line in a terminal, a table in a notebook.
+        display: where it is shown; by default what fits where this process's output goes.
 
     Returns:
         The job, as it was last.
     """
-    from shardlab.run.progress import JobDisplay, Row
+    from shardlab.run.live_run import LiveRun
     from shardlab.run.run_folder import Run
 
-    display = display or JobDisplay()
-    deadline = None if limit is None else time.monotonic() + limit
-    row = None
+    display = progress.default_display() if display is None else display
+    started, run = time.monotonic(), None
+
+    def rows() -> list[progress.Row]:
+        facts = {
+            "reason": now.reason,
+            "nodes": now.nodes,
+            "started again": f"{now.restarts} ×" if now.restarts else "",
+            "since": f"{time.monotonic() - started:.0f} s",
+        }
+        trained = run.row() if run else None
+        counted = {"done": trained.done, "total": trained.total} if trained else {}
+        facts |= trained.facts if trained else {}
+        return [progress.Row(f"job {now.number}", now.state, facts, **counted, over=now.is_over)]
+
+    now = job(number)
     try:
         while True:
-            now = job(number)
-            if run_folder is not None and (run_folder / "run.json").exists():
-                # A run that was started again begins with fewer lines than it had.
-                row = Row(Run.read(run_folder))
-                row.refresh()
-            display.update(now, row)
-            if now.is_over or (deadline is not None and time.monotonic() > deadline):
+            if run is None and run_folder is not None and (run_folder / "run.json").exists():
+                run = LiveRun(Run.read(run_folder))
+            display.update(rows)
+            if now.is_over or (limit is not None and time.monotonic() - started > limit):
                 return now
             time.sleep(0.5)
+            now = job(number)
     finally:
-        display.end()
+        display.end(rows)
 
 
 def log_tail(number: int | str, lines: int = 20) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from shardlab.grading.display import Display
+from shardlab import progress
+from shardlab.grading.gradebook import summary
 from shardlab.grading.plan import Plan
 from shardlab.grading.results import GradingError, is_current, results_in
 
 
-def grade_on_cluster(found: dict[str, Path], out: Path, plan: Plan, words: list[str], *, parts: int, display: Display) -> dict:
+def grade_on_cluster(
+    found: dict[str, Path], out: Path, plan: Plan, words: list[str], *, parts: int, display: progress.Quiet
+) -> dict:
     """Grade submissions in an array job, whose jobs write into `out`, and wait for it. Ctrl-C cancels it.
 
     Args:
@@ -19,7 +22,7 @@ def grade_on_cluster(found: dict[str, Path], out: Path, plan: Plan, words: list[
         plan: how, to know which results are current.
         words: the arguments of `shardlab grade` for each job of the array.
         parts: its jobs.
-        display: told of the progress.
+        display: where progress is shown.
 
     Returns:
         The current results by name.
@@ -35,20 +38,26 @@ def grade_on_cluster(found: dict[str, Path], out: Path, plan: Plan, words: list[
 
     for folder in ("results", "logs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
-    shown = current()
-    waiting = len(found) - len(shown)
+    kept = current()
+    shown, waiting = dict(kept), len(found) - len(kept)
     if not waiting:
         return shown
     parts = min(parts, waiting)
     number, _ = batch.submit("class", batch.JobSettings(parts=parts, arguments=words), batch.site_in_use())
-    display.begin(waiting, len(shown), parts)
+    already = f", {len(kept)} graded before" if kept else ""
+    display.say(f"{waiting} submissions to grade{already}, in {parts} jobs of the array {number}")
+
+    def rows() -> list[progress.Row]:
+        return [progress.Row("graded", "running", {}, len(shown) - len(kept), waiting)]
+
     try:
         while True:
             over = not slurm.command("squeue", "--noheader", "--jobs", str(number)).strip()
             for name, result in current().items():
                 if name not in shown:
-                    display.done(0, result)
                     shown[name] = result
+                    display.say(f"[{len(shown) - len(kept)}/{waiting}] {summary(result)}")
+            display.update(rows)
             if over or len(shown) == len(found):
                 return shown
             time.sleep(1)
@@ -56,7 +65,7 @@ def grade_on_cluster(found: dict[str, Path], out: Path, plan: Plan, words: list[
         slurm.cancel(number)
         raise
     finally:
-        display.end()
+        display.end(rows)
 
 
 def part_of(found: dict[str, Path], part: str) -> dict[str, Path]:

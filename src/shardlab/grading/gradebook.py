@@ -62,6 +62,13 @@ def tasks_of(result: dict) -> list[TaskGrade]:
     return grades
 
 
+def summary(result: dict) -> str:
+    """One line on a result."""
+    grades = tasks_of(result)
+    points = f"{sum(grade.earned for grade in grades)}/{sum(grade.points for grade in grades)}"
+    return f"{result['name']}: {points}, {result['seconds']:.1f} s" + (f"; {result['error']}" if result["error"] else "")
+
+
 def given_by_hand(out: Path, results: dict[str, dict]) -> dict[str, dict[str, tuple[float, str]]]:
     """What `by_hand.csv` says: for each submission the points of some tasks, and why.
 

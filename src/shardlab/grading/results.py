@@ -20,7 +20,7 @@ from shardlab.grading.plan import Plan
 from shardlab.milestones.markers import milestones_of
 
 FORMAT = 1
-"""Milestones that a release leaves out: the same invariants with other numbers."""
+"""Of these files; those of another one are graded again."""
 
 
 class GradingError(CourseError, ValueError):

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from shardlab.grading.display import Display
+from shardlab import progress
+from shardlab.grading.gradebook import summary
 from shardlab.grading.judge import judge_process
 from shardlab.grading.plan import Plan
 from shardlab.grading.results import empty_result, is_current, keep_result, results_in, state_of, with_reason
@@ -30,6 +31,7 @@ class _Judge:
     def __init__(self, number: int, plan: Plan, out: Path):
         self.number, self.plan, self.out = number, plan, out
         self.task: tuple[str, Path] | None = None
+        self.doing = ""
         self.since = 0.0
         self._start()
 
@@ -95,7 +97,9 @@ def judges_that_fit() -> int:
     return max(1, min(hardware.cpu_cores() // 2, psutil.virtual_memory().available // (MEMORY + 2 * 2**30)))
 
 
-def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, display: Display | None = None) -> dict[str, dict]:
+def grade_all(
+    found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, display: progress.Quiet | None = None
+) -> dict[str, dict]:
     """Grade submissions, `jobs` at a time, and keep each result as soon as it is there.
 
     Args:
@@ -103,7 +107,7 @@ def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, d
         out: the output folder; current results in it are not made again.
         plan: how.
         jobs: judges.
-        display: told of the progress.
+        display: where progress is shown; nowhere by default.
 
     Returns:
         The results by name, of all submissions that have one.
@@ -111,7 +115,7 @@ def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, d
     from shardlab.run.launch import warm_up
     from shardlab.zero import toolchain
 
-    display = display or Display()
+    display = progress.Quiet() if display is None else display
     for folder in ("results", "logs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     there = results_in(out)
@@ -124,24 +128,30 @@ def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, d
         toolchain.why_no_op(op, display.say)
     warm_up()
     jobs = max(1, min(jobs, len(waiting)))
-    display.begin(len(waiting), len(kept), jobs)
+    already = f", {len(kept)} graded before" if kept else ""
+    display.say(f"{len(waiting)} submissions to grade{already}, {jobs} at a time")
     judges: list[_Judge] = []
+
+    def rows() -> list[progress.Row]:
+        graded = progress.Row("graded", "running", {}, len(finished) - len(kept), len(found) - len(kept))
+        return [graded, *(progress.Row(f"judge {judge.number}", "running", {"at": judge.doing}) for judge in judges)]
 
     def take(judge: _Judge, result: dict) -> None:
         name, _ = judge.task
         result |= {"state": judge.state}
-        judge.task = None
+        judge.task, judge.doing = None, ""
         keep_result(out, result)
         finished[name] = result
-        display.done(judge.number, result)
+        display.say(f"[{len(finished) - len(kept)}/{len(found) - len(kept)}] {summary(result)}")
 
     try:
         judges += [_Judge(number, plan, out) for number in range(jobs)]
         while waiting or any(judge.task for judge in judges):
+            display.update(rows)
             for judge in judges:
                 if judge.task is None and waiting:
                     judge.give(waiting.pop(0))
-                    display.at(judge.number, judge.task[0], "waiting for a judge")
+                    judge.doing = f"{judge.task[0]}: starting"
             for ready in wait([judge.connection for judge in judges if judge.task], timeout=1):
                 judge = next(judge for judge in judges if judge.connection is ready)
                 try:
@@ -152,7 +162,7 @@ def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, d
                     judge.again()
                     continue
                 if kind == "at":
-                    display.at(judge.number, judge.task[0], what)
+                    judge.doing = f"{judge.task[0]}: {what}"
                 else:
                     take(judge, what)
             for judge in judges:
@@ -164,5 +174,5 @@ def grade_all(found: dict[str, Path], out: Path, plan: Plan, *, jobs: int = 1, d
         for judge in judges:
             judge.stop()
         remove_work(out)
-        display.end()
+        display.end(rows)
     return finished

@@ -94,7 +94,7 @@ def launched(experiments: list, *, task: str, largest: int, timeout: float = 120
     Raises:
         ValueError: an experiment has more ranks than the milestone's marker says.
     """
-    from shardlab.run import progress
+    from shardlab import progress
     from shardlab.run.launch import LaunchError, launch
     from shardlab.run.placement import place
     from shardlab.run.run_folder import Run

@@ -20,14 +20,15 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import groupby
 from multiprocessing import forkserver
 from pathlib import Path
 
-from shardlab import hardware, switch
+from shardlab import hardware, progress, switch
 from shardlab.errors import CourseError, UsageError
-from shardlab.run import progress
 from shardlab.run.experiment import Experiment
+from shardlab.run.live_run import LiveRun
 from shardlab.run.placement import Placement, place
 from shardlab.run.ranks import rank_main
 from shardlab.run.run_folder import Run
@@ -188,17 +189,21 @@ def launch(
         _mark_unfinished(all_runs, error)
         raise
     deadline = None if timeout is None else time.monotonic() + timeout
-    rows = [progress.Row(run) for run in all_runs]
-    results: dict[str, dict] = {}
-    display.begin(rows)
+    live, results = [LiveRun(run) for run in all_runs], {}
+
+    def rows() -> list[progress.Row]:
+        return [run.row() for run in live]
+
     try:
         for ranks, group in groupby(all_runs, key=lambda run: run.experiment.ranks):
-            results |= _launch_group(list(group), ranks, where, exact, deadline, timeout, display, start_method)
+            results |= _launch_group(
+                list(group), ranks, where, exact, deadline, timeout, lambda: display.update(rows), start_method
+            )
     except BaseException as error:
         _mark_unfinished(all_runs, error)
         raise
     finally:
-        display.end()
+        display.end(rows)
     finished = [Run.read(run.folder) for run in all_runs]
     for run in finished:
         run.confirm(results[run.name])
@@ -227,10 +232,10 @@ def _launch_group(
     exact: bool,
     deadline: float | None,
     timeout: float | None,
-    display,
+    tick: Callable[[], None],
     start_method: str,
 ) -> dict[str, dict]:
-    """Run experiments that share their ranks; what rank 0's programs returned, by name."""
+    """Run experiments that share their ranks; what rank 0's programs returned, by name. `tick` is called while they run."""
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 
@@ -275,7 +280,7 @@ def _launch_group(
         _restore(handlers)
         while True:
             result = context.wait(0)
-            display.update()
+            tick()
             if result is not None:
                 break
             # A rank waits for the others before it goes, so one that has gone with status 0 has not come to its end.

@@ -184,7 +184,7 @@ def _serve_launch(connection: socket.socket, setup: dict) -> None:
     They are the same user's, so they must not get at it: it cannot be traced, they do not have its connection, and what they return
     is taken for plain values or not at all.
     """
-    from shardlab.run import progress
+    from shardlab import progress
     from shardlab.run.launch import LaunchTimeout, RankError, launch
 
     plan = wire.receive(connection)

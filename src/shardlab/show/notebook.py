@@ -6,7 +6,7 @@ lab = start("<lab>")
 
 from __future__ import annotations
 
-import html
+import contextlib
 import io
 import json
 import os
@@ -16,6 +16,7 @@ from pathlib import Path
 from shardlab import hardware, labs, pages, switch
 from shardlab.errors import UsageError
 from shardlab.milestones.scoreboard import Milestone, render, render_board, render_html, render_text
+from shardlab.progress import Row, default_display
 from shardlab.run.run_folder import Run
 from shardlab.show import report
 
@@ -99,48 +100,27 @@ def outcomes(task: str, say: Callable[[str], None]) -> list[Milestone]:
 def check(task: str) -> None:
     """Check one task: the same milestone that `pytest labs` runs, shown below the cell."""
     files = _files()
-    with _Changing() as display:
-        found = outcomes(task, display.say)
-        display.show(render_html(found), render_text(found))
+    with _checking() as (display, doing):
+        found = outcomes(task, doing)
+        display.replace(render_html(found), render_text(found))
     _checked[task] = (files, found)
 
 
-class _Shown:
-    """HTML in a notebook, text in a terminal."""
+@contextlib.contextmanager
+def _checking():
+    """A display, and what to call with what is being done; a result replaces it, and an error removes it."""
+    display = default_display()
+    display.interval = 0.0  # each line is another one, and the last one may stay for long
 
-    def __init__(self, markup: str, text: str):
-        self.markup, self.text = markup, text
+    def doing(what: str) -> None:
+        display.update(lambda: [Row(what)])
 
-    def _repr_html_(self) -> str:
-        return self.markup
-
-    def __repr__(self) -> str:
-        return self.text
-
-
-class _Changing:
-    """What is shown below a cell: what is being done, until the result is there."""
-
-    def __init__(self):
-        from IPython.display import display
-
-        self._handle = display(_Shown("<i>checking …</i>", "checking …"), display_id=True)
-
-    def __enter__(self) -> _Changing:
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        if kind:
-            self.show("", "")
-
-    def say(self, what: str) -> None:
-        self.show(f"<i>{html.escape(what)}</i>", what)
-
-    def show(self, markup: str, text: str) -> None:
-        if self._handle:
-            self._handle.update(_Shown(markup, text))
-        else:  # a plain Python shell
-            print(text)
+    doing("checking …")
+    try:
+        yield display, doing
+    except BaseException:
+        display.replace("", "")
+        raise
 
 
 _checked: dict[str, tuple[list, list[Milestone]]] = {}
@@ -163,13 +143,12 @@ def scoreboard(stem: str) -> None:
     files, tasks = _files(), {milestone.task for milestone in milestones_of(stem) if not milestone.hidden}
     known = [m for task in tasks for at, found in [_checked.get(task, (None, []))] if at == files for m in found]
     if {m.task for m in known if m.verdict == "passed"} == tasks:
-        with _Changing() as display:
-            display.show(render_board(known), render(known))
+        default_display().replace(render_board(known), render(known))
         return
     switch.use_exercises(switch.exercises_folder())
-    with _Changing() as display:
-        found = grade(stem, say=display.say)
-        display.show(render_board(found), render(found))
+    with _checking() as (display, doing):
+        found = grade(stem, say=doing)
+        display.replace(render_board(found), render(found))
 
 
 def show(runs: list[Run] | Run, *, plots: bool = True) -> None:
