@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: help setup demo test lab grade build check clean
+.PHONY: help setup demo test test-jobs test-others lab grade build check clean
 
 help:
 	@echo "make demo    set up, then fine-tune BLOOM with five methods on two ranks, and report"
@@ -38,8 +38,15 @@ test: setup
 	$(BIN)/ruff check
 	$(BIN)/shardlab build --check
 	-$(BIN)/shardlab doctor --build-ops
-	$(BIN)/pytest tests --durations=40
-	$(BIN)/pytest -p no:cacheprovider --nbval-lax notebooks
+	$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=line test-jobs test-others
+
+# Jobs wait for Slurm most of the time, so what else there is to test goes on meanwhile.
+test-jobs: setup
+	$(BIN)/pytest tests -q -p no:cacheprovider -m jobs --durations=10
+	$(BIN)/pytest -q -p no:cacheprovider --nbval-lax notebooks
+
+test-others: setup
+	$(BIN)/pytest tests -m "not jobs" --durations=40
 
 lab: setup
 	$(BIN)/jupyter lab --ServerApp.root_dir=. README.md

@@ -84,7 +84,7 @@ def milestones(stem: str) -> dict:
 
 
 def execute(source: Path, target: Path) -> tuple[int, str]:
-    """Execute a notebook's text source with the solutions, its runs beside the target: exit status and output."""
+    """Execute a notebook's text source with the solutions, its runs next to the target: exit status and output."""
     program = "import sys; from pathlib import Path; from shardlab import switch; from shardlab.course import authoring; "
     program += "authoring.execute_notebook(Path(sys.argv[1]), Path(sys.argv[2]), switch.SOLUTIONS)"
     return run(["-c", program, str(source), str(target)], SHARDLAB_RUNS=str(target.with_name("runs")))
@@ -105,10 +105,10 @@ def notebook(stem: str) -> dict:
 
 
 def lecture(stem: str) -> dict:
-    """The lecture beside the lab, from top to bottom."""
+    """The lab's lecture, from top to bottom."""
     source = labs.named(stem).answers / "lecture.py"
     if not source.exists():
-        return {"verdict": "not run", "reason": "there is no lecture beside this lab"}
+        return {"verdict": "not run", "reason": "there is no lecture for this lab"}
     with tempfile.TemporaryDirectory() as temporary:
         code, output = execute(source, Path(temporary, "out.ipynb"))
     return {"verdict": "failed", "reason": output[-2000:]} if code else {"verdict": "passed"}
@@ -280,7 +280,7 @@ def render() -> str:
 
 
 def _each_milestone(labs: dict) -> list[str]:
-    """A line per lab: its tasks by verdict, `h` behind those of hidden milestones, and what they ran on where it differs."""
+    """A line per lab: its tasks by verdict, `h` after those of hidden milestones, and what they ran on where it differs."""
     marks = []
     for stem, parts in sorted(labs.items()):
         by_verdict: dict[str, list[str]] = {}

@@ -10,9 +10,14 @@ import psutil
 import pytest
 
 from shardlab import hardware, switch
+from shardlab.labs import catalogue, named
 from shardlab.milestones.launches import REFERENCES
+from shardlab.milestones.markers import ops_of
 from shardlab.sandbox import boxes
 from shardlab.zero import toolchain
+
+os.environ["SHARDLAB_TESTS"] = str(os.getpid())
+"""Tells what these tests have started from what others have, whose processes are nobody's business here."""
 
 
 @pytest.fixture(autouse=True)
@@ -79,15 +84,22 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+def every_lab() -> list:
+    """Parameters, a lab each; those whose milestones submit jobs are marked so, and wait for Slurm while others compute."""
+    return [pytest.param(lab.stem, marks=pytest.mark.jobs if lab.has_jobs else ()) for lab in catalogue()]
+
+
 def everything_must_run() -> bool:
     """Whether no milestone may be *not run* here."""
     return {"slurm", "libaio"} <= REQUIRED
 
 
-def verdicts_of_solutions(slurm_here) -> set[str]:
-    """What solutions may get here: *not run* only where something is absent, and may be."""
-    all_here = slurm_here and toolchain.check_libaio().state == "works"
-    return {"passed"} if everything_must_run() or all_here else {"passed", "not run"}
+@pytest.fixture
+def may_get(stem, request) -> set[str]:
+    """What the solutions of the lab `stem` may get here: *not run* only where something is absent, and may be. Its Slurm is up."""
+    slurm_here = not named(stem).has_jobs or request.getfixturevalue("slurm_where_possible")
+    libaio_here = "async_io" not in ops_of([stem]) or toolchain.check_libaio().state == "works"
+    return {"passed"} if everything_must_run() or (slurm_here and libaio_here) else {"passed", "not run"}
 
 
 def cluster_missing() -> str | None:

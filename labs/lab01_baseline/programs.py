@@ -13,7 +13,7 @@ from shardlab.run.training import text_rows, train, trainer_arguments
 
 
 def save_round_trip(experiment: Experiment, run: Run) -> dict:
-    """Train a few steps, let `lab01_baseline.save_and_reload` save and reload, and compare what came back.
+    """Train a few steps, let `lab01_baseline.save_and_reload` save and reload, and compare the result.
 
     Returns:
         `difference`: the largest difference between a trained and a reloaded weight, over all ranks;

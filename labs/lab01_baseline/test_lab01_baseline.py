@@ -36,7 +36,7 @@ def test_prompt_has_the_course_format(lab):
     wanted = f"Question: {QUESTION} Context: {CONTEXT} Answer:"
     likely = "the order question, context, answer, or a line break or a space too many"
     if isinstance(got, str) and got == wanted + " ":
-        likely = "a space behind 'Answer:'; the answer brings its own, so the model would see two"
+        likely = "a space after 'Answer:'; the answer brings its own, so the model would see two"
     require(got == wanted, expected=repr(wanted), got=got, likely=likely)
     got = lab.format_prompt(f" {QUESTION}\n", f"\n{CONTEXT} ")
     require(

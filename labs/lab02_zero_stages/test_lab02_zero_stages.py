@@ -94,7 +94,7 @@ def test_configuration_is_what_deepspeed_reads(lab, judge):
             seen.optimizer_name == "adamw" and seen.optimizer_params == {"lr": 1e-4, "torch_adam": True},
             expected="optimizer AdamW with lr 0.0001 and torch_adam",
             got=f"{seen.optimizer_name} {seen.optimizer_params}",
-            likely="params of the optimizer at the wrong level, or weight_decay 'auto' beside a learning rate that is a number",
+            likely="params of the optimizer at the wrong level, or weight_decay 'auto' together with a learning rate that is a number",
         )
         require(
             not seen.float16_config.enabled and not seen.bfloat16_config.enabled,
@@ -213,7 +213,7 @@ BAD = [
         {"zero_optimization": {"stage": 2, "nvme_path": "/scratch", "offload_optimizer": {"device": "nvme"}}},
         True,
         "nvme_path",
-        "nvme_path is looked for beside the offload; DeepSpeed reads it inside",
+        "nvme_path is looked for next to the offload; DeepSpeed reads it inside",
     ),
     ("'auto' without Trainer", {"train_batch_size": "auto"}, False, "train_batch_size", "with_trainer is not looked at"),
     (

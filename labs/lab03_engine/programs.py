@@ -25,7 +25,7 @@ def fingerprint(state: torch.Tensor) -> int:
 
 
 def initialize(experiment: Experiment, run: Run) -> dict:
-    """Task 3.1: what came back, by rank."""
+    """Task 3.1: the result, by rank."""
     from datasets import Dataset
 
     from shardlab.data.models import load_model, parameter_count

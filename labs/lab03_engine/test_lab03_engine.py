@@ -162,7 +162,7 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
             ", in step\n" not in error.rank_traceback,
             expected="gradients to be there when engine.step() takes the optimizer step",
             got=f"rank {error.rank}, {error.experiment}: {error.error}",
-            likely="an optimizer step beside engine.step(), or a zero_grad() in front of it, has used them up",
+            likely="an optimizer step besides engine.step(), or a zero_grad() in front of it, has used them up",
         )
         raise
     plain = {accumulation: None for accumulation in (4, 1)}
@@ -207,7 +207,7 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
             worst <= 1e-5,
             expected=f"stage {case['stage']}, accumulation {accumulation}: plain PyTorch's losses to 1e-5, {[round(x, 5) for x in wanted]}",
             got=[round(x, 5) for x in got["losses"]],
-            likely="the loss divided by the accumulation a second time, or an optimizer step beside engine.step()",
+            likely="the loss divided by the accumulation a second time, or an optimizer step besides engine.step()",
         )
 
 
@@ -399,7 +399,7 @@ def test_checkpoint_is_complete(lab, run_experiments):
             all(got["complete_on_return"]),
             expected="complete.json there when save_checkpoint returns, on every rank",
             got=got["complete_on_return"],
-            likely="no barrier behind write_manifest",
+            likely="no barrier after write_manifest",
         )
         stage3 = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in (0, 1)]
         for name in stage3 if stage == 3 else ["mp_rank_00_model_states.pt"]:

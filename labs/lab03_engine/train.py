@@ -135,7 +135,7 @@ def summary(run: Run) -> str:
 ADVICE = {
     "stage 0": "everything fits, and one GPU is enough",
     "stage 1": "the optimizer states do not fit whole",
-    "stage 2": "the gradients do not fit whole beside them",
+    "stage 2": "the gradients do not fit whole next to them",
     "stage 3": "the parameters do not fit whole",
     "stage 2 + offload": "what is left after stage 2 does not fit, and the host has room",
     "stage 3 + offload": "nothing else fits",

@@ -478,7 +478,7 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
     client = safely_loaded(model_states).get("note") if model_states.exists() else "no such file"
     require(
         client == "kept",
-        expected=f"the engine's own part beside it: {model_states.name}, with the client state",
+        expected=f"the engine's own part next to it: {model_states.name}, with the client state",
         got=client,
         likely="engine.save_checkpoint left out, or called without client_state",
     )

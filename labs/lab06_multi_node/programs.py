@@ -18,7 +18,7 @@ from shardlab.run.run_folder import Run
 
 
 def uneven_gradient(experiment: Experiment, run: Run) -> dict:
-    """Task 6.5: the gradient of a linear model in the mean over the ranks, beside that of one rank with the whole global batch."""
+    """Task 6.5: the gradient of a linear model in the mean over the ranks, next to that of one rank with the whole global batch."""
     import torch.distributed as dist
 
     lab, size = switch.import_exercise("lab06_multi_node"), experiment.options["global_batch"]

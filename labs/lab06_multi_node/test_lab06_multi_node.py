@@ -185,7 +185,7 @@ def check_text(text: str, log: str) -> None:
         not spaced,
         expected="#SBATCH",
         got=spaced[:1],
-        likely="a space behind the #: for sbatch that is a comment, and it says nothing",
+        likely="a space after the #: for sbatch that is a comment, and it says nothing",
     )
     found, lines = directives(text), text.splitlines()
     for key, value in (NAMED | {"output": log, "job-name": "shardlab-lab06"}).items():
@@ -420,7 +420,7 @@ def test_reading_a_job(lab, slurm_beside_exercises):
                 not wrong,
                 expected=f"{wanted} of a real job",
                 got=f"{wrong} from {line[:60]} … {line[line.find('JobState') : line.find('JobState') + 60]} …",
-                likely="a form that real jobs have besides: NodeList= with nothing behind it",
+                likely="a form that real jobs have besides: NodeList= with nothing after it",
             )
     finally:
         slurm.cancel(waits)
@@ -553,8 +553,8 @@ def test_surviving(lab, run_experiments, workspace, slurm_beside_exercises):
     for name, state, restarts, likely in (
         ("succeeds", "COMPLETED", 0, "the status of `wait` lost; or the run folder made by the script, which ranks refuse; or a folder with spaces not quoted"),
         ("fails again and again", "FAILED", 0, "a job put back without a new checkpoint: what went wrong goes wrong again, for ever; or the status lost"),
-        ("loses a node twice", "COMPLETED", 2, "a job that failed behind a new checkpoint was not put back; or checkpoints counted, although each new one replaces the old"),
-        ("is asked to stop", "COMPLETED", 1, "the signal came, and the file `stop` was not there in time: the ranks must run in the background, with `wait` behind them until they are gone"),
+        ("loses a node twice", "COMPLETED", 2, "a job that failed after a new checkpoint was not put back; or checkpoints counted, although each new one replaces the old"),
+        ("is asked to stop", "COMPLETED", 1, "the signal came, and the file `stop` was not there in time: the ranks must run in the background, with `wait` after them until they are gone"),
     ):  # fmt: skip
         job = ended[name].job
         require(

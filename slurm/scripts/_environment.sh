@@ -20,7 +20,7 @@ conda activate {{ site.environment.path|quoted }}
 set -u
 in_environment=()
 {% else %}
-# What is to run in the container stands behind this; a task of srun starts a container of its own.
+# What is to run in the container stands after this; a task of srun starts a container of its own.
 in_environment=({{ container }})
 {% endif %}
 {% if site.offline %}

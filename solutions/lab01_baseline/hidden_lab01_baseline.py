@@ -76,7 +76,7 @@ def test_another_model_comes_back(lab, run_experiments):
     (run,) = run_experiments([plan], timeout=90).values()
     got = run.results
     assert got["difference"] <= 1e-6 and not got["same_object"] and got["tied"] and got["tokenizer"]
-    # What the ranks said is their word. The folder is looked at too, beside the weights of a run without anybody's exercises.
+    # What the ranks said is their word. The folder is looked at too, next to the weights of a run without anybody's exercises.
     alone = plan.model_copy(update={"program": "shardlab.run.training:train_text", "name": "without", "save": True})
     (reference,) = run_experiments([alone], timeout=90, reference=True).values()
     wanted = load_file(reference.folder / "model" / "model.safetensors")

@@ -26,7 +26,7 @@ def format_prompt(question: str, context: str) -> str:
 
     Returns:
         "Question: <question> Context: <context> Answer:", on one line. White space around the question and the context
-        is stripped, and there is none behind the last colon: the answer brings its own space.
+        is stripped, and there is none after the last colon: the answer brings its own space.
     """
     # BEGIN SOLUTION 1.1
     return f"Question: {question.strip()} Context: {context.strip()} Answer:"

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # What a training step costs
 #
-# Lecture beside lab 01. Read it, run it, change it. Nothing here is graded.
+# Lecture for lab 01. Read it, run it, change it. Nothing here is graded.
 #
 # A training step takes a batch, computes a loss, computes a gradient, and lets the optimizer change the parameters. Each part costs
 # memory and time. At the end you can say where the memory of a fine-tuning run goes, what padding and labels have to do with it, and
@@ -39,7 +39,7 @@ for token, label in list(zip(ids, labels))[-6:]:
 # Two mistakes are common. With `labels = input_ids` the model also learns to write questions, and the loss is mostly about those. And if
 # the end-of-sequence token `</s>` is missing, or masked, the model never learns to stop.
 #
-# Many tutorials set `pad_token = eos_token` and let a collator mask the padding. That collator then masks every `</s>`, the one behind
+# Many tutorials set `pad_token = eos_token` and let a collator mask the padding. That collator then masks every `</s>`, the one after
 # the answer too. BLOOM has a `<pad>` token of its own; use it.
 #
 # ## Padding

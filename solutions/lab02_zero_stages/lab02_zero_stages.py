@@ -204,7 +204,7 @@ def with_deepspeed(baseline: Experiment, config: dict, method: str) -> Experimen
         method: the new name in tables, such as "ZeRO-2".
 
     Returns:
-        The baseline with `deepspeed` and `method` set, and with the method added to its `name`, in lower case, behind a
+        The baseline with `deepspeed` and `method` set, and with the method added to its `name`, in lower case, after a
         hyphen, so that it gets a run folder of its own: "demo" and "ZeRO-2" make "demo-zero-2".
     """
     # BEGIN SOLUTION 2.4

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # ZeRO
 #
-# Lecture beside lab 02. Read it, run it, change it. Nothing here is graded.
+# Lecture for lab 02. Read it, run it, change it. Nothing here is graded.
 #
 # In data-parallel training each rank has the whole model and its own share of the batch. The ranks average their gradients and all take the
 # same step. So each of N ranks holds the same 16 bytes per parameter. ZeRO, the Zero Redundancy Optimizer, keeps one copy in all instead of

@@ -258,4 +258,4 @@ scoreboard("lab02_zero_stages")
 #
 # - Put `"stage3_max_live_parameters": 1` and `"stage3_max_reuse_distance": 0` into stage 3's configuration. What happens to the speed?
 # - Use your own lab 01: set `program="exercises.lab01_baseline:finetune"` in the baseline, and compare exact match across stages.
-# - On a machine with a GPU, run `python bench/stages.py --ranks 1 --out mine.json` and put your figures beside the reference.
+# - On a machine with a GPU, run `python bench/stages.py --ranks 1 --out mine.json` and put your figures next to the reference.

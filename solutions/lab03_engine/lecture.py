@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Inside the engine
 #
-# Lecture beside lab 03. Read it, run it, change it. Nothing here is graded.
+# Lecture for lab 03. Read it, run it, change it. Nothing here is graded.
 #
 # `Trainer` drives DeepSpeed for you. Sooner or later you need a loop that `Trainer` does not have, or an error leads you into the engine. This lecture
 # goes through what the engine does in a step, what it keeps in a checkpoint, and how it compares with its neighbours.
@@ -25,7 +25,7 @@
 #
 # | call | what happens |
 # | --- | --- |
-# | `engine(**batch)` | forward; in stage 3 each layer's parameters are gathered before it and released behind it |
+# | `engine(**batch)` | forward; in stage 3 each layer's parameters are gathered before it and released after it |
 # | `engine.backward(loss)` | the loss is divided by the accumulation, then backward; from stage 2 on gradients go to their owners meanwhile, bucket by bucket |
 # | `engine.step()` | nothing, until the last micro-batch of the optimizer step; then: norm over all ranks, clipping, Adam on the own shard, all-gather, gradients cleared |
 #

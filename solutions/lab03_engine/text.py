@@ -124,7 +124,7 @@ check("3.5")
 #
 # The check below first trains in stages 1, 2 and 3 without a stop; then it loads checkpoints of those runs in **new processes** and goes on. The losses
 # must be those of the run that never stopped, to 1e-5, with dropout on in stage 2. One of the checkpoints comes from a run in which rank 1 was ended with
-# `kill -9`, and a newer, half-written one lies beside it.
+# `kill -9`, and a newer, half-written one lies next to it.
 
 # %%
 check("3.6")

@@ -95,7 +95,7 @@ def test_other_limits(lab):
 
 @pytest.mark.milestone(task="4.7", ops=("cpu_adam", "pin_memory", "async_io"))
 def test_what_another_run_saves(lab, run_experiments, workspace):
-    """The saved states beside those of a run without anybody's exercises, which the box has not seen."""
+    """The saved states next to those of a run without anybody's exercises, which the box has not seen."""
     lab.save_offloaded  # noqa: B018
     options = {"save_at": 2, "checkpoints": str(shared_folder() / "offload" / "other")}
     other = nvme_experiment("nvme-other", "shardlab.milestones.engine_runs:train_nvme", shared_folder(), options=options, seed=29)

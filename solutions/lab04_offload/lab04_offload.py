@@ -46,7 +46,7 @@ def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_
         {"zero_optimization": {"stage": stage, …}}. With an offload, there is `offload_optimizer` or `offload_param` or both
         in it, each {"device": …, "pin_memory": …}, and with "nvme" also "nvme_path" as a string. With "nvme" the result
         has a second key, "aio": `AIO` with your settings over it. Parameters on NVMe also need `buffer_size` in
-        `offload_param`, which is `largest_parameter`; and beside it in `zero_optimization` `stage3_max_live_parameters`
+        `offload_param`, which is `largest_parameter`; and next to it in `zero_optimization` `stage3_max_live_parameters`
         and `stage3_max_reuse_distance`, both 0. Otherwise stage 3 keeps parameters gathered, each holds its buffer, and
         training ends in "Not enough buffers".
 

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # The memory hierarchy
 #
-# Lecture beside lab 04. Read it, run it, change it. Nothing here is graded.
+# Lecture for lab 04. Read it, run it, change it. Nothing here is graded.
 #
 # A GPU's memory is small and fast, the host's is larger and slower, and a disk is larger and slower again. Offload keeps model states where there is room and
 # moves them when they are needed. This lecture says what moves, how far, and what that costs.

@@ -306,7 +306,7 @@ table([{"method": row["method"], "outcome": row["outcome"], "samples/s": row["sa
 #
 # 1. A second save into the same place ends in `FileExistsError`: its `copytree` wants a folder that is not there (DeepSpeed issue 7549). `Trainer` saves twice
 #    into one place under ZeRO-3, if `stage3_gather_16bit_weights_on_model_save` is false.
-# 2. The files are named after a counter of the process. A process that has made another engine before counts on: then the copied files lie beside those in
+# 2. The files are named after a counter of the process. A process that has made another engine before counts on: then the copied files lie next to those in
 #    use, and nobody reads them. The training begins anew, and says nothing.
 # 3. In a new process, Adam has no state before its first step, so nobody asks for the files of the moments. It begins with zeros, at step 0.
 # 4. Sub-groups too small for the disk are in memory. DeepSpeed writes them into its checkpoint, but with NVMe it does not load that part.

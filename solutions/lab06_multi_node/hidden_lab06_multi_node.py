@@ -108,7 +108,7 @@ def test_three_ranks_stop_together(lab, run_experiments):
 
 OTHERS = {
     "ends well": ("true", "COMPLETED", 0),
-    # It fails behind an old checkpoint, which is none of this life's.
+    # It fails after an old checkpoint, which is none of this life's.
     "fails": ("exit 6", "FAILED", 0),
     "is lost once": (
         'lives=$(cat "$run/n" 2>/dev/null || echo 5); mkdir -p "$run/checkpoints/checkpoint-$lives"; '

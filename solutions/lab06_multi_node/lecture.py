@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Launchers and schedulers
 #
-# Lecture beside lab 06. Read it, run it, change it. Nothing here is graded, and no cluster is needed.
+# Lecture for lab 06. Read it, run it, change it. Nothing here is graded, and no cluster is needed.
 #
 # Within one node, a parent process starts the ranks and knows them all. Over several nodes nobody does. A **scheduler** (here Slurm) gives you nodes and starts
 # one command on each; a **launcher** (here torchrun) turns that into ranks that find each other. This lecture follows a job through both.

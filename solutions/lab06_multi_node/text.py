@@ -164,7 +164,7 @@ if not why_not:
 # %% [markdown]
 # On the local cluster both nodes share this machine's cores, so neither is faster by right: run the cells again, and the two may change places. (Its nodes have no
 # GPUs. On a machine that has some, the job ran on the CPU and the one node perhaps on GPUs: compare the losses then, and not the speed.) What differs is the road that the gradients take. One node's ranks add them up in
-# shared memory; two nodes' ranks send them through a network. And a job is *cold*: each node imports torch and DeepSpeed anew, which this notebook's warm processes have behind them.
+# shared memory; two nodes' ranks send them through a network. And a job is *cold*: each node imports torch and DeepSpeed anew, which this notebook's warm processes have done.
 #
 # ## 6.5 The same training on any number of nodes
 #
@@ -237,7 +237,7 @@ check("6.8")
 #
 # - The ranks end with status 0, and nobody asked them to stop: the job is done.
 # - They end with status 0, and the file `stop` is there: requeue.
-# - They end with another status behind a new checkpoint: requeue.
+# - They end with another status after a new checkpoint: requeue.
 # - They end with another status, and there is no new checkpoint: the job has failed.
 #
 # Complete `surviving(launch, run)`. The check runs a small job for each case, with stand-ins for the ranks. Then, on the local cluster, it trains on two nodes,

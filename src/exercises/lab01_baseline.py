@@ -26,7 +26,7 @@ def format_prompt(question: str, context: str) -> str:
 
     Returns:
         "Question: <question> Context: <context> Answer:", on one line. White space around the question and the context
-        is stripped, and there is none behind the last colon: the answer brings its own space.
+        is stripped, and there is none after the last colon: the answer brings its own space.
     """
     raise NotImplementedError("Task 1.1: complete format_prompt() in src/exercises/lab01_baseline.py")
 

@@ -88,7 +88,7 @@ def batch_script(*, name: str, nodes: int, ranks_per_node: int, minutes: int, lo
     It has, in this order:
 
     1. `#!/bin/bash`;
-    2. directives, `#SBATCH --option=value` (with a space behind the # they would be comments): job-name, nodes, ntasks-per-node
+    2. directives, `#SBATCH --option=value` (with a space after the # they would be comments): job-name, nodes, ntasks-per-node
        (one task per node: torchrun starts the ranks), time (in minutes), output;
     3. `set -euo pipefail`, so that a command that fails ends the job; then the lines of `setup`;
     4. the first node's address. The script runs on the first node, so that is its own: the first word that
@@ -96,7 +96,7 @@ def batch_script(*, name: str, nodes: int, ranks_per_node: int, minutes: int, lo
     5. `srun --kill-on-bad-exit=1`, which starts one `torchrun` on each node, with the options of task 6.2, then `program`.
        `SLURM_NODEID` must be each task's own: the script's shell knows it too, as 0. Single quotes keep that shell away from it:
        `srun … bash -c 'torchrun … is_host=$((SLURM_NODEID == 0)) "${@:2}"' bash "$address:$port" …`. There, `$1` is the first word
-       behind `bash`, and `"${@:2}"` all words from the second on.
+       after `bash`, and `"${@:2}"` all words from the second on.
 
     Args:
         name: of the job.
@@ -104,7 +104,7 @@ def batch_script(*, name: str, nodes: int, ranks_per_node: int, minutes: int, lo
         minutes: the time limit.
         log: the file for what the job prints; without spaces.
         setup: lines of shell that find Python.
-        program: the words behind torchrun's options, such as ["-m", "shardlab.cli", "run", "my run"]; `shlex.join` quotes them.
+        program: the words after torchrun's options, such as ["-m", "shardlab.cli", "run", "my run"]; `shlex.join` quotes them.
 
     Returns:
         The script's text.
@@ -148,7 +148,7 @@ def read_job(line: str) -> dict:
     Returns:
         {"state": JobState, "reason": Reason or None, "nodes": NodeList or None, "restarts": Restarts as a number,
         "seconds": RunTime in seconds, "exit": the number before the colon in ExitCode, "name": JobName}. Where there is nothing,
-        Slurm writes "None", "(null)", or nothing at all behind the =. A time is hours:minutes:seconds; after a day it has days and
+        Slurm writes "None", "(null)", or nothing at all after the =. A time is hours:minutes:seconds; after a day it has days and
         a hyphen in front, 1-00:00:00.
     """
     raise NotImplementedError("Task 6.6: complete read_job() in src/exercises/lab06_multi_node.py")
@@ -203,7 +203,7 @@ def surviving(launch: str, run: str) -> str:
     """Shell lines that start the ranks, and put the job back into the queue when it can go on.
 
     Slurm sends SIGUSR1 to the script's shell before the time limit. A shell that waits for a command in the foreground looks at a
-    signal when the command has ended, so the command must run in the background (`&`, `$!`), with `wait` behind it. A signal
+    signal when the command has ended, so the command must run in the background (`&`, `$!`), with `wait` after it. A signal
     interrupts `wait`, with a status of its own, which under `set -e` would end the script (`|| true`); so wait again until the
     process is gone (`kill -0` fails then). bash keeps the status of a process that has ended: one more `wait` gives it.
 

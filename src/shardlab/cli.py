@@ -50,8 +50,8 @@ RandomWeights = Annotated[
 Ranks = Annotated[int | None, typer.Option(min=1, help="Processes, one per GPU. By default all GPUs, or 2 without one.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")]
 Precision = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16. By default the best that the hardware has.")]
-MicroBatch = Annotated[int | None, typer.Option(min=1, help="Sequences a rank and forward pass.")]
-Accumulation = Annotated[int | None, typer.Option(min=1, help="Forward passes an optimizer step.")]
+MicroBatch = Annotated[int | None, typer.Option(min=1, help="Sequences per rank and forward pass.")]
+Accumulation = Annotated[int | None, typer.Option(min=1, help="Forward passes per optimizer step.")]
 LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.")]
 Runs = Annotated[Path, typer.Option(help="Folder for the run folders.")]
 
@@ -155,7 +155,6 @@ def run(
 
     In a shell this starts the ranks itself. Where torchrun, deepspeed or srun has started it, it is one of theirs.
     """
-    import os
 
     from shardlab import hardware, switch
     from shardlab.course.demo import METHODS, config_of, default_settings
@@ -207,7 +206,7 @@ def run(
 
 @app.command(name="report")
 def report_command(folder: Annotated[Path, typer.Argument(help="A folder of run folders, or one run folder.")]) -> None:
-    """Print the table of some runs, and write report.html and report.png beside them."""
+    """Print the table of some runs, and write report.html and report.png next to them."""
 
     from shardlab.run.run_folder import Run, RunError, read_runs
     from shardlab.show import report
@@ -277,8 +276,8 @@ SitePath = Annotated[
 ]
 Graded = Annotated[str | None, typer.Option("--exercises", help="For grading: the folder that holds 'exercises'.")]
 UseSolutions = Annotated[bool, typer.Option("--solutions", help="Train with the reference solutions instead of src/exercises.")]
-BEHIND = {"allow_extra_args": True}
-"""What stands behind `--` goes to `shardlab run` in the job."""
+AFTER_DASHES = {"allow_extra_args": True}
+"""What stands after `--` goes to `shardlab run` in the job."""
 
 
 def _asked(given: dict):
@@ -297,7 +296,7 @@ def _asked(given: dict):
     return batch.JobSettings(arguments=arguments, **_given(**given)), site
 
 
-@slurm_app.command(context_settings=BEHIND)
+@slurm_app.command(context_settings=AFTER_DASHES)
 def render(
     context: typer.Context,
     name: ScriptName,
@@ -310,14 +309,14 @@ def render(
     solutions: UseSolutions = False,
     site: SitePath = None,
 ) -> None:
-    """Print a batch script. Options behind `--` go to `shardlab run` in the job: multi-node -- --method ZeRO-3 --steps 100"""
+    """Print a batch script. Options after `--` go to `shardlab run` in the job: multi-node -- --method ZeRO-3 --steps 100"""
     given = locals()
     from shardlab.cluster import batch
 
     print(batch.render(given.pop("name"), *_asked(given)), end="")
 
 
-@slurm_app.command(context_settings=BEHIND)
+@slurm_app.command(context_settings=AFTER_DASHES)
 def submit(
     context: typer.Context,
     name: ScriptName,
@@ -331,7 +330,7 @@ def submit(
     site: SitePath = None,
     follow: Annotated[bool, typer.Option("--follow", help="Stay, and show the job's state and progress until it is over.")] = False,
 ) -> None:
-    """Render a batch script and submit it. Options behind `--` go to `shardlab run` in the job."""
+    """Render a batch script and submit it. Options after `--` go to `shardlab run` in the job."""
     given = locals()
     from shardlab.cluster import batch
 
@@ -392,60 +391,30 @@ def grade(
 
     Of what the submissions say nothing is believed: milestones call their functions from outside of the box, and judge there.
     """
-    from shardlab.grading import cluster, gradebook, judge, plan, results, submissions, whole_class
-    from shardlab.labs import chosen
+    from shardlab.grading.folder import grade_folder
     from shardlab.progress import default_display
-    from shardlab.sandbox import boxes
 
-    stems = [lab.stem for lab in chosen(labs)]
-    paths = [path.absolute() for path in paths]
-    found = submissions.find(paths)
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; --out names a folder")
-    isolation = ("limits", "it was asked for with --limits-only") if limits_only else boxes.isolation()
-    plan = plan.Plan(tuple(stems), timeout, plan.course_digest(stems), isolation)
-    results.require_same_labs(out, plan)
-    if isolation[0] == "limits" and os.geteuid() == 0:
-        raise UsageError(
-            f"submissions are not graded as root without isolation ({isolation[1]}): their code could end every process and write "
-            "every file of this machine. Install bubblewrap, or grade from an ordinary account."
-        )
-    if isolation[0] == "limits":
-        print(f"No isolation: {isolation[1]}. The submissions' code can read what this account can read.", file=sys.stderr)
-    if part:
-        found = cluster.part_of(found, part)
-    interrupted, finished = False, {}
-    try:
-        if on_slurm:
-            words = [*map(str, paths), "--out", str(out.absolute()), "--labs", ",".join(stems)]
-            words += ["--timeout", str(timeout), *(["--limits-only"] if limits_only else [])]
-            finished = cluster.grade_on_cluster(found, out, plan, words, parts=jobs or 4, display=default_display())
-        else:
-            judge.forget_the_environment()
-            finished = whole_class.grade_all(
-                found, out, plan, jobs=jobs or whole_class.judges_that_fit(), display=default_display()
-            )
-    except KeyboardInterrupt:
-        interrupted = True
-        there = results.results_in(out)
-        finished = {name: there[name] for name, path in found.items() if results.is_current(there.get(name), path, plan)}
-    if part:
-        raise typer.Exit(130 if interrupted else 0)
-    # Those that were not named this time keep their rows.
-    others = {name: result for name, result in results.results_in(out).items() if name not in found}
-    book = gradebook.write(out, others | finished, [name for name in found if name not in finished])
-    print(f"{len(finished)} of {len(found)} graded\nGradebook: {book}")
-    print(f"Overview:  {out / 'overview.html'}\nFeedback:  {out / 'feedback'}")
-    if interrupted:
+    graded = grade_folder(
+        paths,
+        out,
+        of=labs,
+        seconds=timeout,
+        jobs=jobs,
+        on_slurm=on_slurm,
+        part=part,
+        limits_only=limits_only,
+        display=default_display(),
+    )
+    if graded.book:
+        print(f"{len(graded.finished)} of {len(graded.found)} graded\nGradebook: {graded.book}")
+        print(f"Overview:  {out / 'overview.html'}\nFeedback:  {out / 'feedback'}")
+    if graded.interrupted:
         print("shardlab: interrupted; run the same command again, and it skips what is graded.", file=sys.stderr)
         raise typer.Exit(130)
-    if missing := [name for name in found if name not in finished]:
-        print(
-            f"shardlab: not graded: {', '.join(missing)}. Look into the job's log; the same command tries again.", file=sys.stderr
-        )
-        raise typer.Exit(1)
-    if again := [name for name, result in finished.items() if not result["whole"]]:
-        print(f"shardlab: not graded to the end: {', '.join(again)}. The same command tries them again.", file=sys.stderr)
+    if graded.book and (graded.missing or graded.not_whole):
+        for names, what in ((graded.missing, "not graded"), (graded.not_whole, "not graded to the end")):
+            if names:
+                print(f"shardlab: {what}: {', '.join(names)}. The log says why; the same command tries again.", file=sys.stderr)
         raise typer.Exit(1)
 
 

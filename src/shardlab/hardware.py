@@ -234,7 +234,7 @@ def versions() -> dict:
 
 @lru_cache
 def commit() -> str | None:
-    """The course's commit, with `+changes` behind it where files differ; `None` outside a git checkout."""
+    """The course's commit, with `+changes` after it where files differ; `None` outside a git checkout."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()

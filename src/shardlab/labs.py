@@ -37,6 +37,11 @@ class Lab(BaseModel):
     )
 
     @property
+    def has_jobs(self) -> bool:
+        """Whether its milestones submit jobs to Slurm."""
+        return "slurm-wlm" in self.packages
+
+    @property
     def folder(self) -> Path:
         return self.root / "labs" / self.stem
 

@@ -80,7 +80,7 @@ def elements_sent(method: str, parameters: int, ranks: int, micro_batches: int =
 class StepModel:
     """A method's step on N GPUs: `alone` seconds on one, and `messages` collectives that wait for each other.
 
-    `messages` is fitted: it holds what a step pays for each collective beside its bytes.
+    `messages` is fitted: it holds what a step pays for each collective besides its bytes.
     """
 
     method: str

@@ -47,7 +47,7 @@ _none_there: Callable[[], str] = str
 
 @contextlib.contextmanager
 def elsewhere(run: Callable[..., str], none_there: Callable[[], str]):
-    """Let Slurm's commands be those beside a local cluster that this process does not see.
+    """Let Slurm's commands be those next to a local cluster that this process does not see.
 
     Args:
         run: called as `command` is, without `cwd`; also with `local_cluster.sh` and its arguments.

@@ -112,7 +112,7 @@ def _worked_on(path: Path, wanted: str) -> list[str]:
 
 
 def notebooks(root: Path = ROOT) -> dict[Path, Path]:
-    """Notebook, and the text source that it is made from: labs beside their milestones, lectures in `notebooks/`."""
+    """Notebook, and the text source that it is made from: labs next to their milestones, lectures in `notebooks/`."""
     found = {}
     for lab in catalogue(root):
         found[lab.notebook] = lab.answers / "text.py"
@@ -156,7 +156,7 @@ def table(root: Path = ROOT) -> str:
         f"| `labs/{lab.stem}` | {f'`notebooks/{lab.lecture}`' if lab.lecture else ''} | {lab.writes} | {lab.minutes} |\n"
         for lab in catalogue(root)
     ]
-    return "".join(["| lab | lecture beside it | what you write | minutes |\n| --- | --- | --- | --- |\n", *rows])
+    return "".join(["| lab | lecture | what you write | minutes |\n| --- | --- | --- | --- |\n", *rows])
 
 
 def generated(root: Path = ROOT) -> dict[Path, str]:

@@ -27,7 +27,7 @@ DEMO = ["baseline", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3 + CPU offload"]
 
 
 def experiments(methods: list[str], **settings) -> list[Experiment]:
-    """One experiment a method, otherwise equal.
+    """One experiment per method, otherwise equal.
 
     Args:
         methods: keys of `METHODS`.

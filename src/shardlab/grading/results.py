@@ -1,6 +1,6 @@
-"""What came of each submission, a file each: so a batch that is interrupted goes on where it was.
+"""What came of each submission, one file each: so a batch that is interrupted goes on where it was.
 
-OUT/results/<submission>.json     what came of each
+OUT/results/<submission>.json     the result of each
 OUT/gradebook.csv, …              written by `gradebook.py` from the results alone
 """
 

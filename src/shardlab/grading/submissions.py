@@ -358,7 +358,7 @@ def _keep(entries, target: Path, opened: Opened) -> None:
     if not found:
         why = f" ({'; '.join(opened.notes[:5])})" if opened.notes else ""
         raise SubmissionError(f"no folder `exercises` with Python files in it was found{why}. Hand in src/exercises as it is.")
-    # `src/exercises` beside another one is the learner's own copy of the course.
+    # `src/exercises` next to another one is the learner's own copy of the course.
     folders = sorted(found, key=lambda folder: (len(folder.parts) - (folder.parts[-2:-1] == ("src",)), folder))
     opened.notes += [f"{folder} was left out: {folders[0]} was graded" for folder in folders[1:]]
     for relative, content in found[folders[0]].items():

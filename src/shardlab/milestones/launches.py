@@ -85,7 +85,7 @@ def launched(experiments: list, *, task: str, largest: int, timeout: float = 120
         largest: the ranks of the largest experiment of the milestone: all run where those do.
         timeout: seconds.
         reference: nothing of anybody's exercises is in these runs: they run outside of the box, and once for all judges. Whatever
-            else a milestone starts runs beside the exercises.
+            else a milestone starts runs with the exercises.
         box: where ranks that run somebody's exercises are started; here by default.
 
     Returns:

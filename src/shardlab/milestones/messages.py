@@ -17,8 +17,8 @@ def require(condition, *, expected: str, got, likely: str) -> None:
     Args:
         condition: what must be true.
         expected: what should have come.
-        got: what came; shortened if it is long.
-        likely: the usual mistake behind it.
+        got: the result; shortened if it is long.
+        likely: the usual mistake.
     """
     if not condition:
         text = got if isinstance(got, str) else repr(got)

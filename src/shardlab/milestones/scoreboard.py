@@ -57,7 +57,7 @@ def next_step(milestones: list[Milestone]) -> str:
         if milestone.verdict == "failed" and milestone.waits_for not in ("", *(m.task for m in milestones)):
             return f"Next: task {milestone.waits_for}; task {milestone.task} uses it."
         if milestone.verdict == "failed":
-            return f"Next: task {milestone.task} fails; its message above says what came and what should have."
+            return f"Next: task {milestone.task} fails; its message above says what was expected and what was found."
         if milestone.verdict == "not implemented":
             return f"Next: task {milestone.task}. {milestone.message.splitlines()[0].partition(': ')[2]}"
     missing = [m for m in milestones if m.verdict == "not run"]
@@ -110,7 +110,7 @@ def render_html(milestones: list[Milestone]) -> str:
 
 
 def render_board(milestones: list[Milestone]) -> str:
-    """The scoreboard for a notebook: a line per task, the messages folded behind those that failed, points, what to do next."""
+    """The scoreboard for a notebook: a line per task, the messages folded below those that failed, points, what to do next."""
     labs = []
     for name in dict.fromkeys(m.lab for m in milestones):
         mine = sorted((m for m in milestones if m.lab == name), key=lambda m: task_order(m.task))

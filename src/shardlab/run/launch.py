@@ -239,7 +239,7 @@ def _launch_group(
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, start_processes
 
-    # They warn of each rank that they end, beside the error that says why.
+    # They warn of each rank that they end, next to the error that says why.
     for module in ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn"):
         logging.getLogger(module).setLevel(logging.CRITICAL)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -97,7 +97,7 @@ class Run:
         return run
 
     def keep_steps(self, last: int) -> None:
-        """Drop the lines of steps behind `last`: training goes on from a checkpoint, and takes them again."""
+        """Drop the lines of steps after `last`: training goes on from a checkpoint, and takes them again."""
         rows = [row for row in self.metrics() if row["step"] <= last]
         temporary = self.folder / ".metrics.jsonl"
         temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))

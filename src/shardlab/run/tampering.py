@@ -1,4 +1,4 @@
-"""Has somebody changed the course's own code while their exercises ran beside it?
+"""Has somebody changed the course's own code while their exercises ran?
 
 On a rank, exercises and the program that observes them share a process. What the program reports is judged elsewhere, but it must
 be the program that reports. So every function and class of the course is noted before the exercises come in, and looked at again

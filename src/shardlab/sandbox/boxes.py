@@ -66,7 +66,7 @@ class Box:
         submission: the folder that holds `exercises/`; read-only in the box.
         exchange: a folder that judge and box both see under this path. What one side writes reaches the other with the next call.
         visible: folders that the box may read, under the same paths.
-        programs: a file of the course, such as `labs/<lab>/programs.py`, that runs beside the exercises; loaded before them.
+        programs: a file of the course, such as `labs/<lab>/programs.py`, that runs with the exercises; loaded before them.
         kind: "bubblewrap" or "limits".
     """
 
@@ -277,7 +277,7 @@ class Box:
         return Caller(self, self._ask_supervisor({"run": "caller"}))
 
     def slurm(self, *words: str, seconds: float = 30, text: str | None = None) -> str:
-        """Run one of Slurm's commands in the box, beside a cluster of the box's own, which the first command starts.
+        """Run one of Slurm's commands in the box, next to a cluster of the box's own, which the first command starts.
 
         Raises:
             shardlab.cluster.slurm.SlurmError: as `shardlab.cluster.slurm.command`.
@@ -420,7 +420,7 @@ class Caller:
             function = self.codec.lent[told["callback"]]
             args, kwargs = self.codec.decode(told["args"]), self.codec.decode(told["kwargs"])
         except (KeyError, wire.WireError, TypeError):
-            raise wire.WireError("what came is no message") from None
+            raise wire.WireError("the answer is no message") from None
         try:
             return {"value": self.codec.encode(function(*args, **kwargs))}
         except Exception as error:

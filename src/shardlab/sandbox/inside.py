@@ -112,7 +112,7 @@ def _set_limits(setup: dict) -> None:
 
 
 def _take_ops(setup: dict) -> None:
-    """Copy the compiled ops that the judge has provided: loading one writes a lock beside it."""
+    """Copy the compiled ops that the judge has provided: loading one writes a lock next to it."""
     for provided in Path(setup["ops"]).iterdir():
         target = Path(os.environ["TORCH_EXTENSIONS_DIR"], provided.name)
         if not target.exists():

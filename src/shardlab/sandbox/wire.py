@@ -146,7 +146,7 @@ class Codec:
     # --- from JSON ---------------------------------------------------------------------------------------------------
 
     def decode(self, message):
-        """The value behind `encode`'s JSON.
+        """The value that `encode`'s JSON stands for.
 
         Raises:
             WireError: it is not of that form.
@@ -154,7 +154,7 @@ class Codec:
         try:
             return self._decode(message)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, OverflowError) as error:
-            raise WireError(f"what came is no message: {type(error).__name__}: {error}") from None
+            raise WireError(f"the answer is no message: {type(error).__name__}: {error}") from None
 
     def _decode(self, message):
         if isinstance(message, list):
@@ -308,9 +308,9 @@ def receive(connection: socket.socket, deadline: float | None = None) -> dict:
     try:
         message = json.loads(_read(connection, length, deadline))
     except (ValueError, RecursionError, UnicodeDecodeError) as error:
-        raise WireError(f"what came is no message: {type(error).__name__}") from None
+        raise WireError(f"the answer is no message: {type(error).__name__}") from None
     if not isinstance(message, dict):
-        raise WireError("what came is no message")
+        raise WireError("the answer is no message")
     return message
 
 
@@ -394,7 +394,7 @@ def rebuilt(told) -> Exception:
     """The error that a box described: of the first built-in type among its types that takes a text, else a `RemoteError`.
 
     Args:
-        told: what came; anything at all.
+        told: the answer; anything at all.
     """
     import builtins
 

@@ -1,4 +1,4 @@
-"""What a lab notebook needs: the exercises, reloaded when their file is saved; checks in place; predictions beside measurements.
+"""What a lab notebook needs: the exercises, reloaded when their file is saved; checks in place; predictions next to measurements.
 
 from shardlab.show.notebook import check, compare, show, start
 lab = start("<lab>")
@@ -124,7 +124,7 @@ def _checking():
 
 
 _checked: dict[str, tuple[list, list[Milestone]]] = {}
-"""By task: the files that were checked, and what came of it."""
+"""By task: the files that were checked, and the outcomes."""
 
 
 def _files() -> list[tuple]:
@@ -169,10 +169,10 @@ def show(runs: list[Run] | Run, *, plots: bool = True) -> None:
 def compare(
     measured: dict, predicted: dict, reference: dict | None = None, *, unit: str = "", reference_name: str = "reference"
 ) -> None:
-    """Your predictions beside what was measured, and beside the reference figure.
+    """Your predictions next to what was measured, and to the reference figure.
 
     Args:
-        measured: what came, by name.
+        measured: the results, by name.
         predicted: what you wrote down before, by the same names; numbers, texts, or None where you did not say.
         reference: the course's own figure, by the same names.
         unit: of the numbers; "bytes" are shown as MiB or GiB.

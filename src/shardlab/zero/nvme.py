@@ -19,7 +19,7 @@ def without_its_nvme_part(engine) -> Iterator[None]:
 
     By itself, deepspeed 0.19.8 copies the folder of swap files into the checkpoint, and back. That fails or loses states:
     a second save into one place ends in FileExistsError (DeepSpeed issue 7549); the files are named by a counter of the
-    process, so a process that counted otherwise writes them back beside its own and uses neither; on load, Adam's moments
+    process, so a process that counted otherwise writes them back next to its own and uses neither; on load, Adam's moments
     and step count are not restored, nor the sub-groups that are too small for the disk. Told that nothing is on NVMe, the
     engine saves and loads everything but the swapped tensors.
     """

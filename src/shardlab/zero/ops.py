@@ -39,10 +39,10 @@ def environment(device: str | None = None) -> dict[str, str]:
     """
     device = device or hardware.device()
     # One ninja, and always the same: a newer one than built the op would build it again, on every rank.
-    beside = str(Path(sys.executable).parent)
+    own = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
     variables = {
-        "PATH": path if path.split(os.pathsep)[0] == beside else beside + os.pathsep + path,
+        "PATH": path if path.split(os.pathsep)[0] == own else own + os.pathsep + path,
         "TORCH_EXTENSIONS_DIR": str(hardware.ops_folder(device)),
         "DS_ACCELERATOR": device,
         # Asks NVML, not CUDA: a process that has started CUDA cannot fork ranks.

@@ -65,7 +65,7 @@ def check_compiler() -> Finding:
     name, command = "C++ compiler", shlex.join(cxx())
     code, version = run_command([*cxx(), "--version"], 30)
     if code == 127:
-        # Torch asks for c++ by that name; a g++ beside it does not help unless CXX says so.
+        # Torch asks for c++ by that name; a g++ next to it does not help unless CXX says so.
         other = next((found for found in ("g++", "clang++") if shutil.which(found)), None)
         remedy = f"export CXX={other}" if other else GET_COMPILER
         return Finding(name, "fails", f"no {command}: DeepSpeed's ops cannot be compiled", remedy)
