@@ -1,5 +1,6 @@
 """The box and the wire: values come through as they are, and neither a message nor a file can reach out of the box."""
 
+import base64
 import json
 import math
 import os
@@ -52,6 +53,12 @@ def test_nan_and_arrays_come_back():
     assert numpy.array_equal(there_and_back(array), array) and there_and_back(numpy.int64(7)) == 7
 
 
+def safetensors(header: dict, data: bytes) -> str:
+    """A file of that format with any header."""
+    text = json.dumps(header).encode()
+    return base64.b64encode(struct.pack("<Q", len(text)) + text + data).decode()
+
+
 def test_objects_of_the_other_side_are_never_made_here():
     class Equal:
         def __eq__(self, other):
@@ -62,13 +69,16 @@ def test_objects_of_the_other_side_are_never_made_here():
     for message in (
         {"$": "function", "number": 0},
         {"$": "lent", "number": 0},
-        {"$": "model", "number": 0, "config": "{}", "weights": {}},
+        {"$": "model", "number": 0, "config": "{}", "weights": ""},
         {"$": "tokenizer"},
         {"$": "run", "folder": "/"},
         {"$": "nothing"},
         {"no kind": 1},
-        {"$": "tensor", "dtype": "float32", "shape": [10**12], "data": ""},
-        {"$": "tensor", "dtype": "__class__", "shape": [1], "data": ""},
+        {"$": "tensor", "data": ""},
+        {"$": "tensor", "data": 7},
+        {"$": "tensor", "data": safetensors({"": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4]}}, b"1234")},
+        {"$": "tensor", "data": safetensors({"": {"dtype": "__class__", "shape": [1], "data_offsets": [0, 4]}}, b"1234")},
+        {"$": "tensor", "data": safetensors({"another": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"1234")},
         {"$": "numpy", "dtype": "O", "shape": [1], "data": ""},
         {"$": "range", "of": ["a"]},
         {"$": "dict", "items": [[[1], 2]]},

@@ -11,7 +11,6 @@ import contextlib
 import enum
 import itertools
 import json
-import math
 import select
 import socket
 import struct
@@ -114,7 +113,7 @@ class Codec:
         from shardlab.run.run_folder import Run
 
         if isinstance(value, torch.Tensor):
-            return _encode_tensor(value)
+            return {"$": "tensor", "data": _encode_tensors({"": value})}
         if isinstance(value, numpy.ndarray | numpy.generic) and value.dtype.kind in "biufc":
             array = numpy.ascontiguousarray(value)
             return {"$": "numpy", "dtype": array.dtype.str, "shape": list(numpy.shape(value)), "data": _text(array.tobytes())}
@@ -180,7 +179,7 @@ class Codec:
             case "path":
                 return Path(message["text"])
             case "tensor":
-                return _decode_tensor(message)
+                return _decode_tensors(message["data"])[""]
             case "numpy":
                 import numpy
 
@@ -218,7 +217,7 @@ class Codec:
             from transformers import BloomConfig, BloomForCausalLM
 
             model = BloomForCausalLM(BloomConfig(**json.loads(message["config"])))
-            model.load_state_dict({name: _decode_tensor(tensor) for name, tensor in message["weights"].items()}, strict=False)
+            model.load_state_dict(_decode_tensors(message["weights"]), strict=False)
             self._received[message["number"]] = model.train(message["training"])
         return self._received[message["number"]]
 
@@ -234,40 +233,27 @@ def _short(value) -> str:
         return f"<{type(value).__name__}, whose repr() raises {type(error).__name__}>"
 
 
-def _encode_tensor(tensor) -> dict:
-    import torch
+def _encode_tensors(tensors: dict) -> str:
+    from safetensors.torch import save
 
-    plain = tensor.detach().cpu().contiguous()
-    name = str(plain.dtype).removeprefix("torch.")
-    return {
-        "$": "tensor",
-        "dtype": name,
-        "shape": list(plain.shape),
-        "data": _text(plain.reshape(-1).view(torch.uint8).numpy().tobytes()),
-    }
+    return _text(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
-DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+def _decode_tensors(data: str) -> dict:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
-
-def _decode_tensor(message: dict):
-    import torch
-
-    if message["dtype"] not in DTYPES:
-        raise ValueError(f"a tensor of {message['dtype']}")
-    dtype, shape, data = getattr(torch, message["dtype"]), message["shape"], bytearray(base64.b64decode(message["data"]))
-    if len(data) != math.prod(shape) * torch.empty((), dtype=dtype).element_size():
-        raise ValueError("a tensor whose shape does not fit its bytes")
-    if not data:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape)
+    try:
+        return load(base64.b64decode(data))
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
 
 
 def _encode_model(model) -> dict:
     tied = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         "config": model.config.to_json_string(use_diff=False),
-        "weights": {name: _encode_tensor(value) for name, value in model.named_parameters() if tied[id(value)] == name},
+        "weights": _encode_tensors({name: value for name, value in model.named_parameters() if tied[id(value)] == name}),
         "training": model.training,
     }
 
