@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pydantic import BaseModel, StrictInt, StrictStr, ValidationError
+
 from shardlab.data.minisquad import DATA_FOLDER
 from shardlab.errors import CourseError
 
@@ -38,36 +40,34 @@ def read_squad_json(path: Path | str) -> list[dict]:
         raise DataError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg}).") from None
-    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
-        raise DataError(f'{path}: no list \'data\' at the top. A SQuAD file is {{"version": …, "data": [articles]}}.')
+    try:
+        articles = _File.model_validate(document).data
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]).lstrip(".") or "at the top"
+        form = ' A SQuAD file is {"version": …, "data": [articles]}.' if len(first["loc"]) < 2 else ""
+        reason = "Input should be an object" if first["type"] == "model_type" else first["msg"]
+        raise DataError(f"{path}: {place}: {reason}.{form}") from None
 
     questions = []
-    for a, article in enumerate(document["data"]):
-        for p, paragraph in enumerate(_field(path, f"data[{a}]", article, "paragraphs", list)):
-            place = f"data[{a}].paragraphs[{p}]"
-            context = _field(path, place, paragraph, "context", str)
-            for q, qa in enumerate(_field(path, place, paragraph, "qas", list)):
-                where = f"{place}.qas[{q}]"
-                question = _field(path, where, qa, "question", str)
-                answers = _field(path, where, qa, "answers", list)
-                texts, starts = [], []
-                for n, answer in enumerate(answers):
-                    text = _field(path, f"{where}.answers[{n}]", answer, "text", str)
-                    start = _field(path, f"{where}.answers[{n}]", answer, "answer_start", int)
-                    found = context[start : start + len(text)] if start >= 0 else ""
-                    if not text or found != text:
-                        raise DataError(
-                            f"{path}: {where}.answers[{n}]: the context has {found!r} at offset {start}, not the answer {text!r}."
-                        )
-                    texts.append(text)
-                    starts.append(start)
-                if texts:
+    for a, article in enumerate(articles):
+        for p, paragraph in enumerate(article.paragraphs):
+            for q, question in enumerate(paragraph.qas):
+                where = f"data[{a}].paragraphs[{p}].qas[{q}]"
+                for n, answer in enumerate(question.answers):
+                    start, end = answer.answer_start, answer.answer_start + len(answer.text)
+                    found = paragraph.context[start:end] if start >= 0 else ""
+                    if not answer.text or found != answer.text:
+                        has = f"the context has {found!r} at offset {start}"
+                        raise DataError(f"{path}: {where}.answers[{n}]: {has}, not the answer {answer.text!r}.")
+                if question.answers:
+                    texts, starts = ([getattr(answer, key) for answer in question.answers] for key in ("text", "answer_start"))
                     questions.append(
                         {
-                            "id": str(qa.get("id", where)),
-                            "title": str(article.get("title", "")),
-                            "context": context,
-                            "question": question,
+                            "id": str(where if question.id is None else question.id),
+                            "title": str(article.title),
+                            "context": paragraph.context,
+                            "question": question.question,
                             "answers": {"text": texts, "answer_start": starts},
                         }
                     )
@@ -76,11 +76,31 @@ def read_squad_json(path: Path | str) -> list[dict]:
     return questions
 
 
-def _field(path: Path, place: str, holder, key: str, kind: type):
-    if not isinstance(holder, dict) or not isinstance(holder.get(key), kind) or isinstance(holder.get(key), bool):
-        names = {list: "list", str: "text", int: "whole number"}
-        raise DataError(f"{path}: {place}: no {names[kind]} '{key}'.")
-    return holder[key]
+class _Answer(BaseModel):
+    text: StrictStr
+    answer_start: StrictInt
+
+
+class _Question(BaseModel):
+    id: object = None
+    question: StrictStr
+    answers: list[_Answer]
+
+
+class _Paragraph(BaseModel):
+    context: StrictStr
+    qas: list[_Question]
+
+
+class _Article(BaseModel):
+    title: object = ""
+    paragraphs: list[_Paragraph]
+
+
+class _File(BaseModel):
+    """What of the SQuAD schema is read."""
+
+    data: list[_Article]
 
 
 def load_squad(source: str = "mini", *, validation_share: float = 0.2):
