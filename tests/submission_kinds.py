@@ -90,6 +90,12 @@ def half(done: int) -> str:
     return source
 
 
+def alone(stem: str, task: str) -> str:
+    """The solution of one task of a lab; the others are not written."""
+    others = rf"# BEGIN SOLUTION (?!{re.escape(task)}\n)(\S+)\n.*?# END SOLUTION"
+    return re.sub(others, r'raise NotImplementedError("Task \1: not yet")', named(stem).solution.read_text(), flags=re.DOTALL)
+
+
 def without(*tasks: str) -> tuple[str, ...]:
     return tuple(task for task in TASKS if task not in tasks)
 
