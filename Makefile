@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
 .PHONY: help setup demo test test-jobs test-others lab grade build check clean
 
@@ -16,14 +17,15 @@ help:
 
 setup: $(INSTALLED)
 
-# torch comes first and alone: deepspeed's set-up looks for it. Nothing here downloads weights or data.
+# torch comes first and alone: deepspeed's set-up looks for it. Nothing here downloads weights or data. --no-compile: most of what is
+# installed is never imported, and what is, Python compiles at its first use.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.11 …"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation deepspeed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e .
+	$(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install $(PIP_OPTIONS) $$(grep '^torch==' constraints.txt)
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt --no-build-isolation -e .
 	@touch $@
 
 demo: setup
@@ -43,10 +45,11 @@ test: setup
 # Jobs wait for Slurm most of the time, so what else there is to test goes on meanwhile.
 test-jobs: setup
 	$(BIN)/pytest tests -q -p no:cacheprovider -m jobs --durations=10
+	$(BIN)/pytest tests/test_notebooks.py -q -p no:cacheprovider -m "not jobs" --durations=10
 	$(BIN)/pytest -q -p no:cacheprovider --nbval-lax notebooks
 
 test-others: setup
-	$(BIN)/pytest tests -m "not jobs" --durations=40
+	$(BIN)/pytest tests -m "not jobs" --ignore=tests/test_notebooks.py --durations=40
 
 lab: setup
 	$(BIN)/jupyter lab --ServerApp.root_dir=. README.md

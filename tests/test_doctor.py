@@ -4,6 +4,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -323,6 +324,25 @@ def test_a_build_that_fails_names_a_remedy(monkeypatch, ops_folder):
     finding = toolchain.check_op("pin_memory", build=True, say=said.append)
     assert finding.state == "fails" and finding.remedy
     assert any("did not compile" in line for line in said)
+
+
+def test_an_interrupt_ends_all_builds(monkeypatch, ops_folder, tmp_path):
+    """Also those that another thread waits for; and the next run does not wait for their locks."""
+    slow = tmp_path / "slow-c++"
+    slow.write_text('#!/bin/sh\ncase " $* " in *" -c "*) exec sleep 60;; esac\nexec c++ "$@"\n')
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    program = "from shardlab.zero import ops; ops.build_all(['pin_memory', 'cpu_adam'], device='cpu')"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    folders = [ops.library(op, "cpu").parent for op in ("pin_memory", "cpu_adam")]
+    end = time.monotonic() + 60
+    while sum(command[:1] == ["sleep"] for command in marked(str(tmp_path))) < 2:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode != 0 and "KeyboardInterrupt" in output
+    assert not [folder for folder in folders if (folder / "lock").exists()]
 
 
 def test_nothing_is_built_with_a_tool_that_is_missing(ops_folder):

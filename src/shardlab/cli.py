@@ -220,7 +220,7 @@ def report_command(folder: Annotated[Path, typer.Argument(help="A folder of run 
 
 @app.command()
 def doctor(
-    build_ops: Annotated[bool, typer.Option("--build-ops", help="Compile DeepSpeed's ops now, one after the other.")] = False,
+    build_ops: Annotated[bool, typer.Option("--build-ops", help="Compile DeepSpeed's ops now.")] = False,
 ) -> None:
     """Check what works on this machine, and name the command that mends what does not."""
     from shardlab.doctor import examine

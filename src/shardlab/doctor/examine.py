@@ -4,12 +4,13 @@ Each check does the thing itself where that is cheap: it compiles a program, sta
 merely lies in its place proves nothing. What is absent is *not here*; only what is broken, or what every lab needs, *fails*.
 
     shardlab doctor                             # all checks, about 10 s; the exit status is 1 if one fails
-    shardlab doctor --build-ops                 # compiles DeepSpeed's ops too, one after the other; minutes
+    shardlab doctor --build-ops                 # compiles DeepSpeed's ops too; minutes
     python -m shardlab.doctor.process_group     # the process group alone, with all that its ranks say
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 from shardlab import hardware
@@ -68,6 +69,10 @@ def examine(build_ops: bool = False, say: Callable[[str], None] = print) -> Iter
         yield from (Finding(f"op {op}", "not here", "needs torch and DeepSpeed") for op in ops.OPS)
         return
     for device in dict.fromkeys([hardware.device(), place(CHECKING_RANKS, or_cpu=True).device]):
+        if build_ops and all(tool.state == "works" for tool in tools):
+            possible = [op for op in ops.needed_on(device) if op != "async_io" or aio.state == "works"]
+            with contextlib.suppress(ops.OpBuildError, OSError):  # each is tried again by its own check, which says what is wrong
+                ops.build_all(possible, say, device)
         for op in ops.OPS:
             yield check_op(op, build_ops, [*tools, aio] if op == "async_io" else tools, say, device)
 

@@ -177,8 +177,8 @@ def launch(
         warm_up(where.device)
     else:
         os.environ.update(ops.environment())
-    for op in dict.fromkeys(op for experiment in experiments for op in ops.needed_by(experiment.deepspeed, where.device)):
-        ops.build(op, display.say, where.device)
+    needed = dict.fromkeys(op for experiment in experiments for op in ops.needed_by(experiment.deepspeed, where.device))
+    ops.build_all(needed, display.say, where.device)
 
     folder = Path(runs).resolve()
     all_runs: list[Run] = []

@@ -1,4 +1,4 @@
-"""DeepSpeed's compiled ops: which are built, which a run needs, and building them one after the other.
+"""DeepSpeed's compiled ops: which are built, which a run needs, and building them.
 
 DeepSpeed compiles an op at its first use, on every rank at once, behind a lock that a killed process leaves behind for
 ever. So the course builds what a run needs beforehand, in one process, with a line on the screen.
@@ -12,6 +12,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from shardlab import hardware
@@ -107,6 +109,12 @@ def needed_by(config: dict | None, on: str | None = None) -> list[str]:
     return needed
 
 
+def needed_on(device: str) -> list[str]:
+    """The ops that labs load for ranks on `cuda` or `cpu`."""
+    # The ranks of GPUs talk through NCCL; on the CPU the labs use torch's own Adam, or cpu_adam.
+    return [op for op in OPS if op != {"cuda": "deepspeed_shm_comm", "cpu": "fused_adam"}[device]]
+
+
 HEARTBEAT = 30.0
 """Seconds after which a build that goes on says so."""
 
@@ -150,6 +158,7 @@ def build(op: str, say=print, device: str | None = None) -> float:
             start_new_session=True,
             env=os.environ | environment(device),
         )
+        _building.add(process)
         try:
             while True:
                 try:
@@ -162,6 +171,10 @@ def build(op: str, say=print, device: str | None = None) -> float:
             process.wait()
             (library(op, device).parent / "lock").unlink(missing_ok=True)
             raise
+        finally:
+            _building.discard(process)
+        if process.returncode < 0:
+            (library(op, device).parent / "lock").unlink(missing_ok=True)
         if process.returncode != 0 or not library(op, device).exists():
             lines = output.strip().splitlines()
             errors = [line for line in lines if "error:" in line or "FAILED" in line][:10]
@@ -170,6 +183,32 @@ def build(op: str, say=print, device: str | None = None) -> float:
         seconds = time.monotonic() - started
         say(f"{op}: compiled in {seconds:.0f} s.")
         return seconds
+
+
+_building: set[subprocess.Popen] = set()
+
+
+def build_all(names: Iterable[str], say=print, device: str | None = None) -> None:
+    """Build several ops, two at a time: one build keeps two cores busy only for a part of its time.
+
+    Args:
+        names: keys of `OPS`.
+        say, device: as for `build`.
+
+    Raises:
+        OpBuildError: one did not compile; those that were under way have been ended.
+    """
+    missing = sorted((op for op in names if not is_built(op, device)), key=lambda op: -OPS[op][2])
+    with ThreadPoolExecutor(2) as pool:
+        builds = [pool.submit(build, op, say, device) for op in missing]
+        try:
+            for each in builds:
+                each.result()
+        except BaseException:  # Ctrl-C reaches this thread alone
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(_building):
+                os.killpg(process.pid, 9)
+            raise
 
 
 def _build_here(op: str) -> None:

@@ -152,10 +152,8 @@ def check_op(
     name, purpose, folder = f"op {op}", ops.OPS[op][1], ops.library(op, device).parent
     if device != hardware.device():
         purpose += f"; for ranks on the {device.upper()}"
-    if op == "deepspeed_shm_comm" and device == "cuda":
-        return Finding(name, "not here", "not needed: the ranks of GPUs talk through NCCL")
-    if op == "fused_adam" and device == "cpu" and not folder.exists():
-        return Finding(name, "not here", "not needed: no lab loads it for ranks on the CPU")
+    if op not in ops.needed_on(device) and not folder.exists():
+        return Finding(name, "not here", f"not needed: no lab loads it for ranks on {'the CPU' if device == 'cpu' else 'GPUs'}")
     if not build and (lock := ops.stale_lock(op, device)):
         return Finding(name, "fails", f"an interrupted build left {lock} behind, and every run would wait for it", BUILD_OPS)
     if missing := next((finding for finding in needs if finding.state != "works"), None):
