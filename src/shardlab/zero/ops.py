@@ -8,6 +8,7 @@ ever. So the course builds what a run needs beforehand, in one process, with a l
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -167,7 +168,7 @@ def build(op: str, say=print, device: str | None = None) -> float:
                 except subprocess.TimeoutExpired:
                     say(f"{op}: still compiling, {time.monotonic() - started:.0f} s")
         except BaseException:
-            os.killpg(process.pid, 9)
+            _end(process)
             process.wait()
             (library(op, device).parent / "lock").unlink(missing_ok=True)
             raise
@@ -207,8 +208,19 @@ def build_all(names: Iterable[str], say=print, device: str | None = None) -> Non
         except BaseException:  # Ctrl-C reaches this thread alone
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(_building):
-                os.killpg(process.pid, 9)
+                _end(process)
             raise
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Kill a build: ninja puts each compiler into a process group of its own."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        builder = psutil.Process(process.pid)
+        for each in [builder, *builder.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 def _build_here(op: str) -> None:
