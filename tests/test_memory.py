@@ -195,6 +195,12 @@ def test_offload_moves_states_to_the_host():
     assert (alone.gradients, alone.optimizer, alone.host_optimizer) == (without.gradients, without.optimizer, 0)
 
 
+def test_stage_1_keeps_whole_gradients_only_while_they_add_up():
+    for groups, ranks in product(GROUPS, RANKS):
+        assert engine_bytes(1, groups, ranks, accumulates=False) == engine_bytes(2, groups, ranks)
+        assert engine_bytes(1, groups, ranks).gradients == engine_bytes(0, groups, ranks).gradients
+
+
 def test_stage_2_adds_up_whole_parameters_on_the_host():
     """Shards of 8 of a buffer of 16: rank 0 has parts of the parameters of 5 and 7, rank 1 of those of 7 and 3."""
     bf16 = engine_bytes(2, [[5, 7, 3]], 2, offload_optimizer=True)

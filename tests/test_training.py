@@ -35,6 +35,17 @@ def test_a_short_last_step_counts_the_samples_that_it_had(tmp_path):
     assert [round(row["samples_per_second"] * row["seconds"]) for row in run.metrics()] == [16, 16, 8, 16, 16, 8]
 
 
+def test_states_with_one_micro_batch_per_step(tmp_path):
+    """Stage 1 then holds a shard of the gradients, as stage 2 does."""
+    ways = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
+    plans = [experiment(f"zero{s}-{p}", {"stage": s}, precision=p, accumulation=1, steps=2) for s, p in ways]
+    held = {}
+    for run in launch(plans, runs=tmp_path, timeout=200, display=progress.Quiet(), or_cpu=True):
+        held[run.name] = report.measured_states(run)
+        assert held[run.name] == report.predicted_states(run), run.name
+    assert held["zero1-bf16"] == held["zero2-bf16"] != held["zero0-bf16"]
+
+
 def test_offloaded_states_while_micro_batches_add_up(tmp_path):
     """Stage 1 keeps whole gradients on the device, stage 2 whole ones of the shard's parameters on the host."""
     cpu = {"device": "cpu", "pin_memory": True}

@@ -222,9 +222,8 @@ def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
         for what in ("none", "optimizer") + (("parameters", "both") if stage == 3 else ()):
             optimizer, parameters = WAYS[what]
             groups = [[1001, 77], [5]]
-            model = memory_model.engine_bytes(
-                stage, groups, ranks, precision=precision, offload_optimizer=optimizer, offload_param=parameters, accumulates=False
-            )
+            offload = {"offload_optimizer": optimizer, "offload_param": parameters, "accumulates": not optimizer}
+            model = memory_model.engine_bytes(stage, groups, ranks, precision=precision, **offload)
             got = predicted(stage, groups, ranks, what, precision)
             require(
                 got == {"device": model.device, "host": model.host},

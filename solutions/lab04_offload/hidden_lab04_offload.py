@@ -44,7 +44,7 @@ def test_bytes_of_other_sizes(lab):
         groups = [[draw.randint(1, 4000) for _ in range(draw.randint(1, 5))] for _ in range(draw.randint(1, 3))]
         what = {"optimizer_offload": draw.random() < 0.7, "param_offload": stage == 3 and draw.random() < 0.5}
         model = memory_model.engine_bytes(
-            stage, groups, ranks, precision=precision, accumulates=False,
+            stage, groups, ranks, precision=precision, accumulates=not what["optimizer_offload"],
             offload_optimizer=what["optimizer_offload"], offload_param=what["param_offload"],
         )  # fmt: skip
         got = lab.offload_bytes(stage, groups, ranks, precision, **what)

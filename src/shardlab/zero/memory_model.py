@@ -127,8 +127,8 @@ def engine_bytes(
         offload_param: the parameters are on the host; stage 3 only.
         nvme: the offloaded optimizer states are on disk where DeepSpeed swaps them out (`swapped_elements`); stage 3 only,
             and `groups` are then its sub-groups.
-        accumulates: an optimizer step has several micro-batches. With optimizer offload stages 1 and 2 then hold more: stage 1
-            whole gradients on the device, stage 2 on the host the gradients of all parameters that lie in the rank's shard,
+        accumulates: an optimizer step has several micro-batches. Stage 1 then holds whole gradients on the device, not a shard of
+            them; and stage 2 with optimizer offload on the host the gradients of all parameters that lie in the rank's shard,
             whole too. There ranks differ, and the one that holds most is given.
 
     Raises:
@@ -149,10 +149,10 @@ def engine_bytes(
     whole = shard * ranks if stage in (1, 2) else total
     parameters = width * (shard if stage == 3 else whole)
     optimizer = (8 if stage == 0 and precision == "fp32" else 12) * shard
-    gradients, host_gradients = width * (shard if stage >= 2 else total), 0
+    # Stage 1 reduces nothing before the last micro-batch, so until then its gradients are whole, on the device.
+    gradients, host_gradients = width * (shard if stage >= 2 or (stage == 1 and not accumulates) else total), 0
     if offload_optimizer:
-        # The step reads fp32 gradients on the host; stage 3 collects them there in the parameters' precision first. Stage 1
-        # reduces nothing before the last micro-batch, so until then its gradients are whole, on the device.
+        # The step reads fp32 gradients on the host; stage 3 collects them there in the parameters' precision first.
         gradients, host_gradients = (gradients if stage == 1 and accumulates else 0), (4 + (width if stage == 3 else 0)) * shard
         if stage == 2 and accumulates:
             host_gradients += width * max(whole_parameters(groups, ranks))

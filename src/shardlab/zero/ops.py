@@ -12,6 +12,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -200,8 +201,14 @@ def build_all(names: Iterable[str], say=print, device: str | None = None) -> Non
         OpBuildError: one did not compile; those that were under way have been ended.
     """
     missing = sorted((op for op in names if not is_built(op, device)), key=lambda op: -OPS[op][2])
+    whole_lines = threading.Lock()
+
+    def say_line(line: str) -> None:
+        with whole_lines:
+            say(line)
+
     with ThreadPoolExecutor(2) as pool:
-        builds = [pool.submit(build, op, say, device) for op in missing]
+        builds = [pool.submit(build, op, say_line, device) for op in missing]
         try:
             for each in builds:
                 each.result()
