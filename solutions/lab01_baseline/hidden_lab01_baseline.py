@@ -1,9 +1,15 @@
 """Hidden milestones of lab 01: the same invariants with other texts and numbers."""
 
+import csv
+
 import pytest
+import torch
+from hypothesis import assume
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_lab01_baseline import IGNORED, model, tokenizer  # noqa: F401  (fixtures)
 
+from shardlab.milestones.agreement import agree, solution
 from shardlab.milestones.saved_weights import saved_weights
 from shardlab.run.experiment import Experiment
 
@@ -13,9 +19,16 @@ CONTEXT = (
     "Visitors find a plate with the names of those who worked there."
 )
 
+REFERENCE = solution("lab01_baseline")
+
+WORDS = st.sampled_from("The|bridge|Zürich|1832|東京|a\u0301|—|</s>|<pad>|.||\n|\t|mill\nat".split("|"))
+TEXTS = st.lists(WORDS, max_size=24).map(" ".join)
+"""Words between single spaces, of which some are empty: double spaces, line breaks, marks that the tokenizer knows."""
+
 
 @pytest.mark.milestone(task="1.1")
 def test_another_prompt(lab):
+    agree(lab.format_prompt, REFERENCE.format_prompt, st.tuples(TEXTS, TEXTS), first=[("", ""), (" a\n\nb ", "\u00a0c  d\n")])
     for question, context in ((QUESTION, CONTEXT), ("\tWho?", "Nobody. \n"), ("Is 3 > 2 ?", "It  is.")):
         assert lab.format_prompt(question, context) == f"Question: {question.strip()} Context: {context.strip()} Answer:"
 
@@ -28,6 +41,14 @@ def test_another_long_prompt(lab, tokenizer):  # noqa: F811
         text = tokenizer.decode(lab.encode_prompt(tokenizer, QUESTION, CONTEXT, budget))
         assert len(tokenizer(text)["input_ids"]) <= budget
         assert text.startswith(f"Question: {QUESTION} Context: The mill") and text.endswith("Answer:")
+    whole, bare = (len(tokenizer(REFERENCE.format_prompt(QUESTION, context))["input_ids"]) for context in (CONTEXT, ""))
+    exact = [(QUESTION, CONTEXT, budget) for budget in (whole, whole - 1, bare + 1, bare, bare - 1, 0)]
+    agree(
+        lambda *given: list(lab.encode_prompt(tokenizer, *given)),
+        lambda *given: REFERENCE.encode_prompt(tokenizer, *given),
+        st.tuples(st.just(QUESTION) | TEXTS, TEXTS, st.integers(4, 90)),
+        first=[*exact, (QUESTION, "", bare), (QUESTION, "one", bare), (QUESTION, " one", bare)],
+    )
 
 
 @pytest.mark.milestone(task="1.3")
@@ -37,6 +58,20 @@ def test_another_answer(lab, tokenizer):  # noqa: F811
     taught = [token for token in labels if token != IGNORED]
     assert len(ids) == len(labels) and labels[-len(taught) :] == taught == ids[-len(taught) :]
     assert tokenizer.decode(taught) == f" in 1907{tokenizer.eos_token}"
+    agree(
+        lambda *given: _lists(lab.encode_example(tokenizer, *given)),
+        lambda *given: REFERENCE.encode_example(tokenizer, *given),
+        st.tuples(TEXTS, TEXTS, TEXTS, st.integers(8, 120)),
+        first=[(QUESTION, CONTEXT, "in 1907", len(ids) + more) for more in (1, 0, -1, -2)] + [(QUESTION, CONTEXT, "", 400)],
+    )
+
+
+def _lists(example: dict) -> dict:
+    return {name: list(values) for name, values in example.items()}
+
+
+def equal_tensors(wanted: dict, got: dict) -> bool:
+    return set(wanted) == set(got) and all(got[name].dtype == w.dtype and torch.equal(got[name], w) for name, w in wanted.items())
 
 
 @pytest.mark.milestone(task="1.4")
@@ -48,6 +83,12 @@ def test_another_batch(lab):
         assert batch["input_ids"][number].tolist() == row["input_ids"] + [9] * (11 - n)
         assert batch["attention_mask"][number].tolist() == [1] * n + [0] * (11 - n)
         assert batch["labels"][number].tolist() == row["labels"] + [IGNORED] * (11 - n)
+    # Few ids, so that the one of padding stands among real tokens and labels too; a row can be empty.
+    row = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5) | st.just(IGNORED)), max_size=6).map(
+        lambda pairs: {"input_ids": [a for a, _ in pairs], "labels": [b for _, b in pairs]}
+    )
+    batches = st.tuples(st.lists(row, min_size=1, max_size=5), st.integers(0, 5))
+    agree(lab.collate, REFERENCE.collate, batches, same=equal_tensors)
 
 
 @pytest.mark.milestone(task="1.5")
@@ -55,6 +96,9 @@ def test_other_overrides(lab, tmp_path):
     got = lab.training_arguments(str(tmp_path), num_train_epochs=7, weight_decay=0.5, gradient_accumulation_steps=9)
     assert (got.num_train_epochs, got.weight_decay, got.gradient_accumulation_steps) == (7, 0.5, 9)
     assert (got.learning_rate, got.per_device_eval_batch_size, got.save_total_limit) == (5e-5, 8, 1)
+    changes = {"bf16": False, "weight_decay": 0.0, "save_total_limit": None, "eval_strategy": "no"}
+    off = lab.training_arguments(str(tmp_path), precision="bf16", **changes)
+    assert (off.bf16, off.weight_decay, off.save_total_limit, off.eval_strategy) == (False, 0.0, None, "no")
 
 
 @pytest.mark.milestone(task="1.6", ranks=3)
@@ -109,6 +153,20 @@ def test_another_log(lab):
         "eval_samples_per_second": 13.0,
         "steps_per_epoch": 20,
     }
+    number = st.floats(0, 9, allow_nan=False) | st.just(0.0)
+    trained = st.lists(st.fixed_dictionaries({"loss": number, "epoch": number}), min_size=1, max_size=4)
+    evaluation = {"eval_loss": number, "eval_samples_per_second": number, "epoch": number | st.integers(0, 3)}
+    evaluated = st.lists(st.fixed_dictionaries(evaluation), max_size=3)
+
+    @st.composite
+    def histories(draw) -> tuple:
+        step, epoch = draw(st.integers(1, 500)), draw(st.floats(0.05, 7) | st.integers(1, 7))
+        assume(abs(step / epoch % 1 - 0.5) > 1e-6)  # a half may be rounded either way
+        entries = draw(st.permutations([*draw(trained), *draw(evaluated)]))
+        last = {"train_runtime": 9.0, "train_samples_per_second": draw(number), "train_loss": 3.0, "epoch": epoch, "step": step}
+        return ([*entries, last],)
+
+    agree(lab.summarise_training, REFERENCE.summarise_training, histories())
 
 
 @pytest.mark.milestone(task="1.9")
@@ -124,3 +182,15 @@ def test_other_samples(lab, tmp_path):
         "gpu1": (9.0, 8.0, 7.0),
         "host": (1000.0, 1000.0, 1000.0),
     }
+    samples = st.tuples(st.sampled_from(["gpu0", "gpu1", "rank0", "a, b"]), st.integers(0, 2**41))
+
+    def read(read_table, as_=dict):
+        def table(rows: list) -> dict:
+            with open(path, "w", newline="") as file:
+                csv.writer(file).writerows([("seconds", "device", "used_bytes"), *((at, *row) for at, row in enumerate(rows))])
+            return {name: as_(row) for name, row in read_table(path).items()}
+
+        return table
+
+    nearly = read(REFERENCE.memory_table, lambda row: pytest.approx(row, rel=1e-9))
+    agree(read(lab.memory_table), nearly, st.tuples(st.lists(samples, max_size=12)), count=100)

@@ -3,13 +3,24 @@
 import copy
 import json
 import random
+import re
 
 import pytest
 import test_lab02_zero_stages as public
+from hypothesis import strategies as st
 
+from shardlab.milestones.agreement import agree, solution
 from shardlab.milestones.engine_runs import odd_model
 from shardlab.run.run_folder import Run
 from shardlab.zero import memory_model
+
+REFERENCE = solution("lab02_zero_stages")
+GROUPS = st.lists(st.lists(st.integers(1, 5000), max_size=5), min_size=1, max_size=3)
+
+
+def same_json(wanted, got) -> bool:
+    """Equal, and True is not 1."""
+    return json.dumps(wanted, sort_keys=True) == json.dumps(got, sort_keys=True)
 
 
 def numbers(task: str) -> random.Random:
@@ -32,6 +43,20 @@ def test_configuration_follows_its_arguments(lab):
     for bad in ({"stage": -1}, {"stage": 7}, {"stage": 2, "precision": "int8"}, {"stage": 2, "micro_batch": -3}):
         with pytest.raises(ValueError):
             lab.create_deepspeed_config(**bad)
+    size = st.sampled_from([1, 2, 7, "auto"]) | st.sampled_from([0, -1, 2.5, "2", True])
+    arguments = st.fixed_dictionaries(
+        {"stage": st.sampled_from([0, 1, 2, 3]) | st.sampled_from([-1, 4, "2", True])},
+        optional={
+            **dict.fromkeys(("micro_batch", "accumulation", "world_size"), size),
+            "precision": st.sampled_from(["auto", "fp32", "bf16", "fp16", "fp8"]),
+            "optimizer": st.sampled_from([None, "AdamW"]),
+            "learning_rate": st.sampled_from(["auto", 1e-3, 0.0]),
+            "clipping": st.sampled_from(["auto", 0, 0.0, 0.5, -1e-9, -1]),
+            **dict.fromkeys(("offload_optimizer", "offload_param"), st.booleans()),
+        },
+    )
+    made, wanted = (lambda given, make=of.create_deepspeed_config: make(**given) for of in (lab, REFERENCE))
+    agree(made, wanted, st.tuples(arguments), count=600, same=same_json)
 
 
 @pytest.mark.milestone(task="2.2")
@@ -49,6 +74,38 @@ def test_other_bad_configurations_are_refused(lab):
             check(copy.deepcopy(config), world_size=world, with_trainer=trainer)
     good = {"train_batch_size": 30, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}
     check(good | {"zero_optimization": {"stage": 3}}, world_size=5, with_trainer=False)
+    offload = st.fixed_dictionaries(
+        {}, optional={"device": st.sampled_from(["none", "cpu", "nvme"]), "nvme_path": st.sampled_from(["/nvme", "", None])}
+    )
+    zero = st.fixed_dictionaries(
+        {},
+        optional={
+            "stage": st.sampled_from([0, 1, 2, 3]) | st.sampled_from([-1, 4, "3"]),
+            "offload_optimizer": offload,
+            "offload_param": offload,
+            "reduce_bucket_size": st.sampled_from(["auto", 5e8]),
+        },
+    )
+    switch = st.fixed_dictionaries({}, optional={"enabled": st.sampled_from([True, False, "auto"])})
+    whole = st.integers(1, 3)
+    configs = st.fixed_dictionaries(
+        {},
+        optional={
+            "zero_optimization": zero,
+            "fp16": switch,
+            "bf16": switch,
+            "train_micro_batch_size_per_gpu": whole | st.just("auto"),
+            "gradient_accumulation_steps": whole | st.just("auto"),
+            "train_batch_size": st.sampled_from([2, 4, 6, 8, 12, "auto"]),
+            "optimizer": st.sampled_from([{"params": {"betas": [0.9, "auto"]}}, {"params": {"lr": 0.1}}]),
+            "zero_optimisation": st.just({"stage": 3}),
+        },
+    )
+    refused, wanted = (
+        lambda config, world, trainer, of=of: of.check_deepspeed_config(config, world_size=world, with_trainer=trainer)
+        for of in (lab, REFERENCE)
+    )
+    agree(refused, wanted, st.tuples(configs, st.integers(1, 2), st.booleans()), count=600, same=lambda *_: True)
 
 
 @pytest.mark.milestone(task="2.3")
@@ -57,6 +114,24 @@ def test_another_configuration_survives_a_file(lab, tmp_path):
     lab.save_config(config, tmp_path / "other name.json")
     assert json.loads((tmp_path / "other name.json").read_text()) == config
     assert lab.load_config(tmp_path / "other name.json") == config
+    plain = st.none() | st.booleans() | st.integers() | st.sampled_from([0.5, "auto", "naïve", "a\nb"])
+    inner = st.recursive(plain, lambda values: st.lists(values, max_size=3) | st.dictionaries(st.sampled_from("abc"), values))
+
+    def written(config: dict) -> bool:
+        lab.save_config(config, tmp_path / "made.json")
+        text = (tmp_path / "made.json").read_text(encoding="utf-8")
+        return text in [json.dumps(config, indent=2, ensure_ascii=ascii) + "\n" for ascii in (True, False)]
+
+    def read(of):
+        def from_text(text: str):
+            (tmp_path / "read.json").write_text(text, encoding="utf-8")
+            return of.load_config(tmp_path / "read.json")
+
+        return from_text
+
+    agree(written, lambda config: True, st.tuples(st.dictionaries(st.sampled_from(["stage", "ü"]), inner)), count=60)
+    texts = [("",), ("[]",), ("null",), ("3",), ('"{}"',), ("{",), ("{}",), ('{"a": 1}\n\n',), ('{"a": 1} 2',)]
+    agree(read(lab), read(REFERENCE), st.tuples(inner.map(json.dumps)), first=texts, count=60, same=same_json)
 
 
 @pytest.mark.milestone(task="2.4")
@@ -81,6 +156,7 @@ def test_shards_of_other_sizes(lab):
         ranks, stage = draw.randint(2, 17), draw.randint(1, 3)
         wanted = memory_model.sharded_elements(groups, ranks, stage)
         assert lab.shard_elements(stage, groups, ranks) == wanted, f"{groups} on {ranks} ranks, stage {stage}"
+    agree(lab.shard_elements, REFERENCE.shard_elements, st.tuples(st.integers(0, 3), GROUPS, st.integers(1, 9)), same=same_json)
 
 
 @pytest.mark.milestone(task="2.6", ranks=3)
@@ -97,6 +173,8 @@ def test_bytes_that_three_ranks_hold(lab, run_experiments):
         for held in states["ranks"]:
             got = lab.state_bytes(stage, states["groups"], 3, "fp32")
             assert got == {kind: held[kind] for kind in ("parameters", "gradients", "optimizer")}, f"stage {stage}"
+    arguments = st.tuples(st.integers(0, 3), GROUPS, st.integers(1, 9), st.sampled_from(["fp32", "bf16", "fp16"]))
+    agree(lab.state_bytes, REFERENCE.state_bytes, arguments, same=same_json)
 
 
 @pytest.mark.milestone(task="2.7")
@@ -136,3 +214,18 @@ def test_other_models_and_devices(lab):
         else:
             with pytest.raises(ValueError):
                 lab.choose_stage(parameters, ranks, device, other)
+
+    @st.composite
+    def models(draw) -> tuple:
+        ranks = draw(st.integers(1, 64))
+        parameters = ranks * draw(st.integers(1, 10**8))
+        other = draw(st.sampled_from([0, 1, parameters, 3 * 2**30]))
+        at_the_limit = int(bytes_of(draw(st.integers(0, 3)), parameters, ranks)) + other + draw(st.sampled_from([-1, 0, 1]))
+        return parameters, ranks, draw(st.just(at_the_limit) | st.integers(1, 20 * parameters)), other
+
+    agree(lab.choose_stage, REFERENCE.choose_stage, models(), count=300)
+    for parameters, ranks, device, other in ((10**10, 4, 10**10, 7 * 2**30), (3 * 10**10, 8, 2**34, 0)):
+        with pytest.raises(ValueError) as refused:
+            lab.choose_stage(parameters, ranks, device, other)
+        missing = (bytes_of(3, parameters, ranks) + other - device) / 2**30
+        assert any(abs(float(number) - missing) < 0.06 for number in re.findall(r"\d+(?:\.\d+)?", str(refused.value)))

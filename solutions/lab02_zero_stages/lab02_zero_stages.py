@@ -63,13 +63,13 @@ def create_deepspeed_config(stage: int, *, micro_batch: int | str = "auto", accu
             clipping; `offload_param` without stage 3; `offload_optimizer` at stage 0.
     """
     # BEGIN SOLUTION 2.1
-    if stage not in (0, 1, 2, 3):
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"stage {stage!r}: ZeRO has the stages 0, 1, 2 and 3")
     if precision not in ("auto", "fp32", "bf16", "fp16"):
         raise ValueError(f"precision {precision!r}: use fp32, bf16, fp16 or auto")
     sizes = {"micro_batch": micro_batch, "accumulation": accumulation, "world_size": world_size}
     for name, value in sizes.items():
-        if value != "auto" and (not isinstance(value, int) or value < 1):
+        if value != "auto" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{name} {value!r}: use a whole number of at least 1, or 'auto'")
     if clipping != "auto" and clipping < 0:
         raise ValueError(f"clipping {clipping!r}: a norm is not negative; 0 turns clipping off")
@@ -132,7 +132,7 @@ def check_deepspeed_config(config: dict, *, world_size: int, with_trainer: bool 
         raise ValueError(f"'{unknown[0]}' is no key of DeepSpeed's configuration; DeepSpeed would ignore it and not say so")
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"zero_optimization.stage {stage!r}: ZeRO has the stages 0, 1, 2 and 3")
     if config.get("fp16", {}).get("enabled") is True and config.get("bf16", {}).get("enabled") is True:
         raise ValueError("fp16 and bf16 are both enabled; choose one")

@@ -1,15 +1,21 @@
 """Hidden milestones of lab 04: the same invariants with other numbers."""
 
+import json
 import random
 from math import ceil
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from test_lab04_offload import PROGRAMS, nvme_experiment
 
+from shardlab.milestones.agreement import agree, solution
 from shardlab.milestones.launches import shared_folder, visible_folder
 from shardlab.milestones.messages import farthest
 from shardlab.zero import memory_model
+
+REFERENCE = solution("lab04_offload")
+GROUPS = st.lists(st.lists(st.integers(1, 5000), max_size=5), min_size=1, max_size=3)
 
 
 def numbers(task: str) -> random.Random:
@@ -34,6 +40,22 @@ def test_other_offload_configurations(lab, tmp_path):
     for bad in ({"stage": 5}, {"stage": 1, "param_offload": True}, {"stage": 2, "offload_device": "tape"}):
         with pytest.raises(ValueError):
             lab.create_offload_config(**bad)
+    (tmp_path / "file").touch()
+    arguments = st.fixed_dictionaries(
+        {"stage": st.sampled_from([0, 1, 2, 3, 3, 3, 4])},
+        optional={
+            **dict.fromkeys(("optimizer_offload", "param_offload", "pin_memory"), st.booleans()),
+            "offload_device": st.sampled_from(["cpu", "nvme", "nvme", "disk"]),
+            "nvme_path": st.sampled_from([str(tmp_path)] * 4 + [str(tmp_path / "absent"), str(tmp_path / "file"), None]),
+            "aio": st.sampled_from([None, {}, {"block_size": 4096}, {"queue_depth": 1, "thread_count": 2}, {"blocks": 1}]),
+            "largest_parameter": st.sampled_from([77, 1, None]),
+            "bytes_on_disk": st.sampled_from([0, 1, 10**18]),
+        },
+    )
+    made, wanted = (
+        lambda given, make=of.create_offload_config: json.dumps(make(**given), sort_keys=True) for of in (lab, REFERENCE)
+    )
+    agree(made, wanted, st.tuples(arguments), count=400)
 
 
 @pytest.mark.milestone(task="4.2")
@@ -49,6 +71,11 @@ def test_bytes_of_other_sizes(lab):
         )  # fmt: skip
         got = lab.offload_bytes(stage, groups, ranks, precision, **what)
         assert got == {"device": model.device, "host": model.host}, (stage, groups, ranks, precision, what)
+    ways = st.fixed_dictionaries({}, optional={"optimizer_offload": st.booleans(), "param_offload": st.booleans()})
+    arguments = st.tuples(st.just(3), GROUPS, st.integers(1, 9), st.sampled_from(["fp32", "bf16", "fp16"]), ways)
+    arguments |= st.tuples(st.integers(1, 2), GROUPS, st.integers(1, 9), st.sampled_from(["fp32", "bf16", "fp16"]), st.just({}))
+    got, wanted = (lambda *given, of=of: of.offload_bytes(*given[:-1], **given[-1]) for of in (lab, REFERENCE))
+    agree(got, wanted, arguments)
 
 
 @pytest.mark.milestone(task="4.3")
@@ -62,6 +89,9 @@ def test_other_bytes_on_disk(lab):
             size = 4 * sum(ceil(parameter / ranks) for parameter in group)
             wanted += 3 * 1024 * ceil(size / 1024) if size >= 2**20 else 0
         assert lab.swapped_bytes(groups, ranks) == wanted, (groups, ranks)
+    size = st.sampled_from([2**18 + more for more in (-1, 0, 1, 255, 256, 257)]) | st.integers(1, 2**19)
+    groups = st.lists(st.lists(size, max_size=3), max_size=3)
+    agree(lab.swapped_bytes, REFERENCE.swapped_bytes, st.tuples(groups, st.integers(1, 4)))
 
 
 @pytest.mark.milestone(task="4.4")
@@ -91,6 +121,16 @@ def test_other_limits(lab):
     assert lab.largest_model(lambda n: {"device": 4 * n, "host": 0}, **limits) == 1250
     assert lab.largest_model(lambda n: {"device": n, "host": 16 * n}, **limits) == 1875
     assert lab.largest_model(lambda n: {"device": 6_000, "host": n}, **limits) == 0
+
+    def largest(of):
+        def found(device: int, host: int, ranks: int, device_bytes: int, host_bytes: int) -> int:
+            room = {"ranks": ranks, "device_bytes": device_bytes, "host_bytes": host_bytes}
+            return of.largest_model(lambda n: {"device": device * n, "host": host * n}, **room)
+
+        return found
+
+    per_parameter, room = st.integers(1, 16), st.integers(0, 300)
+    agree(largest(lab), largest(REFERENCE), st.tuples(per_parameter, per_parameter, st.integers(1, 4), room, room), count=100)
 
 
 @pytest.mark.milestone(task="4.7", ops=("cpu_adam", "pin_memory", "async_io"))

@@ -6,17 +6,45 @@ import shlex
 import time
 
 import pytest
+from hypothesis import strategies as st
 from test_lab06_multi_node import JOB, directives, made_run, task_variables
 
 from shardlab.cluster import slurm
 from shardlab.milestones import jobs
+from shardlab.milestones.agreement import agree, solution
 from shardlab.run.experiment import Experiment
+
+REFERENCE = solution("lab06_multi_node")
+
+
+@st.composite
+def brackets(draw) -> str:
+    """What stands in a bracket: numbers and ranges, of which some run backwards, and some are none."""
+    items = []
+    for _ in range(draw(st.integers(1, 3))):
+        first, more, width = draw(st.integers(0, 12)), draw(st.integers(-1, 4)), draw(st.integers(1, 3))
+        items.append(draw(st.sampled_from([f"{first:0{width}d}", f"{first:0{width}d}-{first + more:0{width}d}"])))
+    return ",".join([*items, *draw(st.sampled_from([[]] * 9 + [["x"], ["1-x"], ["1-2-3"]]))])
+
+
+@st.composite
+def node_lists(draw) -> str:
+    parts = []
+    for _ in range(draw(st.integers(1, 3))):
+        part = draw(st.sampled_from(["n", "gpu-a", "rack2", "r.cluster"]))
+        for _ in range(draw(st.integers(0, 3))):
+            closed, after = draw(st.sampled_from(["]"] * 19 + [""])), draw(st.sampled_from(["", "n", "-ib", "s4"]))
+            part += f"[{draw(brackets())}{closed}{after}"
+        parts.append(part)
+    return ",".join(parts)
 
 
 @pytest.mark.milestone(task="6.1")
 def test_other_node_lists(lab):
     assert lab.expand_nodelist("gpu[08-11]") == ["gpu08", "gpu09", "gpu10", "gpu11"]
     assert lab.expand_nodelist("a1,b[3,7-8],c") == ["a1", "b3", "b7", "b8", "c"]
+    edges = [("n",), ("n[0]",), ("n[9-10]",), ("n[09-10]",), ("n[1-1]",)]
+    agree(lambda given: list(lab.expand_nodelist(given)), REFERENCE.expand_nodelist, st.tuples(node_lists()), first=edges)
 
 
 @pytest.mark.milestone(task="6.2")
@@ -31,6 +59,22 @@ def test_another_job(lab):
         "rdzv-endpoint": f"192.168.7.9:{12000 + 98765 % 10000}",
         "rdzv-conf": "is_host=false",
     }
+    number = st.integers(0, 3).map(str)
+    names = {"SLURM_JOB_ID": st.integers(1, 10**7).map(str), "SLURM_JOB_NUM_NODES": number, "SLURM_NODEID": number}
+    missing = st.sampled_from([*names, *[None] * 5])
+    given = st.tuples(st.fixed_dictionaries(names), missing)
+    variables = given.map(lambda pair: {name: value for name, value in pair[0].items() if name != pair[1]})
+    address = st.sampled_from(["10.0.0.7", "node1", "127.0.0.1", "127.1.2.3", "localhost", "1.127.0.1", "localhost2"])
+
+    def plainly(function):
+        return lambda *given: {key: str(value) for key, value in function(*given).items()}
+
+    conf = {"is_host=1": "is_host=true", "is_host=0": "is_host=false"}
+
+    def same(wanted: dict, got: dict) -> bool:
+        return wanted == got | {"rdzv-conf": conf.get(got["rdzv-conf"], got["rdzv-conf"])}
+
+    agree(plainly(lab.rendezvous), plainly(REFERENCE.rendezvous), st.tuples(variables, address, st.integers(1, 8)), same=same)
 
 
 @pytest.mark.milestone(task="6.3")
@@ -38,6 +82,19 @@ def test_another_hostfile(lab):
     nodes = ["n4", "n2", "n9", "n1"]
     lines = [line.split() for line in lab.hostfile(nodes, "2(x3),7").splitlines() if line.strip()]
     assert lines == [["n4", "slots=2"], ["n2", "slots=2"], ["n9", "slots=2"], ["n1", "slots=7"]]
+    count = st.builds(lambda slots, times: (slots, times), st.integers(1, 128), st.sampled_from([1, 1, 2, 11]))
+
+    @st.composite
+    def counted(draw) -> tuple:
+        counts = draw(st.lists(count, min_size=1, max_size=3))
+        text = ",".join(f"{slots}(x{times})" if times > 1 else str(slots) for slots, times in counts)
+        nodes = sum(times for _, times in counts) + draw(st.sampled_from([0] * 8 + [-1, 1]))
+        return [f"n{number}" for number in range(nodes)], text
+
+    def lines_of(function):
+        return lambda *given: [line.split() for line in function(*given).splitlines()]
+
+    agree(lines_of(lab.hostfile), lines_of(REFERENCE.hostfile), counted())
 
 
 @pytest.mark.milestone(task="6.4")
@@ -75,6 +132,18 @@ def test_another_line(lab):
     came = lab.read_job(JOB.format(**given))
     assert (came["state"], came["reason"], came["nodes"], came["restarts"]) == ("COMPLETED", None, "gpu[3-9]", 5)
     assert (came["seconds"], came["exit"]) == (((3 * 24 + 4) * 60 + 5) * 60 + 6, 0)
+    two = st.integers(0, 59).map("{:02d}".format)
+    lines = st.fixed_dictionaries(
+        {
+            "state": st.sampled_from(["PENDING", "RUNNING", "NODE_FAIL"]),
+            "reason": st.sampled_from(["None", "(null)", "", "Resources", "Nodes required for job are DOWN"]),
+            "nodes": st.sampled_from(["(null)", "", "n[1-3]", "None"]),
+            "restarts": st.integers(0, 12),
+            "time": st.builds("{}{}:{}:{}".format, st.sampled_from(["", "1-", "12-"]), st.sampled_from(["00", "23"]), two, two),
+            "code": st.sampled_from([0, 1, 143]),
+        }
+    ).map(lambda given: (JOB.format(**given),))
+    agree(lab.read_job, REFERENCE.read_job, lines)
 
 
 @pytest.mark.milestone(task="6.7")

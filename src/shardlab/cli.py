@@ -436,20 +436,51 @@ def release(
 def matrix(
     labs: Annotated[list[str] | None, typer.Argument(help="Labs, by number or name; all by default.")] = None,
     only: Annotated[str | None, typer.Option(help="solutions, skeletons, mutants, or a task number.")] = None,
+    generated: Annotated[
+        bool, typer.Option("--generated", help="Machine-made wrong answers instead: every small change to a solution; minutes.")
+    ] = False,
 ) -> None:
     """For authors: prove that solutions pass, skeletons fail, and each mutant fails its own milestone and no other."""
     from shardlab.course.matrix import prove
     from shardlab.labs import chosen
 
     _require_solutions("the matrix needs the solutions")
+    stems = [lab.stem for lab in chosen(",".join(labs or []))]
+    if generated:
+        raise typer.Exit(1 if sum(_prove_small_changes(stem, only) for stem in stems) else 0)
     lines = prove(
-        [lab.stem for lab in chosen(",".join(labs or []))],
+        stems,
         only=only,
         say=lambda line: print(f"{line.stem}  {line.variant}: {line.problem or 'as it should'}", flush=True),
     )
     wrong = [line for line in lines if line.problem]
     print(f"{len(lines)} variants, {len(wrong)} not as they should be")
     raise typer.Exit(1 if wrong else 0)
+
+
+def _prove_small_changes(stem: str, task: str | None) -> int:
+    """Judge a lab's small changes and say which survive; how many of those are not explained."""
+    from collections import Counter
+
+    from shardlab.course import small_changes
+    from shardlab.labs import named
+    from shardlab.progress import Row, default_display
+
+    explained, counts, display = small_changes.equivalents(stem), Counter(), default_display()
+    total = sum(task in (None, change.task) for change in small_changes.changes(named(stem).solution.read_text()))
+
+    def rows() -> list[Row]:
+        return [Row(stem, "running", {what: str(number) for what, number in counts.items()}, counts.total(), total)]
+
+    for one in small_changes.judged(stem, task=task):
+        why = explained.get((one.change.task, one.change.told), "")
+        counts["equivalent" if one.verdict == "survived" and why else one.verdict] += 1
+        if one.verdict == "survived" and not why:
+            display.say(f"{stem}  {one.change.task}, line {one.change.line}: {one.change.told}: survived")
+        display.update(rows)
+    display.end(rows)
+    print(f"{stem}: {total} changes; " + ", ".join(f"{number} {what}" for what, number in counts.items()))
+    return counts["survived"]
 
 
 if __name__ == "__main__":

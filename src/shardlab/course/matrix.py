@@ -58,7 +58,7 @@ def mutants(stem: str, root: Path = ROOT) -> list[Mutant]:
     return [Mutant(stem, **entry) for entry in tomllib.loads(named(stem, root).mutants.read_text())["mutant"]]
 
 
-def _package(folder: Path, stem: str, source: str) -> Path:
+def package_with(folder: Path, stem: str, source: str) -> Path:
     """An `exercises` package with the solutions of all labs, but this source for one."""
     package = folder / "exercises"
     package.mkdir()
@@ -83,7 +83,7 @@ def _prove_task(stem: str, task: str, wrong_answers: list[Mutant], solution: str
     caught, ran = set(), True
     for number, mutant in enumerate(wrong_answers):
         with tempfile.TemporaryDirectory() as temporary:
-            package = _package(Path(temporary), stem, mutant.source(solution))
+            package = package_with(Path(temporary), stem, mutant.source(solution))
             outcome = grade(stem, exercises=package, task=task if number else None)
             failed = {m.task: m.message for m in outcome if m.verdict not in ("passed", "not run")}
             if not failed and any(m.task == task and m.verdict == "not run" for m in outcome):
@@ -128,7 +128,7 @@ def prove(labs: list[str] | None = None, *, only: str | None = None, say=lambda 
             add(Line(stem, "solution", problem or (f"no milestone for {', '.join(untested)}" if untested else "")))
         if only in (None, "skeletons"):
             with tempfile.TemporaryDirectory() as temporary:
-                outcome = grade(stem, exercises=_package(Path(temporary), stem, skeleton(solution)))
+                outcome = grade(stem, exercises=package_with(Path(temporary), stem, skeleton(solution)))
             wrong = [m.task for m in outcome if m.verdict != "not implemented" or f"Task {m.task}" not in m.message]
             add(Line(stem, "skeleton", f"does not say 'Task {wrong[0]}': {outcome}" if wrong else ""))
         of_task: dict[str, list[Mutant]] = {}

@@ -44,6 +44,7 @@ def grade(
     files: list[Path] | None = None,
     say=None,
     hidden_too: bool = False,
+    limit: float | None = None,
 ) -> list[Milestone]:
     """The outcome of each milestone of a lab, as `pytest labs/<stem>` would report it.
 
@@ -53,6 +54,7 @@ def grade(
         task: only the milestones of this task.
         box: the `Box` that holds the exercises to grade, where nothing of them may run in this process.
         files: the milestone files; those of the lab's folder by default.
+        limit: seconds for each milestone; by default what pyproject.toml says.
         hidden_too: look at hidden milestones even where the task's own one has failed.
         say: called with the number of each task as it begins, and with a line on each op that is compiled.
 
@@ -65,6 +67,7 @@ def grade(
         options = ["--milestones-json", str(result)]
         options += ["--exercises", str(exercises or switch.exercises_folder())] if box is None else []
         options += ["--task", task] if task else []
+        options += [f"--timeout={limit}"] if limit else []
         options += [
             "-q",
             "-p",

@@ -1,0 +1,80 @@
+"""Machine-made wrong answers: what is changed, and what is left alone."""
+
+import ast
+
+import pytest
+
+from shardlab.course.small_changes import changes
+from shardlab.labs import catalogue
+
+SOURCE = '''"""A module."""
+import math
+
+LIMIT = 3
+
+
+def first(values, limit=LIMIT):
+    """Text that is no code: limit + 1."""
+    # BEGIN SOLUTION 1.1
+    if not values or len(values) > limit:
+        raise ValueError(f"{len(values)} values are too many: " + str(limit))
+    größe = math.ceil(len("ü") / 2)
+    return {"a": values[1:], "b": größe, "c": sorted(values, reverse=True)}
+    # END SOLUTION
+
+
+def given(value):
+    return value + 1
+'''
+
+
+def told() -> set[str]:
+    return {change.told for change in changes(SOURCE)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "len(values) > limit → (len(values) >= limit)",
+        "not values → values",
+        "not values or len(values) > limit → (not values and len(values) > limit)",
+        "not values or len(values) > limit → (len(values) > limit)",
+        "math.ceil → math.floor",
+        "len(\"ü\") / 2 → (len('ü') // 2)",
+        "1: → :",
+        "sorted(values, reverse=True) → sorted(values)",
+        "sorted → list",
+        "True → False",
+    ],
+)
+def test_each_kind_of_change_is_made(change):
+    assert change in told()
+
+
+def test_dropped_statements_and_entries():
+    assert any(line.startswith("raise ValueError") and line.endswith("→ pass") for line in told())
+    assert any(line.startswith("return {") and line.endswith("→ return None") for line in told())
+    assert sum(line.startswith("{") for line in told()) == 3, "each entry is left out once"
+
+
+def test_only_solutions_change_and_no_text_that_people_read():
+    for change in changes(SOURCE):
+        changed = change.apply(SOURCE)
+        ast.parse(changed)
+        assert change.task == "1.1" and changed != SOURCE
+        assert changed.startswith(SOURCE[: SOURCE.index("    if not")]) and changed.endswith(SOURCE[SOURCE.index("    # END") :])
+        assert '"""Text that is no code: limit + 1."""' in changed and "LIMIT = 3" in changed
+        assert "are too many: " in changed or change.new == "pass"
+
+
+def test_no_change_is_made_twice():
+    made = [(change.start, change.end, change.new) for change in changes(SOURCE)]
+    assert len(made) == len(set(made))
+
+
+@pytest.mark.parametrize("lab", catalogue(), ids=lambda lab: lab.stem)
+def test_every_task_has_changes(lab):
+    from shardlab.course.authoring import tasks
+
+    source = lab.solution.read_text()
+    assert {change.task for change in changes(source)} == set(tasks(source))
