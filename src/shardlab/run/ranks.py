@@ -162,6 +162,8 @@ def run_under_launcher(experiment: Experiment, runs: Path | str, *, resume: bool
 
     for op in ops.needed_by(experiment.deepspeed):
         ops.build(op, print)
+    if experiment.deepspeed is not None:
+        import shardlab.run.cpu_facts  # noqa: F401  # before DeepSpeed asks about the processor, again and again
     prepare_process(experiment)
     if rank() == 0:
         goes_on = resume and (Path(runs) / experiment.name / "run.json").exists()
