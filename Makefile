@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
-.PHONY: help setup demo test test-jobs test-others lab grade build check clean
+.PHONY: help setup demo test lab grade build check clean
 
 help:
 	@echo "make demo    set up, then fine-tune BLOOM with five methods on two ranks, and report"
@@ -40,19 +40,8 @@ test: setup
 	$(BIN)/ruff check
 	$(BIN)/shardlab build --check
 	-$(BIN)/shardlab doctor --build-ops
-	$(MAKE) --no-print-directory --keep-going --jobs=2 test-jobs test-others
-
-# Jobs wait for Slurm most of the time, so what else there is to test goes on meanwhile.
-test-jobs: setup
-	@echo "Jobs and notebooks are tested next to the rest; what that prints comes at its end, and is in .venv/test-jobs.log meanwhile."
-	@( set -e; \
-	$(BIN)/pytest tests -q -p no:cacheprovider -m jobs --durations=10; \
-	$(BIN)/pytest tests/test_notebooks.py -q -p no:cacheprovider -m "not jobs" --durations=10; \
-	$(BIN)/pytest -q -p no:cacheprovider --nbval-lax notebooks \
-	) >.venv/test-jobs.log 2>&1; status=$$?; cat .venv/test-jobs.log; exit $$status
-
-test-others: setup
-	$(BIN)/pytest tests -m "not jobs" --ignore=tests/test_notebooks.py --durations=40
+	$(BIN)/pytest tests --durations=40
+	$(BIN)/pytest -p no:cacheprovider --nbval-lax notebooks
 
 lab: setup
 	$(BIN)/jupyter lab --ServerApp.root_dir=. README.md

@@ -329,7 +329,8 @@ def test_one_judge_tells_the_clusters_of_two_boxes_apart(stem, task, tmp_path, w
     for result in results.values():
         reads = {(m["task"], m["hidden"]): m["verdict"] for m in result["milestones"]}
         assert reads[task, False] in may_get and reads[task, True] in may_get
-        assert set(reads.values()) - may_get == {"not implemented", "failed"}
+        others = {verdict for (other, _), verdict in reads.items() if other != task}
+        assert others <= {"not implemented", "failed"}, "the other tasks are not written"
         assert result["whole"]
 
 

@@ -56,7 +56,7 @@ def test_configuration_follows_its_arguments(lab):
         },
     )
     made, wanted = (lambda given, make=of.create_deepspeed_config: make(**given) for of in (lab, REFERENCE))
-    agree(made, wanted, st.tuples(arguments), count=600, same=same_json)
+    agree(made, wanted, st.tuples(arguments), count=150, same=same_json)
 
 
 @pytest.mark.milestone(task="2.2")
@@ -105,7 +105,7 @@ def test_other_bad_configurations_are_refused(lab):
         lambda config, world, trainer, of=of: of.check_deepspeed_config(config, world_size=world, with_trainer=trainer)
         for of in (lab, REFERENCE)
     )
-    agree(refused, wanted, st.tuples(configs, st.integers(1, 2), st.booleans()), count=600, same=lambda *_: True)
+    agree(refused, wanted, st.tuples(configs, st.integers(1, 2), st.booleans()), count=150, same=lambda *_: True)
 
 
 @pytest.mark.milestone(task="2.3")
@@ -129,9 +129,9 @@ def test_another_configuration_survives_a_file(lab, tmp_path):
 
         return from_text
 
-    agree(written, lambda config: True, st.tuples(st.dictionaries(st.sampled_from(["stage", "ü"]), inner)), count=60)
+    agree(written, lambda config: True, st.tuples(st.dictionaries(st.sampled_from(["stage", "ü"]), inner)), count=25)
     texts = [("",), ("[]",), ("null",), ("3",), ('"{}"',), ("{",), ("{}",), ('{"a": 1}\n\n',), ('{"a": 1} 2',)]
-    agree(read(lab), read(REFERENCE), st.tuples(inner.map(json.dumps)), first=texts, count=60, same=same_json)
+    agree(read(lab), read(REFERENCE), st.tuples(inner.map(json.dumps)), first=texts, count=25, same=same_json)
 
 
 @pytest.mark.milestone(task="2.4")
@@ -223,7 +223,7 @@ def test_other_models_and_devices(lab):
         at_the_limit = int(bytes_of(draw(st.integers(0, 3)), parameters, ranks)) + other + draw(st.sampled_from([-1, 0, 1]))
         return parameters, ranks, draw(st.just(at_the_limit) | st.integers(1, 20 * parameters)), other
 
-    agree(lab.choose_stage, REFERENCE.choose_stage, models(), count=300)
+    agree(lab.choose_stage, REFERENCE.choose_stage, models(), count=80)
     for parameters, ranks, device, other in ((10**10, 4, 10**10, 7 * 2**30), (3 * 10**10, 8, 2**34, 0)):
         with pytest.raises(ValueError) as refused:
             lab.choose_stage(parameters, ranks, device, other)

@@ -55,7 +55,7 @@ def test_other_offload_configurations(lab, tmp_path):
     made, wanted = (
         lambda given, make=of.create_offload_config: json.dumps(make(**given), sort_keys=True) for of in (lab, REFERENCE)
     )
-    agree(made, wanted, st.tuples(arguments), count=400)
+    agree(made, wanted, st.tuples(arguments), count=120)
 
 
 @pytest.mark.milestone(task="4.2")
@@ -130,7 +130,7 @@ def test_other_limits(lab):
         return found
 
     per_parameter, room = st.integers(1, 16), st.integers(0, 300)
-    agree(largest(lab), largest(REFERENCE), st.tuples(per_parameter, per_parameter, st.integers(1, 4), room, room), count=100)
+    agree(largest(lab), largest(REFERENCE), st.tuples(per_parameter, per_parameter, st.integers(1, 4), room, room), count=20)
 
 
 @pytest.mark.milestone(task="4.7", ops=("cpu_adam", "pin_memory", "async_io"))
