@@ -105,7 +105,7 @@ def default_settings(data: str | None, model: str | None) -> dict:
             "steps": 80 if mini else 30,
             "learning_rate": 1e-3,
             "max_tokens": 192 if mini else 384,
-            "eval_examples": 100 if mini else 48,
+            "eval_examples": 200 if mini else 48,
         }
     return common | {
         "precision": hardware.best_precision(),
