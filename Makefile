@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
+PIP_OPTIONS := --quiet --disable-pip-version-check
 
 .PHONY: help setup demo test lab grade build check clean
 
@@ -17,8 +17,7 @@ help:
 
 setup: $(INSTALLED)
 
-# torch comes first and alone: deepspeed's set-up looks for it. Nothing here downloads weights or data. --no-compile: most of what is
-# installed is never imported, and what is, Python compiles at its first use.
+# torch comes first and alone: deepspeed's set-up looks for it. Nothing here downloads weights or data.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.11 …"; exit 1; }
 	$(PYTHON) -m venv .venv
