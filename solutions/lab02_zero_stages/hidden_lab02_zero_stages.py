@@ -161,7 +161,7 @@ def test_shards_of_other_sizes(lab):
 
 @pytest.mark.milestone(task="2.6", ranks=3)
 def test_bytes_that_three_ranks_hold(lab, run_experiments):
-    lab.replace("shard_elements", lambda stage, groups, ranks: memory_model.sharded_elements(groups, ranks, stage))
+    lab.replace("shard_elements", REFERENCE.shard_elements)
     plans = [
         public.text_experiment(
             f"three-zero{stage}", deepspeed=public.zero_config(stage), model=odd_model(), ranks=3, steps=2, seed=3
