@@ -85,7 +85,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def every_lab() -> list:
-    """Parameters, a lab each; those whose milestones submit jobs are marked so, and wait for Slurm while others compute."""
+    """Parameters, a lab each; those whose milestones submit jobs are marked so."""
     return [pytest.param(lab.stem, marks=pytest.mark.jobs if lab.has_jobs else ()) for lab in catalogue()]
 
 

@@ -99,6 +99,16 @@ def test_a_notebook_has_one_table_that_a_result_replaces(monkeypatch):
     assert (result._repr_html_(), repr(result)) == ("<p>all passed</p>", "all passed")
 
 
+def test_what_has_no_state_is_its_name_alone(monkeypatch, capsys):
+    """As of a check: "checking task 2.1", with no heading above nothing."""
+    drawn(Log()).update(lambda: [Row("checking task 2.1")])
+    assert capsys.readouterr().out == "checking task 2.1\n"
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda what, display_id: shown.append(what))
+    drawn(Notebook()).update(lambda: [Row("checking task 2.1")])
+    assert "state" not in shown[0]._repr_html_() and repr(shown[0]) == "checking task 2.1"
+
+
 def test_the_display_fits_where_the_output_goes(monkeypatch):
     assert isinstance(progress.default_display(), Log)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)

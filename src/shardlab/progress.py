@@ -48,6 +48,10 @@ class Row:
         known = [self.state, self.count, *(f"{heading} {fact}" for heading, fact in self.facts.items() if fact)]
         return ", ".join(part for part in known if part)
 
+    @property
+    def line(self) -> str:
+        return f"{self.name}: {self.text}" if self.text else self.name
+
 
 class Quiet:
     """Shows nothing; what a display has to have.
@@ -111,7 +115,7 @@ class Log(_Drawn):
         for row in rows:
             due = row is first and time.monotonic() - self._spoke > self.heartbeat
             if due or row.state != self._told.get(row.name, "waiting"):
-                self.say(f"{row.name}: {row.text}")
+                self.say(row.line)
             self._told[row.name] = row.state
 
     def replace(self, markup: str, text: str) -> None:
@@ -183,20 +187,25 @@ class Notebook(_Drawn):
 
     def _draw(self, rows: list[Row]) -> None:
         facts = list(dict.fromkeys(heading for row in rows for heading in row.facts))
-        counted = any(row.total for row in rows)
+        stated, counted = any(row.state for row in rows), any(row.total for row in rows)
         table = page(
             "progress.html",
-            head=["", "state", *(["step"] if counted else []), *facts],
+            head=["", *(["state"] if stated else []), *(["step"] if counted else []), *facts],
             rows=[
                 (
-                    [row.name, row.state, *([row.count] if counted else []), *(row.facts.get(heading, "") for heading in facts)],
+                    [
+                        row.name,
+                        *([row.state] if stated else []),
+                        *([row.count] if counted else []),
+                        *(row.facts.get(heading, "") for heading in facts),
+                    ],
                     round(100 * row.done / row.total) if row.total else 0,
                 )
                 for row in rows
             ],
             bars=counted,
         )
-        self._show(Shown(table, "\n".join(f"{row.name}: {row.text}" for row in rows)))
+        self._show(Shown(table, "\n".join(row.line for row in rows)))
 
     def replace(self, markup: str, text: str) -> None:
         self._show(Shown(markup, text))
