@@ -16,6 +16,9 @@ from shardlab.milestones.markers import ops_of
 from shardlab.sandbox import boxes
 from shardlab.zero import toolchain
 
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    # Threads of OpenMP spin while they wait for one another: two processes with two each on two cores took nine times as long.
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
 os.environ["SHARDLAB_TESTS"] = str(os.getpid())
 """Tells what these tests have started from what others have, whose processes are nobody's business here."""
 
@@ -34,8 +37,9 @@ def same_exercises_afterwards(monkeypatch):
 @pytest.fixture(autouse=True, scope="session")
 def references(tmp_path_factory):
     """What milestones compare with needs nobody's exercises: it is made once for matrix, notebooks and classes."""
+    base = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(REFERENCES, str(tmp_path_factory.mktemp("references")))
+        patch.setenv(REFERENCES, str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "references"))
         yield
 
 
@@ -72,6 +76,31 @@ def pytest_sessionstart(session):
     absent = {name: why for name, why in what_is_absent().items() if name in REQUIRED} if REQUIRED else {}
     if absent:
         pytest.exit("; ".join(f"{name} is required here, and: {why}" for name, why in absent.items()), returncode=1)
+
+
+def pytest_collection_modifyitems(items):
+    """What takes long comes first, so that at the end of `pytest -n 2` no process is alone with it."""
+    slow_first = ("jobs", "ranks", "boxes")
+    items.sort(key=lambda item: next((at for at, mark in enumerate(slow_first) if item.get_closest_marker(mark)), len(slow_first)))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Groups for `pytest -n 2`: all that needs Slurm in one process, which mostly waits for jobs while the other computes.
+
+    Else a module is a group, as its tests share what was made for them; a lab's matrix, notebook or box is one.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    with_jobs = "|".join(lab.stem for lab in catalogue() if lab.has_jobs)
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, lab = nodeid.partition("::")[0], re.search(r"\[(lab\d+_\w+)", nodeid)
+            if "test_slurm" in file or re.search(rf"\[({with_jobs})", nodeid):
+                return "jobs"
+            return f"{file} {lab[1] if lab else ''}"
+
+    return ByGroup(config, log)
 
 
 @pytest.hookimpl(wrapper=True, trylast=True)
