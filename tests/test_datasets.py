@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from shardlab.data.datasets import DataError, load_squad, read_squad_json, squad_scores
+from shardlab.data.datasets import load_squad, squad_scores
+from shardlab.data.squad_file import DataError, read_squad_json
 
 NILE = "The Nile flows north. It is long."
 V1 = {
@@ -179,11 +180,16 @@ MALFORMED = {
     "a question without text": (changed(*QA, "question", to=...), f"{AT_QA}.question: ", "Field required"),
     "question is a list": (changed(*QA, "question", to=["Which?"]), f"{AT_QA}.question: ", "valid"),
     "no answers": (changed(*QA, "answers", to=...), f"{AT_QA}.answers: ", "Field required"),
-    "answers is an object": (changed(*QA, "answers", to={"text": ["north"], "answer_start": [15]}), f"{AT_QA}.answers: ", "valid"),
+    "answers is another object": (changed(*QA, "answers", to={"text": ["north"]}), f"{AT_QA}.answers: ", "valid list"),
+    "more texts than offsets": (
+        changed(*QA, "answers", to={"text": ["north", "flows"], "answer_start": [15]}),
+        f"{AT_QA}.answers: ",
+        "lists of one length",
+    ),
     "an answer is text": (changed(*ANSWER, to="north"), f"{AT_ANSWER}: ", "an object"),
     "answer without text": (changed(*ANSWER, "text", to=...), f"{AT_ANSWER}.text: ", "Field required"),
     "answer is a number": (changed(*ANSWER, "text", to=15), f"{AT_ANSWER}.text: ", "valid"),
-    "empty answer": (changed(*ANSWER, "text", to=""), AT_ANSWER, "not the answer ''"),
+    "empty answer": (changed(*ANSWER, "text", to=""), AT_ANSWER, "the answer is empty"),
     "no offset": (changed(*ANSWER, "answer_start", to=...), f"{AT_ANSWER}.answer_start: ", "Field required"),
     "offset is text": (changed(*ANSWER, "answer_start", to="9"), f"{AT_ANSWER}.answer_start: ", "valid"),
     "offset is a fraction": (changed(*ANSWER, "answer_start", to=9.5), f"{AT_ANSWER}.answer_start: ", "valid"),
@@ -304,6 +310,85 @@ def test_data_set_without_train_or_validation_is_refused(tmp_path, split):
     (line,) = load_offline(tmp_path, str(tmp_path / "part"))
     assert line.startswith(f"refused {tmp_path / 'part'}: ")
     assert {"test": "train", "train": "validation"}[split] in line.removeprefix(f"refused {tmp_path / 'part'}: ")
+
+
+# --- files as people have them ----------------------------------------------------------------------------------------
+
+
+def about_bridges(answers, context="Die Brücke baute Ada.", **more) -> dict:
+    qa = {"id": "1", "question": "Who?", "answers": answers} | more
+    return {"data": [{"title": "Bridges", "paragraphs": [{"context": context, "qas": [qa]}]}]}
+
+
+def ada(start: int, text: str = "Ada") -> list[dict]:
+    return [{"text": text, "answer_start": start}]
+
+
+def test_a_byte_order_mark_and_the_columns_of_datasets_are_read(tmp_path):
+    path = tmp_path / "marked.json"
+    path.write_text(json.dumps(V1), encoding="utf-8-sig")
+    assert len(read_squad_json(path)) == 3
+    columns = about_bridges({"text": ["Ada"], "answer_start": [17]})
+    assert read_squad_json(write(path, columns))[0]["answers"] == {"text": ["Ada"], "answer_start": [17]}
+
+
+@pytest.mark.parametrize("as_lines", [True, False])
+def test_a_question_per_row_is_read(tmp_path, as_lines):
+    rows = read_squad_json(write(tmp_path / "v1.json", V1))
+    text = "".join(json.dumps(row) + "\n" for row in rows) if as_lines else json.dumps(rows)
+    assert read_squad_json(write(tmp_path / "rows.jsonl", text)) == rows
+    data = load_squad(str(tmp_path / "rows.jsonl"))
+    assert len(data["train"]) + len(data["validation"]) == 3
+
+
+def test_rows_are_refused_at_their_line(tmp_path):
+    good = json.dumps({"context": "Ada.", "question": "Who?", "answers": {"text": ["Ada"], "answer_start": [0]}})
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        read_squad_json(write(tmp_path / "rows.jsonl", f"{good}\n{good[:-5]}\n"))
+    with pytest.raises(DataError, match=r"rows\[1\].question: Field required"):
+        read_squad_json(write(tmp_path / "rows.jsonl", good + "\n" + good.replace("question", "ask") + "\n"))
+
+
+def test_answers_of_null_are_no_answers(tmp_path):
+    document = about_bridges(None, is_impossible=True)
+    document["data"] += V1["data"]
+    assert [row["id"] for row in read_squad_json(write(tmp_path / "v2.json", document))] == ["n1", "n2", "z1"]
+
+
+@pytest.mark.parametrize(
+    "document, says",
+    [
+        (about_bridges(ada(18)), "counts bytes of UTF-8, and has to count characters (17)"),
+        (about_bridges(ada(4), "\U0001f309: Ada."), "counts UTF-16 units, and has to count characters (3)"),
+        (about_bridges(ada(2)), "which stands at offset 17"),
+        (about_bridges(ada(4, "Bru\u0308cke")), "accents are written in another way than the context's, which has NFC"),
+        (about_bridges(ada(4, "Tunnel")), "which stands nowhere in it"),
+        (about_bridges(ada(0, "")), "the answer is empty"),
+    ],
+)
+def test_what_an_offset_counts_is_said(tmp_path, document, says):
+    with pytest.raises(DataError) as refused:
+        read_squad_json(write(tmp_path / "bridges.json", document))
+    assert says in str(refused.value) and "--skip-bad" in str(refused.value)
+
+
+def test_nesting_without_end_is_one_sentence(tmp_path):
+    with pytest.raises(DataError, match="nested without end"):
+        read_squad_json(write(tmp_path / "deep.json", "[" * 100_000))
+
+
+def test_all_bad_places_are_counted_and_ten_are_named(tmp_path):
+    document = many_paragraphs(25)
+    for paragraph in document["data"][0]["paragraphs"][::2]:
+        paragraph["qas"][0]["answers"][0]["answer_start"] = 3
+    path = write(tmp_path / "ports.json", document)
+    with pytest.raises(DataError) as refused:
+        load_squad(path)
+    said = str(refused.value)
+    assert "13 of 50 answers cannot be used" in said and "and 3 more" in said
+    assert said.count("].qas[0].answers[0]: ") == 10
+    data = load_squad(path, skip_bad=True)
+    assert len(data["train"]) + len(data["validation"]) == 37
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

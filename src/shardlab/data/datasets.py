@@ -2,114 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from pydantic import BaseModel, StrictInt, StrictStr, ValidationError
-
 from shardlab.data.minisquad import DATA_FOLDER
-from shardlab.errors import CourseError
+from shardlab.data.squad_file import DataError, read_squad_json
 
 
-class DataError(CourseError, ValueError):
-    """A data file that cannot be used; the message names the file, the place and the reason."""
-
-
-def read_squad_json(path: Path | str) -> list[dict]:
-    """Read a file in the SQuAD v1.1 or v2.0 schema.
-
-    Args:
-        path: the JSON file.
-
-    Returns:
-        One dictionary a question: `id`, `title`, `context`, `question`, `answers` (`text` and `answer_start`, lists of
-        equal length). Questions of v2.0 that have no answer are left out.
-
-    Raises:
-        DataError: the file is missing, is not JSON, has no `data`, has an answer that is not at its offset, or has no
-            answerable question.
-    """
-    path = Path(path)
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8. Save the file as UTF-8.") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: line {error.lineno}, column {error.colno}: not JSON ({error.msg}).") from None
-    try:
-        articles = _File.model_validate(document).data
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"]).lstrip(".") or "at the top"
-        form = ' A SQuAD file is {"version": …, "data": [articles]}.' if len(first["loc"]) < 2 else ""
-        reason = "Input should be an object" if first["type"] == "model_type" else first["msg"]
-        raise DataError(f"{path}: {place}: {reason}.{form}") from None
-
-    questions = []
-    for a, article in enumerate(articles):
-        for p, paragraph in enumerate(article.paragraphs):
-            for q, question in enumerate(paragraph.qas):
-                where = f"data[{a}].paragraphs[{p}].qas[{q}]"
-                for n, answer in enumerate(question.answers):
-                    start, end = answer.answer_start, answer.answer_start + len(answer.text)
-                    found = paragraph.context[start:end] if start >= 0 else ""
-                    if not answer.text or found != answer.text:
-                        has = f"the context has {found!r} at offset {start}"
-                        raise DataError(f"{path}: {where}.answers[{n}]: {has}, not the answer {answer.text!r}.")
-                if question.answers:
-                    texts, starts = ([getattr(answer, key) for answer in question.answers] for key in ("text", "answer_start"))
-                    questions.append(
-                        {
-                            "id": str(where if question.id is None else question.id),
-                            "title": str(article.title),
-                            "context": paragraph.context,
-                            "question": question.question,
-                            "answers": {"text": texts, "answer_start": starts},
-                        }
-                    )
-    if not questions:
-        raise DataError(f"{path}: no answerable question in it.")
-    return questions
-
-
-class _Answer(BaseModel):
-    text: StrictStr
-    answer_start: StrictInt
-
-
-class _Question(BaseModel):
-    id: object = None
-    question: StrictStr
-    answers: list[_Answer]
-
-
-class _Paragraph(BaseModel):
-    context: StrictStr
-    qas: list[_Question]
-
-
-class _Article(BaseModel):
-    title: object = ""
-    paragraphs: list[_Paragraph]
-
-
-class _File(BaseModel):
-    """What of the SQuAD schema is read."""
-
-    data: list[_Article]
-
-
-def load_squad(source: str = "mini", *, validation_share: float = 0.2):
+def load_squad(source: str = "mini", *, validation_share: float = 0.2, skip_bad: bool = False):
     """SQuAD-like data as a `datasets.DatasetDict` with `train` and `validation`.
 
     Args:
-        source: `mini` for the data shipped with the course; the path of a SQuAD v1.1 or v2.0 JSON file; or a name on
-            the Hugging Face hub such as `squad` (read from the local cache if the hub cannot be reached).
+        source: `mini` for the data shipped with the course; the path of a SQuAD v1.1 or v2.0 JSON file, or of one with a question
+            per row (`read_squad_json`); or a name on the Hugging Face hub such as `squad` (read from the local cache if the hub
+            cannot be reached).
         validation_share: for a single file, the share of its paragraphs that becomes `validation`.
+        skip_bad: leave out questions of a file whose answers are empty or not at their offset.
 
     Raises:
         DataError: the source is neither, or the file is malformed.
@@ -118,8 +25,8 @@ def load_squad(source: str = "mini", *, validation_share: float = 0.2):
 
     if source == "mini":
         splits = {split: read_squad_json(DATA_FOLDER / f"{split}.json") for split in ("train", "validation")}
-    elif source.endswith(".json") or Path(source).is_file():
-        splits = _split_by_paragraph(read_squad_json(source), validation_share, source)
+    elif source.endswith((".json", ".jsonl")) or Path(source).is_file():
+        splits = _split_by_paragraph(read_squad_json(source, skip_bad=skip_bad), validation_share, source)
     else:
         return _load_from_hub(source)
     return DatasetDict({split: Dataset.from_list(questions) for split, questions in splits.items()})

@@ -26,6 +26,7 @@ class Experiment(BaseModel):
     model: str = Field("bloom-tiny", description="bloom-tiny, a hub name, or a folder")
     random_weights: bool = Field(False, description="architecture only: for measuring without weights")
     data: str = Field("mini", description="mini, a SQuAD JSON file, or a hub name")
+    skip_bad: bool = Field(False, description="leave out questions of a file whose answers are not at their offset")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     deepspeed: dict[str, Any] | None = Field(None, description="DeepSpeed's configuration; none: the plain Trainer")
     ranks: int = Field(1, ge=1, description="processes, one per GPU")

@@ -169,7 +169,7 @@ def train(
 def text_rows(experiment: Experiment) -> tuple[list[dict], list[dict]]:
     """The paragraphs of the data as token ids, each cut or padded to `max_tokens`; the label of every real token is itself."""
     tokenizer = load_tokenizer("bloom-tiny" if experiment.random_weights else experiment.model)
-    data = load_squad(experiment.data)
+    data = load_squad(experiment.data, skip_bad=experiment.skip_bad)
 
     def rows(split: str, limit: int | None) -> list[dict]:
         contexts = list(dict.fromkeys(data[split]["context"]))[:limit]
