@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from shardlab.run.experiment import Experiment
-from shardlab.run.run_folder import FORMAT, Run, RunError, read_runs
+from shardlab.run.run_folder import FORMAT, Run, RunError, before_it, read_runs
 
 
 def a_run(folder, name: str = "one", **settings) -> Run:
@@ -230,6 +230,35 @@ def test_finished_run_is_replaced_and_its_files_go(tmp_path):
     again = a_run(tmp_path, seed=3)
     assert (again.outcome, again.experiment.seed, again.metrics()) == ("waiting", 3, [])
     assert sorted(path.name for path in again.folder.iterdir()) == ["run.json"]
+    assert len(Run.read(before_it(again.folder)).metrics()) == 1, "kept as long as the new one has no step"
+    assert [found.folder for found in read_runs(tmp_path)] == [again.folder]
+    again.start()
+    again.log_step(step=1, loss=2.0)
+    assert not before_it(again.folder).exists()
+
+
+def test_runs_that_fail_before_their_first_step_destroy_nothing(tmp_path):
+    run = a_run(tmp_path)
+    run.start()
+    run.log_step(step=1, loss=1.0)
+    run.finish()
+    for seed in (2, 3):
+        failed = a_run(tmp_path, seed=seed)
+        failed.start()
+        failed.finish("failed", "no such file")
+    assert Run.read(before_it(run.folder)).losses() == [1.0]
+
+
+def test_checkpoints_of_the_run_before_are_kept(tmp_path):
+    run = a_run(tmp_path)
+    run.start()
+    run.log_step(step=1, loss=1.0)
+    (run.folder / "checkpoints" / "step-1").mkdir(parents=True)
+    run.finish()
+    again = a_run(tmp_path)
+    again.start()
+    again.log_step(step=1, loss=2.0)
+    assert (before_it(run.folder) / "checkpoints" / "step-1").is_dir()
 
 
 def test_folder_that_is_no_run_is_not_replaced(tmp_path):
@@ -277,7 +306,7 @@ def test_run_that_goes_on_is_not_replaced(tmp_path, begun):
 WRITER = """
 import sys, time
 from shardlab.run.experiment import Experiment
-from shardlab.run.run_folder import Run
+from shardlab.run.run_folder import Run, before_it
 run = Run.create(Experiment(name="killed"), sys.argv[1])
 run.start()
 for step in (1, 2, 3):

@@ -47,7 +47,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue from the newest whole checkpoint of the same run; without it the run and its checkpoints are replaced",
+        help="continue from the newest whole checkpoint of the same run; without it the run is replaced, and its checkpoints set aside",
     )
     parser.add_argument("--save-every", type=int, default=10, help="optimizer steps from one checkpoint to the next (default: 10)")
     parser.add_argument("--model", help="default: bloom-tiny without a GPU, else bigscience/bloom-560m")
@@ -74,7 +74,7 @@ def program(experiment: Experiment, run: Run) -> dict:
     """What every rank runs: the exercises, put together. It trains on the paragraphs' text.
 
     The experiment's `options`: `checkpoints`, a folder to save to at the end and every `save_every` optimizer steps; and
-    `resume`, to continue from the newest whole checkpoint in it; without it what is in the folder is removed.
+    `resume`, to continue from the newest whole checkpoint in it; without it what is in the folder goes to one next to it.
     """
     lab, options = switch.import_exercise("lab03_engine"), experiment.options
     model = load_model(experiment.model, random_weights=experiment.random_weights, seed=experiment.seed)
@@ -91,7 +91,7 @@ def program(experiment: Experiment, run: Run) -> dict:
     if options.get("resume"):
         trainer.load_checkpoint(options["checkpoints"])
     elif "checkpoints" in options and rank() == 0:
-        shutil.rmtree(options["checkpoints"], ignore_errors=True)  # those of the run that this one replaces
+        make_room(Path(options["checkpoints"]))
     while engine.global_steps < experiment.steps:
         trainer.train_epoch(loader, experiment.steps)
     results = states.device_memory()
@@ -104,6 +104,19 @@ def program(experiment: Experiment, run: Run) -> dict:
         trainer.save_checkpoint(options["checkpoints"], {"name": experiment.name})
     engine.destroy()  # the next run of the same process needs the memory
     return results
+
+
+def make_room(folder: Path) -> None:
+    """An empty folder for checkpoints, that can be written: now, and not found out after hours of training."""
+    if folder.exists():
+        before = folder.with_name(folder.name + ".before")
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+        print(f"{folder} held checkpoints of an earlier run: they are in {before} now. --resume would have continued from them.")
+    folder.mkdir(parents=True)
+    probe = folder / ".can-be-written"
+    probe.touch()
+    probe.unlink()
 
 
 def summary(run: Run) -> str:

@@ -20,7 +20,7 @@ from shardlab import hardware, switch
 from shardlab.run import tampering
 from shardlab.run.experiment import Experiment, program_of
 from shardlab.run.placement import TooFewGpus, place
-from shardlab.run.run_folder import Run
+from shardlab.run.run_folder import Run, before_it
 from shardlab.zero import ops
 
 
@@ -166,7 +166,12 @@ def run_under_launcher(experiment: Experiment, runs: Path | str, *, resume: bool
         import shardlab.run.cpu_facts  # noqa: F401  # before DeepSpeed asks about the processor, again and again
     prepare_process(experiment)
     if rank() == 0:
-        goes_on = resume and (Path(runs) / experiment.name / "run.json").exists()
+        folder = Path(runs).resolve() / experiment.name
+        goes_on = resume and (folder / "run.json").exists()
+        if not goes_on and (folder / "checkpoints").exists():
+            print(
+                f"{folder} has the checkpoints of an earlier run. It goes to {before_it(folder)}; --resume would have continued it."
+            )
         (Run.reopen if goes_on else Run.create)(experiment, Path(runs).resolve())
     barrier()
     run = Run.read(Path(runs).resolve() / experiment.name)

@@ -40,7 +40,10 @@ class Run:
 
     @classmethod
     def create(cls, experiment: Experiment, runs: Path | str = "runs", device: str | None = None) -> Run:
-        """Make `runs/<name>/` with a record that says *waiting*. A finished or dead run of that name is replaced.
+        """Make `runs/<name>/` with a record that says *waiting*.
+
+        A finished or dead run of that name goes to `runs/.before/<name>/`. It stays there until the new run has taken its first
+        step, so that one which fails before destroys nothing; with checkpoints it stays longer, until it is replaced in its turn.
 
         Args:
             experiment: what will run.
@@ -57,7 +60,7 @@ class Run:
                     raise RunError(f"{folder} exists and is not a run folder, so it is not replaced. Use another name.")
             elif cls._is_going_on(folder):
                 raise RunError(f"{folder} is being written by a run that is still going on. Use another name, or end it.")
-            shutil.rmtree(folder)
+            _set_aside(folder)
         folder.mkdir(parents=True)
         run = cls(
             folder,
@@ -118,7 +121,12 @@ class Run:
 
     def log_step(self, **values) -> None:
         """Append a line to `metrics.jsonl`."""
-        with open(self.folder / "metrics.jsonl", "a") as file:
+        path = self.folder / "metrics.jsonl"
+        if not path.exists() or path.stat().st_size == 0:
+            before = before_it(self.folder)
+            if before.exists() and not (before / "checkpoints").exists():
+                shutil.rmtree(before, ignore_errors=True)
+        with open(path, "a") as file:
             file.write(json.dumps(values) + "\n")
 
     def record(self, **results) -> None:
@@ -241,6 +249,22 @@ class Run:
 
     def __repr__(self) -> str:
         return f"<Run {self.folder}: {self.outcome}>"
+
+
+def before_it(folder: Path) -> Path:
+    """Where the run that a run folder has replaced lies, while it is kept."""
+    return folder.parent / ".before" / folder.name
+
+
+def _set_aside(folder: Path) -> None:
+    """Make room for a new run. What has no step is worth less than what it has replaced itself."""
+    before, metrics = before_it(folder), folder / "metrics.jsonl"
+    if before.exists() and not (metrics.exists() and metrics.stat().st_size):
+        shutil.rmtree(folder)
+        return
+    shutil.rmtree(before, ignore_errors=True)
+    before.parent.mkdir(exist_ok=True)
+    folder.rename(before)
 
 
 def read_runs(folder: Path | str = "runs") -> list[Run]:
