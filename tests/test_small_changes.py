@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from shardlab.course.small_changes import changes
+from shardlab.course.small_changes import changes, digest, equivalents, judged, recorded, starts_something
 from shardlab.labs import catalogue
 
 SOURCE = '''"""A module."""
@@ -78,3 +78,42 @@ def test_every_task_has_changes(lab):
 
     source = lab.solution.read_text()
     assert {change.task for change in changes(source)} == set(tasks(source))
+
+
+# --- against the milestones -------------------------------------------------------------------------------------------
+
+OPEN = {}
+"""Tasks whose changes have not been judged yet, or of which some survive: how many."""
+
+
+@pytest.mark.parametrize("lab", catalogue(), ids=lambda lab: lab.stem)
+def test_what_became_of_the_changes_is_known_and_up_to_date(lab):
+    """After a change: `shardlab matrix N --generated --only TASK --record`."""
+    from shardlab.course.authoring import tasks
+
+    entries = recorded(lab.stem)
+    stale = [task for task, entry in entries.items() if entry["digest"] != digest(lab.stem, task)]
+    assert not stale, f"judge these again: {', '.join(stale)}"
+    for task in tasks(lab.solution.read_text()):
+        if task not in entries:
+            assert OPEN.get(task) == "not judged", task
+        else:
+            assert len(entries[task]["survived"]) == OPEN.get(task, 0), entries[task]["survived"]
+
+
+@pytest.mark.parametrize("lab", catalogue(), ids=lambda lab: lab.stem)
+def test_equivalents_are_changes_that_there_are(lab):
+    made = {(change.task, change.told) for change in changes(lab.solution.read_text())}
+    assert set(equivalents(lab.stem)) <= made
+    assert all(len(why) > 20 for why in equivalents(lab.stem).values())
+
+
+@pytest.mark.parametrize("lab", catalogue(), ids=lambda lab: lab.stem)
+def test_a_share_of_the_changes_gets_the_verdict_that_the_record_has(lab):
+    """Of tasks whose functions only compute; the record vouches for the others."""
+    for task, entry in recorded(lab.stem).items():
+        if starts_something(lab.stem, task):
+            continue
+        known = {told for of, told in equivalents(lab.stem) if of == task} | set(entry["survived"])
+        for one in judged(lab.stem, task=task, every=8):
+            assert one.verdict == "caught" or one.change.told in known, f"{task}, line {one.change.line}: {one.change.told}"

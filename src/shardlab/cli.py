@@ -44,6 +44,9 @@ Data = Annotated[
     str | None,
     typer.Option(help="mini, a SQuAD JSON file, or a name on the hub such as squad. By default mini for bloom-tiny, else squad."),
 ]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Go on without questions of the file whose answers are not at their offset.")
+]
 RandomWeights = Annotated[
     bool, typer.Option("--random-weights", help="Build the architecture without weights: enough for measuring memory and speed.")
 ]
@@ -70,6 +73,7 @@ def _given(**options) -> dict:
 @app.command()
 def demo(
     data: Data = None,
+    skip_bad: SkipBad = False,
     model: Model = None,
     random_weights: RandomWeights = False,
     ranks: Ranks = None,
@@ -104,7 +108,8 @@ def demo(
         accumulation=accumulation,
         learning_rate=learning_rate,
     )
-    load_squad(settings["data"])  # a bad file is refused before anything is started
+    settings |= {"skip_bad": skip_bad}
+    load_squad(settings["data"], skip_bad=skip_bad)  # a bad file is refused before anything is started
     if random_weights:
         settings |= {"random_weights": True, "save": False}
     console.print(
@@ -130,6 +135,7 @@ def run(
     name: Annotated[str, typer.Argument(help="The run folder's name.")],
     method: Annotated[str, typer.Option(help="How to train; `shardlab demo --list-methods` lists the methods.")] = "baseline",
     data: Data = None,
+    skip_bad: SkipBad = False,
     model: Model = None,
     random_weights: RandomWeights = False,
     ranks: Ranks = None,
@@ -180,6 +186,7 @@ def run(
         deepspeed=config_of(method),
         model=defaults["model"],
         data=defaults["data"],
+        skip_bad=skip_bad,
         random_weights=random_weights,
         ranks=int(os.environ["WORLD_SIZE"]) if launched else ranks or hardware.default_ranks(),
         steps=steps,
@@ -432,12 +439,31 @@ def release(
     print(f"Try it: cd {target} && make doctor && make grade")
 
 
+@app.command(name="skeleton")
+def skeleton_command(
+    wanted: Annotated[
+        str, typer.Argument(metavar="TASK", help="A task such as 1.3, or a lab, by number or name, for its whole file.")
+    ],
+) -> None:
+    """Print the exercises as they were before anybody wrote in them."""
+    from shardlab.course import authoring
+
+    print(authoring.skeleton_of(wanted), end="")
+
+
 @app.command()
 def matrix(
     labs: Annotated[list[str] | None, typer.Argument(help="Labs, by number or name; all by default.")] = None,
     only: Annotated[str | None, typer.Option(help="solutions, skeletons, mutants, or a task number.")] = None,
     generated: Annotated[
         bool, typer.Option("--generated", help="Machine-made wrong answers instead: every small change to a solution; minutes.")
+    ] = False,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record",
+            help="Note anew by which results mutants are recognised (labs/<lab>/mistakes.json), or what became of small changes.",
+        ),
     ] = False,
 ) -> None:
     """For authors: prove that solutions pass, skeletons fail, and each mutant fails its own milestone and no other."""
@@ -447,10 +473,11 @@ def matrix(
     _require_solutions("the matrix needs the solutions")
     stems = [lab.stem for lab in chosen(",".join(labs or []))]
     if generated:
-        raise typer.Exit(1 if sum(_prove_small_changes(stem, only) for stem in stems) else 0)
+        raise typer.Exit(1 if sum(_prove_small_changes(stem, only, record) for stem in stems) else 0)
     lines = prove(
         stems,
         only=only,
+        record=record,
         say=lambda line: print(f"{line.stem}  {line.variant}: {line.problem or 'as it should'}", flush=True),
     )
     wrong = [line for line in lines if line.problem]
@@ -458,7 +485,7 @@ def matrix(
     raise typer.Exit(1 if wrong else 0)
 
 
-def _prove_small_changes(stem: str, task: str | None) -> int:
+def _prove_small_changes(stem: str, task: str | None, record: bool) -> int:
     """Judge a lab's small changes and say which survive; how many of those are not explained."""
     from collections import Counter
 
@@ -472,13 +499,17 @@ def _prove_small_changes(stem: str, task: str | None) -> int:
     def rows() -> list[Row]:
         return [Row(stem, "running", {what: str(number) for what, number in counts.items()}, counts.total(), total)]
 
+    verdicts = []
     for one in small_changes.judged(stem, task=task):
+        verdicts.append(one)
         why = explained.get((one.change.task, one.change.told), "")
         counts["equivalent" if one.verdict == "survived" and why else one.verdict] += 1
         if one.verdict == "survived" and not why:
             display.say(f"{stem}  {one.change.task}, line {one.change.line}: {one.change.told}: survived")
         display.update(rows)
     display.end(rows)
+    if record:
+        small_changes.record(stem, verdicts)
     print(f"{stem}: {total} changes; " + ", ".join(f"{number} {what}" for what, number in counts.items()))
     return counts["survived"]
 

@@ -54,6 +54,16 @@ class Lab(BaseModel):
         return self.folder / f"test_{self.stem}.py"
 
     @property
+    def skeleton(self) -> Path:
+        """The exercises as they were, in a release."""
+        return self.folder / "skeleton.py"
+
+    @property
+    def mistakes(self) -> Path:
+        """By which results known mistakes are recognised; `shardlab matrix --record` writes it."""
+        return self.folder / "mistakes.json"
+
+    @property
     def programs(self) -> Path:
         """What milestones run around the exercises; not every lab has it."""
         return self.folder / "programs.py"

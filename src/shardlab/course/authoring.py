@@ -20,7 +20,7 @@ from types import ModuleType
 
 from shardlab.errors import CourseError
 from shardlab.hardware import ROOT
-from shardlab.labs import catalogue
+from shardlab.labs import catalogue, chosen
 
 BEGIN = re.compile(r"^(?P<indent>\s*)# BEGIN SOLUTION (?P<task>\d+\.\d+)\s*$")
 END = re.compile(r"^\s*# END SOLUTION\s*$")
@@ -80,6 +80,29 @@ def skeletons(root: Path = ROOT) -> dict[Path, str]:
     for lab in catalogue(root):
         wanted[lab.exercises] = skeleton(lab.solution.read_text(), str(lab.exercises.relative_to(root)))
     return wanted
+
+
+def skeleton_of(wanted: str, root: Path = ROOT) -> str:
+    """The exercises of a task or of a whole lab, as they were before anybody wrote in them.
+
+    Args:
+        wanted: a task such as "1.3", or a lab: its number or name.
+
+    Raises:
+        LabError: there is no such lab.
+        AuthoringError: the lab has no such task.
+    """
+    (lab,) = chosen(wanted.partition(".")[0], root)
+    name = str(lab.exercises.relative_to(root))
+    # A release has no solution to make it from, so it brings the skeleton itself.
+    text = skeleton(lab.solution.read_text(), name) if lab.solution.exists() else lab.skeleton.read_text()
+    if "." not in wanted:
+        return text
+    parts = re.split(r"^(?= *# --- )", text, flags=re.MULTILINE)
+    parts = {part.split()[3]: part for part in parts if part.lstrip().startswith("# --- Task ")}
+    if wanted not in parts:
+        raise AuthoringError(f"{lab.stem} has no task {wanted}; it has {', '.join(parts)}.")
+    return parts[wanted].partition("\n")[2].strip("\n") + "\n"
 
 
 def _functions(source: str) -> dict[str, tuple[str, bool]]:

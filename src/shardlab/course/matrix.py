@@ -9,6 +9,7 @@ All variants are graded in this one process, so the fork server stays warm, and 
 
 from __future__ import annotations
 
+import json
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from shardlab.hardware import ROOT
 from shardlab.labs import catalogue, named, stems
 from shardlab.milestones.grade import grade
 from shardlab.milestones.markers import files_of, milestones_of
+from shardlab.milestones.messages import known_mistakes
 
 
 class MutantError(CourseError, ValueError):
@@ -30,14 +32,20 @@ class MutantError(CourseError, ValueError):
 
 @dataclass(frozen=True)
 class Mutant:
-    """A wrong answer: `old` becomes `new` in the solution of `task`, and the milestone's message must hold `says`."""
+    """A wrong answer: `old` becomes `new` in the solution of `task`.
+
+    Attributes:
+        likely: the cause in words. The message gives it where the result is the one that this mutant gave when it was recorded.
+        says: what else the message must hold.
+    """
 
     stem: str
     task: str
     name: str
-    says: str
     old: str
     new: str
+    likely: str = ""
+    says: str = ""
 
     def source(self, solution: str) -> str:
         """The solution's source with the mistake in it; the text to replace must be there, in that task, exactly once."""
@@ -77,8 +85,11 @@ class Line:
     problem: str = ""
 
 
-def _prove_task(stem: str, task: str, wrong_answers: list[Mutant], solution: str) -> Iterator[Line]:
-    """Each mutant of a task fails its milestone; the first one no other task's; and one of them the hidden milestone too."""
+def _prove_task(stem: str, task: str, wrong_answers: list[Mutant], solution: str, record: dict[str, str] | None) -> Iterator[Line]:
+    """Each mutant of a task fails its milestone; the first one no other task's; and one of them the hidden milestone too.
+
+    With a `record`, what mutants are recognised by goes in there, instead of being looked for in the messages.
+    """
     hidden = [m.name for m in milestones_of(stem) if m.hidden and m.task == task]
     caught, ran = set(), True
     for number, mutant in enumerate(wrong_answers):
@@ -86,6 +97,7 @@ def _prove_task(stem: str, task: str, wrong_answers: list[Mutant], solution: str
             package = package_with(Path(temporary), stem, mutant.source(solution))
             outcome = grade(stem, exercises=package, task=task if number else None)
             failed = {m.task: m.message for m in outcome if m.verdict not in ("passed", "not run")}
+            (own,) = [m for m in outcome if m.task == task]
             if not failed and any(m.task == task and m.verdict == "not run" for m in outcome):
                 ran = False
                 yield Line(stem, f"{task} {mutant.name} (not run: its milestone cannot run here)")
@@ -99,17 +111,24 @@ def _prove_task(stem: str, task: str, wrong_answers: list[Mutant], solution: str
             problem = f"should fail {task} alone, fails {', '.join(failed) or 'nothing'}{others}"
         elif mutant.says not in failed[task]:
             problem = f"should say {mutant.says!r}, says:\n{failed[task]}"
+        elif mutant.likely and record is not None:
+            if record.setdefault(own.fingerprint, mutant.likely) != mutant.likely:
+                problem = f"gives the same as the one of which is said: {record[own.fingerprint]!r}\n{failed[task]}"
+        elif mutant.likely and "GPUs" not in own.ran_on and f"likely    {mutant.likely}\n" not in failed[task]:
+            problem = f"should say {mutant.likely!r}, says (with --record it is noted anew):\n{failed[task]}"
         yield Line(stem, f"{task} {mutant.name}", problem)
     if ran and (vacuous := set(hidden) - caught):
         yield Line(stem, f"{task} hidden", f"no mutant fails {', '.join(sorted(vacuous))}: it may check nothing")
 
 
-def prove(labs: list[str] | None = None, *, only: str | None = None, say=lambda line: None) -> list[Line]:
+def prove(labs: list[str] | None = None, *, only: str | None = None, record: bool = False, say=lambda line: None) -> list[Line]:
     """Grade solutions, skeletons and mutants, and compare the verdicts with what they must be.
 
     Args:
         labs: stems; all labs by default.
         only: `solutions`, `skeletons`, or a task number, to grade just that.
+        record: write anew what the mutants are recognised by: `mistakes.json` of each lab; with a task number as `only`, entries
+            of other tasks stay.
         say: called with each line as it comes.
     """
     lines = []
@@ -135,7 +154,17 @@ def prove(labs: list[str] | None = None, *, only: str | None = None, say=lambda 
         for mutant in mutants(stem):
             if only in (None, "mutants", mutant.task):
                 of_task.setdefault(mutant.task, []).append(mutant)
+        recorded: dict[str, str] | None = {} if record else None
         for task, wrong_answers in of_task.items():
-            for line in _prove_task(stem, task, wrong_answers, solution):
+            for line in _prove_task(stem, task, wrong_answers, solution, recorded):
                 add(line)
+        if recorded is not None:
+            _write_mistakes(stem, recorded, {mutant.likely for mutant in mutants(stem) if mutant.task not in of_task})
     return lines
+
+
+def _write_mistakes(stem: str, recorded: dict[str, str], of_others: set[str]) -> None:
+    """Write what known mistakes are recognised by; entries with the texts of tasks that were not looked at stay."""
+    path = named(stem).mistakes
+    kept = {mark: likely for mark, likely in known_mistakes(path).items() if likely in of_others}
+    path.write_text(json.dumps(dict(sorted((kept | recorded).items())), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -63,6 +63,7 @@ def make(target: Path, labs: list[Lab], root: Path = ROOT) -> dict:
     for lab in labs:
         (target / lab.exercises.relative_to(root)).write_text(wanted[lab.exercises], encoding="utf-8")
         _copy(lab.folder, target / lab.folder.relative_to(root))
+        (target / lab.skeleton.relative_to(root)).write_text(wanted[lab.exercises], encoding="utf-8")
     _write_notebooks(target, labs, root)
     (target / "README.md").write_text(_readme(labs), encoding="utf-8")
     (target / "Makefile").write_text(page("release_makefile"), encoding="utf-8")
@@ -89,7 +90,11 @@ def changed(root: Path = ROOT) -> list[str] | None:
     if not path.exists():
         return None
     files = json.loads(path.read_text())["files"]
-    theirs = {name for name in files if name.startswith(OWN) and not Path(name).name.startswith(("test_", "programs.py"))}
+    theirs = {
+        name
+        for name in files
+        if name.startswith(OWN) and not Path(name).name.startswith(("test_", "programs.py", "mistakes.json", "skeleton.py"))
+    }
     return [
         name for name, was in files.items() if name not in theirs and (not (root / name).is_file() or digest(root / name) != was)
     ]

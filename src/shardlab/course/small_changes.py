@@ -2,12 +2,16 @@
 
 A change replaces one stretch of the source, found by `ast`; everything else stays as it is, the marks of the tasks included.
 What no milestone catches is a survivor: a gap in the milestones, or equivalent to the solution. Equivalents are listed with their
-reason in `solutions/<lab>/equivalent.toml`.
+reason in `solutions/<lab>/equivalent.toml`. Milestones that start ranks take long; so what became of each task's changes is kept in
+`solutions/<lab>/small_changes.json`, with a digest of the task's solution and milestones, and a test says which have changed since.
 """
 
 from __future__ import annotations
 
 import ast
+import collections
+import hashlib
+import json
 import tempfile
 import time
 import tomllib
@@ -19,6 +23,7 @@ from shardlab.course.matrix import package_with
 from shardlab.labs import named
 from shardlab.milestones.grade import grade
 from shardlab.milestones.markers import files_of
+from shardlab.milestones.scoreboard import task_order
 
 COMPARISONS = {
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
@@ -200,19 +205,21 @@ class Verdict:
     seconds: float
 
 
-def judged(stem: str, *, task: str | None = None, limit: float = 60) -> Iterator[Verdict]:
+QUICK, SLOW = 10.0, 60.0
+"""Seconds for a milestone that only calls a function, and for one that starts ranks or jobs: a change can make an endless loop."""
+
+
+def judged(stem: str, *, task: str | None = None, every: int = 1) -> Iterator[Verdict]:
     """Each change of a lab's solution against the milestones of its task, hidden ones included.
 
     Args:
         stem: the lab's name.
         task: only the changes of this task.
-        limit: seconds for one milestone: a change can make a loop that never ends.
+        every: only one change of so many.
     """
     solution = named(stem).solution.read_text()
-    for change in changes(solution):
-        if task not in (None, change.task):
-            continue
-        started = time.monotonic()
+    for change in [change for change in changes(solution) if task in (None, change.task)][::every]:
+        started, limit = time.monotonic(), SLOW if starts_something(stem, change.task) else QUICK
         with tempfile.TemporaryDirectory() as temporary:
             package = package_with(Path(temporary), stem, change.apply(solution))
             outcome = grade(stem, exercises=package, task=change.task, files=files_of(stem), limit=limit)
@@ -226,3 +233,65 @@ def equivalents(stem: str) -> dict[tuple[str, str], str]:
     path = named(stem).answers / "equivalent.toml"
     listed = tomllib.loads(path.read_text())["equivalent"] if path.exists() else []
     return {(entry["task"], entry["change"]): entry["why"] for entry in listed}
+
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def _milestones_of(stem: str, task: str) -> tuple[list[ast.FunctionDef], list[ast.stmt]]:
+    """The milestones of a task, and what else stands in their files."""
+    tests, rest = [], []
+    for path in files_of(stem):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            marker = [d for d in getattr(node, "decorator_list", []) if "milestone" in ast.unparse(d)]
+            if not marker:
+                rest.append(node)
+            elif f"task='{task}'" in ast.unparse(marker[0]):
+                tests.append(node)
+    return tests, rest
+
+
+def starts_something(stem: str, task: str) -> bool:
+    """Whether a task's milestones start ranks or jobs, or call programs."""
+    slow = {"run_experiments", "slurm_beside_exercises"}
+    return any(
+        slow & {argument.arg for argument in test.args.args} or "observe" in ast.unparse(test)
+        for test in _milestones_of(stem, task)[0]
+    )
+
+
+def digest(stem: str, task: str) -> str:
+    """Of a task's solution and its milestones, with what they share: it changes where a verdict may."""
+    solution = named(stem).solution.read_text()
+    lines, tasks = solution.splitlines(), _task_of_lines(solution)
+    own = [line for number, line in enumerate(lines, 1) if tasks.get(number) == task]
+    tests, rest = _milestones_of(stem, task)
+    parts = [*own, *(ast.unparse(node) for node in (*tests, *rest))]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def recorded(stem: str) -> dict[str, dict]:
+    """By task: digest, number of changes, how many were caught, equivalent or not run, and the texts of those that survived."""
+    path = named(stem).answers / "small_changes.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def record(stem: str, verdicts: list[Verdict]) -> None:
+    """Note what became of all changes of one or several tasks; the entries of other tasks stay."""
+    explained, entries = equivalents(stem), recorded(stem)
+    for task in {verdict.change.task for verdict in verdicts}:
+        mine = [verdict for verdict in verdicts if verdict.change.task == task]
+        counts = collections.Counter(verdict.verdict for verdict in mine)
+        survivors = [verdict.change.told for verdict in mine if verdict.verdict == "survived"]
+        unexplained = sorted(told for told in survivors if (task, told) not in explained)
+        entries[task] = {
+            "digest": digest(stem, task),
+            "changes": len(mine),
+            "caught": counts["caught"],
+            "equivalent": len(survivors) - len(unexplained),
+            "not run": counts["not run"],
+            "survived": unexplained,
+        }
+    ordered = dict(sorted(entries.items(), key=lambda entry: task_order(entry[0])))
+    path = named(stem).answers / "small_changes.json"
+    path.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -168,6 +168,8 @@ def _mean_losses(rows: str) -> tuple[float, float]:
         with torch.no_grad():
             loss = model(**as_batch([row])).loss.item()
         tokens = sum(label != -100 for label in row["labels"][1:])
+        if not tokens:
+            continue  # its loss is the mean of nothing
         total, count = total + loss * tokens, count + tokens
         losses.append(loss)
     return total / count, sum(losses) / len(losses)

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import traceback
 from pathlib import Path
 
 from shardlab import switch
 from shardlab.milestones.messages import MilestoneFailed
 from shardlab.run.experiment import program_of
+from shardlab.sandbox.calls import watched
+from shardlab.sandbox.ended import BoxEnded
+
+
+class FileAtFault(MilestoneFailed):
+    """A file of exercises that cannot be imported: no task's own fault."""
+
+
+def _line(source: bytes, number: int | None) -> str:
+    lines = source.decode(errors="replace").splitlines()
+    return lines[number - 1] if number and number <= len(lines) else ""
 
 
 class Lab:
@@ -31,21 +44,54 @@ class Lab:
         return switch.exercise_file(self.stem)
 
     def __getattr__(self, name: str):
-        module = switch.import_exercise(self.stem)
+        module = self._module()
         try:
-            return getattr(module, name)
+            found = getattr(module, name)
         except AttributeError:
             raise self._missing(name) from None
+        return watched(found) if inspect.isfunction(found) else found
+
+    def _module(self):
+        try:
+            return switch.import_exercise(self.stem)
+        except Exception as error:
+            lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(self.path)]
+            raise self._not_imported(error, [f"line {frame.lineno}: {frame.line}" for frame in lines]) from None
+
+    def _not_imported(self, error: Exception, places: list[str]) -> FileAtFault:
+        kind = getattr(error, "kind", type(error).__name__)
+        return FileAtFault(
+            f"expected  {self.path.name} to be imported\ngot       {kind}: {error}"
+            + "".join(f"\n          {place}" for place in places[-1:])
+        )
 
     def _missing(self, name: str) -> MilestoneFailed:
         return MilestoneFailed(
-            f"expected  a function {name}() in {self.path.name}\ngot       none of that name\n"
-            f"likely    it was renamed or deleted; the skeleton has it: git show HEAD:src/exercises/{self.path.name}"
+            f"expected  a function {name}() in {self.path.name}\ngot       none of that name: renamed, deleted, or indented below "
+            f"another\nremedy    shardlab skeleton {self.stem} prints the file as it was"
         )
+
+    def unreadable(self) -> str:
+        """What keeps the file from being read as Python, with the line; empty if nothing does. Nothing of it is run."""
+        where = f"remedy    shardlab skeleton {self.stem} prints the file as it was"
+        try:
+            source = self.path.read_bytes()
+            compile(source, self.path.name, "exec", dont_inherit=True)
+        except FileNotFoundError:
+            return f"expected  a file {self.path.name} in {self.path.parent.name}/\ngot       none there\n{where}"
+        except SyntaxError as error:
+            line = (error.text or _line(source, error.lineno)).rstrip()
+            return (
+                f"expected  {self.path.name} to be Python\ngot       {type(error).__name__}, line {error.lineno}: {error.msg}\n"
+                f"          {line.strip()}\nremedy    look at that line and at the one before it"
+            )
+        except (ValueError, OSError, RecursionError, MemoryError) as error:
+            return f"expected  {self.path.name} to be Python\ngot       {type(error).__name__}: {error}\n{where}"
+        return ""
 
     def replace(self, name: str, function) -> None:
         """Let another task's function of the module be `function` until the test is over: its own milestone judges that one."""
-        module = switch.import_exercise(self.stem)
+        module = self._module()
         self._replaced.setdefault(name, getattr(module, name, None))
         setattr(module, name, function)
 
@@ -98,9 +144,10 @@ class BoxedLab(Lab):
             try:
                 caller.ask({"op": "import", "lab": self.stem})
             except Exception as error:
+                broken = error if isinstance(error, BoxEnded) else self._not_imported(error, list(getattr(error, "places", ())))
                 # What does not come in now does not come in for the next task either, and need not be waited for again.
-                self._box.broken_imports[self.stem] = error
-                raise
+                self._box.broken_imports[self.stem] = broken
+                raise broken from None
             self._caller = caller
         return self._caller.ask(request | {"lab": self.stem}, args, kwargs)
 

@@ -17,9 +17,9 @@ import pytest
 
 from shardlab import labs, switch
 from shardlab.cluster import slurm
-from shardlab.milestones.exercises import BoxedLab, Lab
+from shardlab.milestones.exercises import BoxedLab, FileAtFault, Lab
 from shardlab.milestones.launches import launched, own_folder
-from shardlab.milestones.messages import MilestoneFailed
+from shardlab.milestones.messages import MilestoneFailed, fingerprint, known_mistakes
 from shardlab.milestones.scoreboard import Milestone, render
 from shardlab.run.placement import CHECKING_RANKS, Placement, place
 from shardlab.sandbox.ended import BoxEnded
@@ -159,8 +159,11 @@ def pytest_runtest_protocol(item):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     mark = _marker(item)
-    if mark and "lab" in item.funcargs and (message := item.funcargs["lab"].unwritten(mark[0])):
-        raise NotImplementedError(message)
+    if mark and "lab" in item.funcargs:
+        if message := item.funcargs["lab"].unreadable():
+            raise FileAtFault(message)
+        if message := item.funcargs["lab"].unwritten(mark[0]):
+            raise NotImplementedError(message)
     if mark and mark[2] and not item.config.stash.get(HIDDEN_TOO, False) and (own := _open_tasks(item, {mark[0]})):
         if {m.verdict for m in own} == {"not run"}:
             pytest.skip("the task's own milestone could not run here")
@@ -177,12 +180,15 @@ def pytest_runtest_makereport(item, call):
     if not mark or (report.when != "call" and report.passed):
         return report
     task, points, hidden = mark
-    verdict, message = "passed", ""
+    verdict, message, mark_of_it = "passed", "", ""
     if report.skipped:
         verdict, message = "not run", str(call.excinfo.value)
     elif report.failed:
         folder = item.funcargs["lab"].folder if "lab" in item.funcargs else ""
-        verdict, message = "failed", _message(call.excinfo, _where_to_read(item), folder)
+        error = call.excinfo.value
+        mark_of_it = fingerprint(task, item.name, getattr(error, "seen", "") or f"{type(error).__name__}: {error}")
+        known = "" if hidden else known_mistakes(item.path.parent / "mistakes.json").get(mark_of_it, "")
+        verdict, message = "failed", _message(call.excinfo, _where_to_read(item), folder, known)
         if _is_unwritten(call.excinfo.value) and _names_task(call.excinfo.value) in ("", task):
             verdict = "not implemented"
         report.longrepr = message
@@ -193,7 +199,7 @@ def pytest_runtest_makereport(item, call):
     if report.when == "teardown":  # it has its line already
         item.config.stash[_outcomes].pop()
     ran_on = item.stash.get(_ran_on, "") if verdict in ("passed", "failed") else ""
-    outcome = Milestone(_stem(item.path), task, item.name, points, verdict, message, hidden, waits_for, ran_on)
+    outcome = Milestone(_stem(item.path), task, item.name, points, verdict, message, hidden, waits_for, ran_on, mark_of_it)
     item.config.stash[_outcomes].append(outcome)
     return report
 
@@ -213,7 +219,7 @@ def _comes_first(item, error: BaseException, task: str) -> str:
     """The task that this one uses and that has not passed, as far as the outcomes so far or the error show."""
     if other := _names_task(error):
         return other
-    if isinstance(error, SyntaxError | ImportError | BoxEnded):
+    if isinstance(error, FileAtFault | BoxEnded):
         return ""  # of the whole file, and no other task's fault
     open_ = _open_tasks(item, set(item.get_closest_marker("milestone").kwargs.get("needs", ())))
     return open_[0].task if open_ else ""
@@ -239,13 +245,32 @@ def _is_unwritten(error: BaseException) -> bool:
     return isinstance(error, NotImplementedError) or str(getattr(error, "error", "")).startswith("NotImplementedError")
 
 
-def _message(excinfo, read: str, folder) -> str:
+def _message(excinfo, read: str, folder, known: str) -> str:
+    """A failure as the learner reads it; `known` is the mistake that gives this very result, if it is a known one."""
     error = excinfo.value
-    if isinstance(error, MilestoneFailed):
-        return f"{error}\nread      {read}" if str(error).startswith("expected  ") else str(error)
     if _is_unwritten(error):
         return str(getattr(error, "error", error)).removeprefix("NotImplementedError: ")
+    if isinstance(error, MilestoneFailed) or _is_message(error):
+        text = str(error)
+        if not _is_message(error):
+            return text
+    else:
+        text = _of_an_error(excinfo, folder)
+    if known and "\nlikely    " not in text:
+        text += f"\nlikely    {known}"
+    return f"{text}\nread      {read}"
+
+
+def _is_message(error: BaseException) -> bool:
+    """Whether an error's text is a message already, as that of a `CallAtFault` is, from a box too."""
+    return str(error).startswith("expected  ")
+
+
+def _of_an_error(excinfo, folder) -> str:
+    """The message for an error that somebody's exercises raised, or that came of what they returned."""
+    error = excinfo.value
     folder = str(folder or switch.exercises_folder() / "exercises")
+    expected, likely = "your function to come to its end", getattr(error, "likely", "")
     # Frames of the learner's own code are what helps; the rest is ours.
     if rank_traceback := getattr(error, "rank_traceback", ""):
         got = f"rank {error.rank}, in '{error.experiment}': {error.error}"
@@ -258,24 +283,16 @@ def _message(excinfo, read: str, folder) -> str:
             for entry in excinfo.traceback
             if str(entry.path).startswith(folder)
         ]
-    likely = getattr(error, "likely", "it returned something of another form than its docstring says")
+        if not places and not isinstance(error, BoxEnded):
+            expected, got = "a result of the form that the docstring describes", f"one whose use gives {got}"
     if isinstance(error, BoxEnded):
         got = str(error)
     elif GPU_TROUBLE.search(got):
         likely = GPU_ADVICE
     elif APART.search(got):
         likely = "a tensor on the CPU where one on the GPU is due, or the other way round; the task's docstring says which device"
-    if places:
-        likely = f"the last line of yours that ran: {places[-1]}"
-    return "\n".join(
-        [
-            "expected  your function to come to its end",
-            f"got       {got}",
-            *(f"          {place}" for place in places[:-1]),
-            f"likely    {likely}",
-            f"read      {read}",
-        ]
-    )
+    lines = [f"expected  {expected}", f"got       {got}", *(f"at        {place}" for place in places)]
+    return "\n".join(lines + [f"likely    {likely}"] * bool(likely))
 
 
 GPU_TROUBLE = re.compile(

@@ -55,7 +55,6 @@ def saved_weights(folder: Path, base_model: str) -> dict:
             isinstance(found, dict),
             expected=f"a {name} in the folder",
             got=f"{type(found).__name__}: {found}",
-            likely="save_pretrained left out, or a state dict saved without its configuration",
         )
         return found
 
@@ -66,7 +65,6 @@ def saved_weights(folder: Path, base_model: str) -> dict:
         [config.get(name) for name in shape] == [wanted[name] for name in shape] and config.get("tie_word_embeddings", True),
         expected=f"the configuration of {', '.join(f'{name} {wanted[name]}' for name in shape)}, its output layer tied",
         got=", ".join(f"{name} {config.get(name)}" for name in (*shape, "tie_word_embeddings")),
-        likely="another model saved, or lm_head handled by itself",
     )
     try:
         weights = load_file(folder / "model.safetensors")
@@ -75,14 +73,12 @@ def saved_weights(folder: Path, base_model: str) -> dict:
             False,
             expected="the weights in model.safetensors",
             got=f"{type(error).__name__}: {error}",
-            likely="model.save_pretrained under ZeRO-3 writes empty shards; or weights saved in another way",
         )
     types = sorted({str(weight.dtype) for weight in weights.values()})
     require(
         types == ["torch.float32"],
         expected="fp32 weights",
         got=", ".join(types) or "none",
-        likely="the model's half-precision copy instead of the master weights",
     )
     tokenizer = load_tokenizer(base_model)
     vocabulary = json_in("tokenizer.json").get("model", {}) if (folder / "tokenizer.json").exists() else {}
@@ -90,6 +86,5 @@ def saved_weights(folder: Path, base_model: str) -> dict:
         vocabulary == json.loads(tokenizer.backend_tokenizer.to_str())["model"],
         expected="the tokenizer in the folder",
         got="none that can be read" if not vocabulary else "another one",
-        likely="the tokenizer's save_pretrained left out: load_tokenizer(base_model).save_pretrained(folder)",
     )
     return {name if name.startswith("transformer.") else f"transformer.{name}": weight for name, weight in weights.items()}

@@ -20,6 +20,7 @@ class Milestone:
         hidden: it is not in a release, and guards the points of its task's other milestone.
         waits_for: the task that it uses and that has not passed, so that its own failure says nothing.
         ran_on: what its ranks ran on: `GPUs`, or `the CPU` and why not those that are here; empty where there was no choice.
+        fingerprint: of the result that it failed for, by which a known mistake is recognised.
     """
 
     lab: str
@@ -31,6 +32,7 @@ class Milestone:
     hidden: bool = False
     waits_for: str = ""
     ran_on: str = ""
+    fingerprint: str = ""
 
     @property
     def title(self) -> str:

@@ -1,0 +1,181 @@
+"""What a failing milestone says: where values differ, what is wrong with a file, and no cause that is not known."""
+
+import json
+
+import pytest
+
+from shardlab.course.authoring import AuthoringError, skeleton_of
+from shardlab.course.matrix import mutants
+from shardlab.hardware import ROOT
+from shardlab.labs import LabError, catalogue, named, stems
+from shardlab.milestones.grade import grade
+from shardlab.milestones.messages import MilestoneFailed, fingerprint, known_mistakes, require, require_equal, require_error
+from shardlab.sandbox.calls import CallAtFault, watched
+
+STEM = stems()[0]
+"""The first lab, whose first task needs no ranks."""
+
+
+@pytest.mark.parametrize(
+    "wanted, got, says",
+    [
+        ("Answer:", "Answer: ", "differs   in white space alone: at character 7, ' ' for ''"),
+        ("a\nb", "a b", "in white space alone: at character 1, ' ' for '\\n'"),
+        ("abc", "abcd", "at its end: 'd' too much"),
+        ("abcd", "ab", "at its end: 'cd' is missing"),
+        ("x" * 500 + "a" + "y" * 500, "x" * 500 + "b" + "y" * 500, "from character 500 on"),
+        ({"a": 1, "b": 2}, {"a": 1, "c": 2}, "the key 'b' missing; the key 'c' too much"),
+        ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, "at 'a', at 'b', at place 1: 3 for 2"),
+        ([1, 2, 3], [1, 2], "in length: 2 for 3"),
+        ([1, 2], (1, 2), "a tuple for a list"),
+        (1, True, "in type: bool for int"),
+        ("1", 1, "in type: int for str"),
+        (2, None, "in type: NoneType for int"),
+    ],
+)
+def test_the_place_where_two_values_differ_is_said(wanted, got, says):
+    with pytest.raises(MilestoneFailed) as failed:
+        require_equal(got, wanted, of="made(3)")
+    text = str(failed.value)
+    assert says in text and "of        made(3)" in text and "likely" not in text
+    assert len(text) < 1400, "long values are shown around the place where they differ"
+
+
+def test_long_values_are_shown_where_they_differ():
+    wanted = list(range(1000))
+    with pytest.raises(MilestoneFailed) as failed:
+        require_equal([*wanted[:700], -5, *wanted[701:]], wanted, of="it()")
+    assert "-5" in str(failed.value) and "700" in str(failed.value) and "at place 700" in str(failed.value)
+
+
+@pytest.mark.parametrize("got, wanted", [(2.0, 2), ({"a": 1}, {"a": 1.0}), ("a", "a"), ([], [])])
+def test_equal_values_pass(got, wanted):
+    require_equal(got, wanted, of="it()")
+
+
+def test_a_cause_is_said_only_where_there_is_one():
+    with pytest.raises(MilestoneFailed) as failed:
+        require(False, expected="four", got=5)
+    assert str(failed.value) == "expected  four\ngot       5"
+    with pytest.raises(MilestoneFailed) as failed:
+        require(False, expected="four", got=5, likely="a slip", log="node2: out of memory")
+    assert str(failed.value) == "expected  four\ngot       5\nlog       node2: out of memory\nlikely    a slip"
+
+
+# --- known mistakes ---------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_is_of_the_result_and_not_of_the_machine():
+    def mark(text: str) -> str:
+        return fingerprint("1.2", "test_it", text)
+
+    assert mark("12 bytes in /tmp/a/config.json") == mark("12 bytes in /home/b c/x/config.json".replace("b c", "b"))
+    assert mark("loss 7.123456") == mark("loss 7.123461") != mark("loss 7.13")
+    assert mark("1234567 bytes") != mark("1234568 bytes")
+    assert mark("a") != fingerprint("1.3", "test_it", "a") != fingerprint("1.3", "test_other", "a")
+
+
+@pytest.mark.parametrize("stem", stems())
+def test_what_is_said_of_known_mistakes_is_what_mutants_say(stem):
+    said = set(known_mistakes(named(stem).mistakes).values())
+    assert said == {mutant.likely for mutant in mutants(stem) if mutant.likely}, f"shardlab matrix {stem} --record"
+    assert all(mutant.likely or mutant.says for mutant in mutants(stem))
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+def outcome(tmp_path, source: str | bytes | None) -> str:
+    """The message of the lab's first task for a file with this source; None for no file."""
+    package = tmp_path / "exercises"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    if source is not None:
+        (package / f"{STEM}.py").write_bytes(source if isinstance(source, bytes) else source.encode())
+    (milestone,) = grade(STEM, exercises=tmp_path, task="1.1")
+    assert milestone.verdict == "failed"
+    return milestone.message
+
+
+SOLUTION = named(STEM).solution.read_text()
+FIRST = '    return f"Question: {question.strip()} Context: {context.strip()} Answer:"\n'
+
+
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        (SOLUTION.replace(FIRST, "    return (question\n"), ("SyntaxError, line", "'(' was never closed", "return (question")),
+        (SOLUTION.replace(FIRST, "   return 1\n"), ("IndentationError, line", "return 1")),
+        (None, (f"a file {STEM}.py", "none there", f"skeleton {STEM}")),
+        (b"x = '\xff'\n", (f"{STEM}.py to be Python", "line 1")),
+        (SOLUTION.replace("import csv\n", "import torch_geo\n"), ("ModuleNotFoundError", "torch_geo", ": import torch_geo")),
+        (SOLUTION.replace("import csv\n", "import csv\n1 / 0\n"), ("to be imported", "ZeroDivisionError", ": 1 / 0")),
+        (SOLUTION.replace("def format_prompt", "def form_prompt"), ("a function format_prompt()", f"skeleton {STEM}")),
+        (SOLUTION.replace(FIRST, FIRST.replace("return", "text =")), ("format_prompt() to return", "None", "`return` is missing")),
+        (SOLUTION.replace(FIRST, "    return question.nothing\n"), ("AttributeError", "at        ", "return question.nothing")),
+    ],
+    ids=["syntax", "indentation", "no file", "not UTF-8", "import", "raises", "renamed", "no return", "error"],
+)
+def test_what_is_wrong_with_a_file_is_said_as_that(tmp_path, source, says):
+    message = outcome(tmp_path, source)
+    assert all(part in message for part in says), message
+    assert message.startswith("expected  ") and "of another form" not in message
+    assert message.splitlines()[-1].startswith("read      ")
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+
+def test_changed_arguments_are_a_fault():
+    def pad(rows: list) -> list:
+        rows[0]["ids"].append(0)
+        return rows
+
+    with pytest.raises(CallAtFault, match="pad\\(\\) to leave what it is given as it was\ngot       argument 1 changed from"):
+        watched(pad)([{"ids": [1]}])
+    with pytest.raises(CallAtFault, match="rows changed"):
+        watched(pad)(rows=[{"ids": [1]}])
+    assert watched(lambda rows: [*rows, 1])([2]) == [2, 1]
+
+
+def test_nothing_returned_is_a_fault_where_something_was_promised():
+    def promises(x: int) -> int:
+        pass
+
+    def promises_nothing(x: int) -> None:
+        pass
+
+    def perhaps(x: int) -> "int | None":
+        pass
+
+    with pytest.raises(CallAtFault, match="`return` is missing"):
+        watched(promises)(1)
+    assert watched(promises_nothing)(1) is watched(perhaps)(1) is watched(lambda x: None)(1) is None
+    with pytest.raises(MilestoneFailed, match="no error; it returned None"):
+        require_error(lambda: watched(promises)(1), ValueError, expected="ValueError")
+
+
+# --- skeletons --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lab", catalogue(), ids=lambda lab: lab.stem)
+def test_a_skeleton_can_be_had_again(lab):
+    whole = skeleton_of(str(lab.number))
+    assert whole == lab.exercises.read_text() == skeleton_of(lab.stem)
+    for task in {mutant.task for mutant in mutants(lab.stem)}:
+        part = skeleton_of(task)
+        assert f"Task {task}: complete" in part and part.strip() in whole
+
+
+def test_a_task_that_is_not_there_is_said():
+    with pytest.raises(AuthoringError, match="has no task 1.77; it has 1.1, 1.2"):
+        skeleton_of("1.77")
+    with pytest.raises(LabError, match="there is no lab '77'"):
+        skeleton_of("77.1")
+
+
+def test_mistakes_are_no_answers():
+    """What a release holds of the mutants are hashes and sentences."""
+    for lab in catalogue():
+        found = json.loads((ROOT / "labs" / lab.stem / "mistakes.json").read_text())
+        assert all(len(mark) == 16 and int(mark, 16) >= 0 for mark in found)
