@@ -93,6 +93,12 @@ def never_ends(experiment, run):
     time.sleep(600)
 
 
+def never_stops_computing(experiment, run):
+    while dist.get_rank() == 0:
+        pass
+    time.sleep(600)
+
+
 def meet(experiment, run):
     """It ends only if the ranks of two launches are there at the same time."""
     place, total = Path(experiment.data), torch.ones(1)
@@ -391,14 +397,24 @@ def test_program_that_is_not_there_is_a_failure_of_its_run(tmp_path, path, words
 @pytest.mark.usefixtures("programs", "no_rank_is_left")
 def test_launch_that_takes_too_long_is_ended(tmp_path):
     experiments = [program("endless", "never_ends", deepspeed=zero(1)), program("after", "who")]
-    with pytest.raises(LaunchTimeout, match="limit of 10 s"):
+    with pytest.raises(LaunchTimeout, match="limit of 10 s .* none computes") as caught:
         launch(experiments, runs=tmp_path, timeout=10, display=Quiet())
+    assert caught.value.waiting
     endless = Run.read(tmp_path / "endless")
     assert endless.outcome == "timed out"
     assert "limit of 10 s" in endless.reason
     assert endless.losses() == [2.0], "what it had written is still there"
     assert Run.read(tmp_path / "after").outcome == "not run"
     assert shared_memory(endless.metrics()[0]["port"]) == []
+
+
+@pytest.mark.usefixtures("programs", "no_rank_is_left")
+def test_ranks_that_compute_get_more_time_and_are_not_said_to_wait(tmp_path):
+    """On a busy machine ranks are slow, and not stuck."""
+    began = time.monotonic()
+    with pytest.raises(LaunchTimeout, match="still compute after 9 s") as caught:
+        launch(program("busy", "never_stops_computing"), runs=tmp_path, timeout=3, display=Quiet())
+    assert not caught.value.waiting and time.monotonic() - began >= 9
 
 
 # --- launchers that are stopped ---------------------------------------------------------------------------------------

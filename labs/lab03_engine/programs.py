@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -42,7 +43,14 @@ def initialize(experiment: Experiment, run: Run) -> dict:
     engine, _, loader, scheduler = returned
     stepped = engine.optimizer.optimizer if hasattr(engine.optimizer, "optimizer") else engine.optimizer
     numbers = {tuple(row["input_ids"]): number for number, row in enumerate(rows)}
-    seen = [[numbers[tuple(ids)] for ids in batch["input_ids"].tolist()] for batch in loader] if loader is not None else None
+
+    def seen(epoch: int):
+        if loader is None:
+            return None
+        loader.data_sampler.set_epoch(epoch)
+        return [[numbers[tuple(ids)] for ids in batch["input_ids"].tolist()] for batch in loader]
+
+    by_epoch = [gather(seen(epoch)) for epoch in (0, 1)]
     return {
         "returned": "engine, optimizer, data loader, scheduler",
         "stage": engine.zero_optimization_stage(),
@@ -52,7 +60,9 @@ def initialize(experiment: Experiment, run: Run) -> dict:
         "stepped": sum(sum(group) for group in held_bytes.parameter_groups(engine.optimizer)),
         "scheduler": scheduler is not None,
         "config_changed": config != experiment.deepspeed,
-        "seen": gather(seen),
+        "seen": by_epoch[0],
+        "seen_next": by_epoch[1],
+        "pinned": getattr(loader, "pin_memory", None),
         "workers": getattr(loader, "num_local_io_workers", getattr(loader, "num_workers", 0)),
     }
 
@@ -116,6 +126,8 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
     told: list = []
     trainer = Recording(engine, lambda trainer, loss: told.append([loss, trainer.samples, engine.global_steps]))
     results = {"first": call(trainer), "second": call(trainer), "cut": call(trainer, engine.global_steps + 1)}
+    left = (len(rows) - trainer.samples) // (experiment.accumulation * experiment.micro_batch * world_size())
+    results["at_the_end"] = call(trainer, engine.global_steps + left)
     resumed = Recording(engine, lambda trainer, loss: told.append([loss, trainer.samples, engine.global_steps]))
     resumed.epoch, resumed.samples = 1, 2 * experiment.accumulation * experiment.micro_batch * world_size()
     torch.manual_seed(4321)
@@ -132,19 +144,30 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
 
 def evaluate(experiment: Experiment, run: Run) -> dict:
     """Task 3.4: the loss by rank, and whether anything changed."""
-    engine, rows = engine_runs.build(experiment), masked_rows(experiment)
+    engine, rows, gradients = engine_runs.build(experiment), masked_rows(experiment), []
+    engine.module.register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
     engine.train()
     share = rows[rank() :: world_size()]
     batches = [engine_runs.as_batch(share[at : at + experiment.micro_batch]) for at in range(0, len(share), experiment.micro_batch)]
     losses = [float(_lab().DeepSpeedTrainer(engine).evaluate(batches)) for _ in range(2)]
-    return {"losses": gather(losses), "training": engine.module.training, "micro_steps": engine.micro_steps}
+    return {
+        "losses": gather(losses),
+        "training": engine.module.training,
+        "micro_steps": engine.micro_steps,
+        "gradients": any(gather(any(gradients))),
+    }
 
 
 def masked_rows(experiment: Experiment) -> list[dict]:
-    """Rows with 2 labels and rows with 30, in turns; nothing predicts the first of them."""
+    """Rows with 2 labels and rows with 30, in turns; nothing predicts the first of them. Rank 0's first micro-batch has none."""
     rows = text_rows(experiment)[0]
+    without = [number * experiment.ranks for number in range(experiment.micro_batch)]
+
+    def labels(number: int) -> int:
+        return 0 if number in without else (30, 2)[number % 2]
+
     return [
-        row | {"labels": [label if at < (30, 2)[number % 2] else -100 for at, label in enumerate(row["labels"])]}
+        row | {"labels": [label if at < labels(number) else -100 for at, label in enumerate(row["labels"])]}
         for number, row in enumerate(rows)
     ]
 
@@ -208,14 +231,55 @@ def load(experiment: Experiment, run: Run) -> dict:
         trainer.load_checkpoint(options["checkpoints"], options["broken"])
     except ValueError as error:
         refused = str(error)
-    untouched = engine.global_steps == 0
+    untouched, load_checkpoint, strict = engine.global_steps == 0, engine.load_checkpoint, []
+
+    def loading(*args, **kwargs):
+        strict.append(kwargs.get("load_module_strict", True))
+        return load_checkpoint(*args, **kwargs)
+
+    engine.load_checkpoint = loading
     client = trainer.load_checkpoint(options["checkpoints"], options.get("tag"))
     position = {"epoch": trainer.epoch, "samples": trainer.samples, "global_steps": engine.global_steps}
     restored = trainer.random_state_to_restore is not None
     engine_runs.go_on(
         engine, experiment, run, epoch=trainer.epoch, samples=trainer.samples, before_first=trainer.restore_random_state
     )
-    return {"refused": refused, "untouched": untouched, "client": repr(client)[:300], "position": position, "restored": restored}
+    return {
+        "refused": refused,
+        "untouched": untouched,
+        "client": repr(client)[:300],
+        "position": position,
+        "restored": restored,
+        "strict": all(strict),
+    }
+
+
+def load_of_other_ranks(ranks: int) -> dict:
+    """Task 3.6: what one rank takes from a checkpoint that several have saved, with DeepSpeed's part of it stood in for."""
+    from types import SimpleNamespace
+
+    lab = _lab()
+    state = {"epoch": 2, "samples": 12, "random": [{"of": number} for number in range(ranks)], "client": {"note": "kept"}}
+    engine = SimpleNamespace(load_checkpoint=lambda *args, **kwargs: ("folder", state))
+    with mock.patch.object(lab, "check_checkpoint", lambda folder, ranks: {"ranks": ranks, "universal": True, "files": {}}):
+        trainer = lab.DeepSpeedTrainer(engine)
+        client = trainer.load_checkpoint("checkpoints", "step-3")
+    return {"client": client, "epoch": trainer.epoch, "samples": trainer.samples, "random": trainer.random_state_to_restore}
+
+
+def convert(source, parent) -> dict:
+    """Task 3.9: convert, and note what DeepSpeed's converter was asked for."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    asked, main = [], ds_to_universal.main
+
+    def noting(arguments):
+        asked.append({name: getattr(arguments, name, None) for name in ("strict", "keep_temp_folder")})
+        return main(arguments)
+
+    with mock.patch.object(ds_to_universal, "main", noting):
+        out = _lab().convert_to_universal(source, parent)
+    return {"returned": out, "asked": asked}
 
 
 def continue_universal(experiment: Experiment, run: Run) -> dict:

@@ -84,7 +84,6 @@ def test_offload_configuration(lab, judge, tmp_path):
                 False,
                 expected=f"no error for {what}: create_offload_config(**{arguments})",
                 got=f"ValueError: {error}",
-                likely="a refusal that does not look at whether the argument matters here",
             )
         swapped = any(isinstance(value, dict) and value["device"] == "nvme" for value in zero.values())
         wanted = {"zero_optimization": zero} | ({"aio": aio} if swapped else {})
@@ -92,7 +91,6 @@ def test_offload_configuration(lab, judge, tmp_path):
             got == wanted,
             expected=f"{wanted} ({what})",
             got=got,
-            likely="an offload flag or pin_memory ignored, a key that the docstring names left out, or one too many",
         )
         seen = judge(got).zero_config
         moved = [str(getattr(getattr(seen, part), "device", None)) for part in ("offload_optimizer", "offload_param")]
@@ -101,49 +99,43 @@ def test_offload_configuration(lab, judge, tmp_path):
             == [part in zero for part in ("offload_optimizer", "offload_param")],
             expected=f"DeepSpeed to see the same ({what})",
             got=moved,
-            likely="the offload outside zero_optimization",
         )
     got = create(3, optimizer_offload=True, aio={"queue_depth": 32}, **on_disk)["aio"]
     require(
         got == aio | {"queue_depth": 32} and lab.AIO == aio,
         expected="the given aio settings over the defaults, and AIO itself unchanged",
         got=got,
-        likely="AIO.update(aio) changes AIO for good; or the settings replace all defaults",
     )
 
-    def refused(what: str, mentions: tuple, likely: str, **arguments) -> None:
-        require_error(lambda: create(**arguments), ValueError, mentions=mentions, expected=f"ValueError for {what}", likely=likely)
+    def refused(what: str, mentions: tuple, **arguments) -> None:
+        require_error(lambda: create(**arguments), ValueError, mentions=mentions, expected=f"ValueError for {what}")
 
     both = {"stage": 3, "optimizer_offload": True}
-    not_looked_at = "the argument is not looked at"
-    refused("stage 4", ("4",), not_looked_at, stage=4)
-    refused("the device 'disk'", ("disk",), not_looked_at, stage=1, offload_device="disk")
-    refused("parameters below stage 3", ("param", "3"), "DeepSpeed ignores it in silence", stage=2, param_offload=True)
-    refused("the optimizer at stage 0", ("optimizer", "0"), not_looked_at, stage=0, optimizer_offload=True)
+    refused("stage 4", ("4",), stage=4)
+    refused("the device 'disk'", ("disk",), stage=1, offload_device="disk")
+    refused("parameters below stage 3", ("param", "3"), stage=2, param_offload=True)
+    refused("the optimizer at stage 0", ("optimizer", "0"), stage=0, optimizer_offload=True)
     refused(
         "NVMe below stage 3",
         ("nvme", "3"),
-        "DeepSpeed keeps the states on the host in silence",
         **(both | on_disk | {"stage": 2}),
     )
-    refused("NVMe without a path", ("nvme_path",), not_looked_at, offload_device="nvme", **both)
+    refused("NVMe without a path", ("nvme_path",), offload_device="nvme", **both)
     refused(
         "a path that is not there",
         ("missing",),
-        "existence is not checked",
         **(both | on_disk | {"nvme_path": tmp_path / "missing"}),
     )
     file = tmp_path / "a-file"
     file.write_text("")
-    refused("a path that is a file", ("a-file",), "exists() instead of is_dir()", **(both | on_disk | {"nvme_path": file}))
+    refused("a path that is a file", ("a-file",), **(both | on_disk | {"nvme_path": file}))
     refused(
         "a folder that nobody can write (/proc)",
         ("/proc",),
-        "permissions are asked (os.access says yes to root) instead of trying",
         **(both | on_disk | {"nvme_path": "/proc"}),
     )
     free = shutil.disk_usage(tmp_path).free
-    refused("less room than is needed", (str(tmp_path),), "the room is not compared", bytes_on_disk=10 * free, **(both | on_disk))
+    refused("less room than is needed", (str(tmp_path),), bytes_on_disk=10 * free, **(both | on_disk))
     # Only the folder's own disk counts.
     try:
         lab.observe(f"{PROGRAMS}:configure_offload_with_free_bytes", tmp_path, 1000)
@@ -152,13 +144,11 @@ def test_offload_configuration(lab, judge, tmp_path):
             False,
             expected="no error where just as many bytes are free as are needed",
             got=f"ValueError: {error}",
-            likely="another folder's disk was asked; or more was asked for than bytes_on_disk",
         )
-    refused("an aio setting that does not exist", ("depth",), not_looked_at, aio={"depth": 1}, **(both | on_disk))
+    refused("an aio setting that does not exist", ("depth",), aio={"depth": 1}, **(both | on_disk))
     refused(
         "parameters on NVMe without largest_parameter",
         ("largest_parameter",),
-        not_looked_at,
         **(both | on_disk | {"param_offload": True}),
     )
 
@@ -206,7 +196,6 @@ def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
         expected="device 2·100 = 200 and host (12 + 4)·50 = 800 bytes for 98 parameters, ZeRO-2, 2 ranks, bf16, optimizer on the "
         "host: 98 is rounded up to 100, and the shard is 50",
         got=predicted(2, [[98]], 2, "optimizer", "bf16"),
-        likely="fp32 gradients left out on the host (4 bytes); gradients still counted on the device; or the shard not rounded up",
     )
     for (stage, what, precision), run in zip(MEASURED, offload_runs(run_experiments).values(), strict=True):
         states = run.states()
@@ -216,7 +205,6 @@ def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
             got == {"device": held.device, "host": held.host},
             expected=f"what rank 0 held: device {held.device:,}, host {held.host:,} bytes (ZeRO-{stage}, {precision}, offloaded: {what})",
             got=got,
-            likely="a kind left on the wrong side; stage 3 has gradients on the host twice; or unpadded sizes",
         )
     for stage, ranks, precision in product((1, 2, 3), (1, 3), ("fp32", "bf16")):
         for what in ("none", "optimizer") + (("parameters", "both") if stage == 3 else ()):
@@ -230,7 +218,6 @@ def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
                 expected=f"device {model.device}, host {model.host} (ZeRO-{stage}, {ranks} ranks, {precision}, offloaded: {what}, "
                 f"groups {groups})",
                 got=got,
-                likely="a number of ranks or a precision that is taken for granted",
             )
 
 
@@ -248,8 +235,6 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
             lab.swapped_bytes(groups, ranks) == wanted,
             expected=f"{wanted:,} bytes for the sub-groups {groups} on {ranks} ranks: {why}",
             got=lab.swapped_bytes(groups, ranks),
-            likely="the limit of 1 MiB, or the rounding to blocks, for each parameter instead of each sub-group; the sub-group cut among "
-            "the ranks as a whole; or one tensor instead of three",
         )
     experiments, paths = [], {}
     for name, limit in (("one", 10**9), ("several", SUB_GROUP)):
@@ -266,13 +251,11 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
             got == real,
             expected=f"{real:,} bytes in the files of rank 1",
             got=f"{got:,}",
-            likely="another rank's folder, or all ranks together",
         )
         require(
             lab.swapped_bytes(groups, 2) == real,
             expected=f"{real:,} bytes, as rank 1 has on disk (sub-groups of {[sum(ceil(s / 2) for s in g) for g in groups]} elements)",
             got=f"{lab.swapped_bytes(groups, 2):,}",
-            likely="sub-groups below 1 MiB counted, or a tensor that is not there",
         )
     folder = tmp_path / "zero_stage_3" / "optimizer" / "rank0"
     folder.mkdir(parents=True)
@@ -282,7 +265,6 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
         lab.bytes_found(tmp_path, 0) == 3072,
         expected="1024 + 2048 bytes; the file with _gradient_ in its name is left over from the last step",
         got=lab.bytes_found(tmp_path, 0),
-        likely="gradient files counted",
     )
 
 
@@ -296,7 +278,11 @@ def test_two_optimizers_take_the_same_steps(lab):
         not seen["same_tensor"] and torch.equal(first["start"], second["start"]),
         expected="two parameters with the same numbers, each in a tensor of its own",
         got="one tensor for both" if seen["same_tensor"] else "different numbers",
-        likely="the same tensor handed to both, so that the second goes on where the first ended; or drawn twice without the seed",
+    )
+    require(
+        len(set(first["start"].tolist())) > 40,
+        expected="parameters of 50 random numbers",
+        got=first["start"].tolist()[:5],
     )
     equal = len(first["gradients"]) == len(second["gradients"]) == 4 and all(
         map(torch.equal, first["gradients"], second["gradients"])
@@ -305,20 +291,17 @@ def test_two_optimizers_take_the_same_steps(lab):
         equal,
         expected="4 steps each, with the same gradients",
         got=f"{len(first['gradients'])} and {len(second['gradients'])} steps" + ("" if equal else ", with different gradients"),
-        likely="the second optimizer's gradients drawn on from where the first's ended",
     )
     require(
         not torch.equal(first["gradients"][0], first["gradients"][1]),
         expected="new gradients for each step",
         got="the same gradients in steps 1 and 2",
-        likely="drawn once, before the loop",
     )
     wanted = (2 * sum(first["gradients"])).abs().max().item()
     require(
         abs(got["largest_difference"] - wanted) < 1e-4,
         expected=f"the largest absolute difference of the parameters: {wanted:.4f}",
         got=got["largest_difference"],
-        likely="a mean or a signed maximum instead of the largest absolute difference",
     )
     took, timed = seen["seconds"], {"first_seconds": 1, "second_seconds": 3}
     require(
@@ -326,14 +309,12 @@ def test_two_optimizers_take_the_same_steps(lab):
         expected="the median of all steps but the first: "
         + ", ".join(f"{median(took[factor][1:])} of {took[factor]} s" for factor in (1, 3)),
         got={key: got[key] for key in timed},
-        likely="the mean of all steps instead of the median of all but the first",
     )
     real = lab.observe(f"{PROGRAMS}:compare_adams", 10_000, 20)
     require(
         real["largest_difference"] < 1e-5,
         expected="DeepSpeedCPUAdam and torch's AdamW within 1e-5 after 20 steps",
         got=real["largest_difference"],
-        likely="the two did not get the same gradients",
     )
 
 
@@ -344,14 +325,12 @@ def test_accumulation_pays_for_offload(lab):
         abs(a - 0.2) < 1e-9 and abs(b - 0.3) < 1e-9,
         expected="a = 0.2 s and b = 0.3 s through (1, 0.5), (2, 0.7), (4, 1.1), (8, 1.9)",
         got=(a, b),
-        likely="the two swapped: polyfit returns the slope first; or only two of the points used",
     )
     a, b = lab.fit_step_time([1, 2, 3], [1.0, 1.0, 4.0])
     require(
         abs(a - 1.5) < 1e-9 and abs(b + 1.0) < 1e-9,
         expected="a = 1.5, b = −1 through (1, 1), (2, 1), (3, 4), by least squares",
         got=(a, b),
-        likely="a line through the first and the last point",
     )
     plain, offloaded = (0.1, 0.05), (0.125, 0.4)
     for accumulation, wanted in ((1, 0.15 / 0.525), (4, 0.45 / 0.9), (1000, 100.05 / 125.4)):
@@ -360,7 +339,6 @@ def test_accumulation_pays_for_offload(lab):
             abs(got - wanted) < 1e-9,
             expected=f"{wanted:.4f} of the samples/s at accumulation {accumulation}, with (a, b) = {plain} and {offloaded}",
             got=got,
-            likely="the ratio upside down, or b counted once for each micro-batch",
         )
     for share in (0.2, 0.28, 0.29, 0.51, 0.6, 0.76, 0.79):
         wanted = next(k for k in range(1, 10_000) if (plain[0] * k + plain[1]) / (offloaded[0] * k + offloaded[1]) >= share)
@@ -369,7 +347,6 @@ def test_accumulation_pays_for_offload(lab):
             got == wanted and isinstance(got, int),
             expected=f"{wanted}, the smallest accumulation that keeps {share:.0%}",
             got=got,
-            likely="rounded down instead of up; or less than 1",
         )
     for share in (0.9, 0.8):
         got = lab.accumulation_for(share, plain, offloaded)
@@ -377,7 +354,6 @@ def test_accumulation_pays_for_offload(lab):
             got is None,
             expected=f"None for {share:.0%}: the limit is {plain[0]} / {offloaded[0]} = 80 %, and it is never reached",
             got=got,
-            likely="the limit is not looked at, and a division by zero or a negative number comes out",
         )
 
 
@@ -386,7 +362,7 @@ def test_largest_model_that_fits(lab):
     limits = {"ranks": 4, "device_bytes": 10_000, "host_bytes": 64_000}
     cases = [
         ("16 bytes per parameter on the device", lambda n: {"device": 16 * n, "host": 0}, 625),
-        ("the host is the limit: 4 ranks share it", lambda n: {"device": 2 * n, "host": 8 * n}, 2000),
+        ("the host is the limit: 4 ranks share it", lambda n: {"device": 2 * n, "host": 40 * n}, 400),
         (
             "padding: 1 to 64 parameters take 100 bytes, 65 to 128 take 200",
             lambda n: {"device": 100 * ceil(n / 64), "host": 0},
@@ -400,7 +376,6 @@ def test_largest_model_that_fits(lab):
             got == wanted,
             expected=f"{wanted:,} parameters ({what}; 10,000 bytes per device, 64,000 on the host)",
             got=got,
-            likely="the host counted for one rank, or the last size that does not fit returned",
         )
 
 
@@ -431,7 +406,6 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
             "FileExistsError" not in error.error,
             expected="a second save into the same place to replace the first",
             got=error.error,
-            likely="engine.save_checkpoint called outside without_its_nvme_part: DeepSpeed copies its swap files, once",
         )
         raise
     folder = run.folder / "checkpoints"
@@ -439,7 +413,6 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
         run.results["returned"] == str(folder / "last"),
         expected="the folder path/tag returned",
         got=run.results["returned"],
-        likely="nothing returned, or the folder of the swapped states",
     )
     wanted = [torch.load(run.folder / f"wanted{rank}.pt", weights_only=True) for rank in (0, 1)]
     names = sorted(f"rank{rank}-group{number}.pt" for rank in (0, 1) for number in wanted[rank])
@@ -447,7 +420,6 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
         run.results["files_on_return"] == [names, names],
         expected=f"on every rank, all these files when save_offloaded returns: {', '.join(names)}",
         got=run.results["files_on_return"],
-        likely="only one rank writes; one file name for all sub-groups or ranks; or no barrier, so a rank returns too early",
     )
     for rank in (0, 1):
         for number, state in wanted[rank].items():
@@ -457,21 +429,18 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
                 set(found) == set(state) and found["step"] == 2,
                 expected=f"master, step, exp_avg and exp_avg_sq in {file.name}, step 2",
                 got=f"{sorted(found)}, step {found.get('step')}",
-                likely="the moments or the step count left out; or the first save not replaced by the second",
             )
             wrong = [key for key in ("master", "exp_avg", "exp_avg_sq") if not torch.equal(found[key], state[key])]
             require(
                 not wrong,
                 expected=f"the sub-group's own numbers in {file.name}",
                 got=f"others in {', '.join(wrong)}",
-                likely="tensors collected first and saved at the end: they are views of buffers that the next sub-group used again",
             )
             size = 12 * state["master"].numel()
             require(
                 file.stat().st_size < 1.02 * size + 10_000,
                 expected=f"about {size:,} bytes in {file.name}: 12 an element",
                 got=f"{file.stat().st_size:,}",
-                likely="views saved without clone(): torch.save writes the whole buffer behind them",
             )
     model_states = folder / "last" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     client = safely_loaded(model_states).get("note") if model_states.exists() else "no such file"
@@ -479,19 +448,16 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
         client == "kept",
         expected=f"the engine's own part next to it: {model_states.name}, with the client state",
         got=client,
-        likely="engine.save_checkpoint left out, or called without client_state",
     )
     require(
         not (folder / "last" / "offloaded_tensors").exists(),
         expected="no folder offloaded_tensors: that is DeepSpeed's own copy of the swap files",
         got="it is there",
-        likely="engine.save_checkpoint called outside without_its_nvme_part",
     )
     require(
         farthest(run.losses(), losses) <= 1e-5,
         expected=f"training to go on after saving as if nothing had been saved: {[round(x, 5) for x in losses]}",
         got=[round(x, 5) for x in run.losses()],
-        likely="the states were changed while they were saved",
     )
 
 
@@ -530,29 +496,26 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
     ]
     # A launch each: an engine keeps its pages locked, and an ordinary account may lock 8 MiB a process (ulimit -l).
     runs = {name: run for plan in (loaded, *refusals) for name, run in run_experiments([plan]).items()}
-    for tag, mentions, likely in (
-        ("plain", "offloaded", "the folder is not looked for, so that DeepSpeed's part alone is loaded"),
-        ("lacking", "group1.pt", "FileNotFoundError from torch.load, or a sub-group passed over in silence"),
+    for tag, mentions in (
+        ("plain", "offloaded"),
+        ("lacking", "group1.pt"),
     ):
         results = runs[f"nvme-{tag}"].results
         require(
             all(mentions in said and not said.startswith("FileNotFoundError") for said in results["refused"]),
             expected=f"ValueError that names what is missing ({mentions})",
             got=results["refused"][0],
-            likely=likely,
         )
     require(
         runs["nvme-plain"].results["global_steps"] == 0,
         expected="nothing loaded where the folder is missing: optimizer step 0",
         got=f"optimizer step {runs['nvme-plain'].results['global_steps']}",
-        likely="the folder is looked for after engine.load_checkpoint",
     )
     run = runs["nvme-loaded"]
     require(
         (run.results["at"], run.results["client"]) == (2, "kept"),
         expected="optimizer step 2, and the client state with its note 'kept'",
         got=f"step {run.results['at']}, note {run.results['client']!r}",
-        likely="engine.load_checkpoint left out, or its first result returned instead of the second",
     )
     for rank in (0, 1):
         states = torch.load(run.folder / f"loaded{rank}.pt", weights_only=True)
@@ -564,12 +527,10 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
                 not wrong,
                 expected=f"on rank {rank}, the saved master weights, moments and step of sub-group {number}",
                 got=f"others in {', '.join(wrong)}",
-                likely="Adam's state not put into the dictionary; or another rank's file",
             )
     wanted = whole.losses()[2:]
     require(
         farthest(run.losses(), wanted) <= 1e-5,
         expected=f"the losses of the run that never stopped: {[round(x, 5) for x in wanted]}",
         got=[round(x, 5) for x in run.losses()],
-        likely="not within parameters_renewed: stage 3 keeps small parameters gathered, and those are still the old ones",
     )

@@ -113,8 +113,9 @@ print(report.bytes_text(4 * 8 * 512 * 250_880))
 # %% [markdown]
 # ## Time
 #
-# A forward pass takes about 2 FLOPs per parameter and token, the backward pass twice that: 6Ψ FLOPs per token. What share of the device's
-# peak is reached is called MFU, model FLOPs utilisation. Measured with this course's code on one H200, BLOOM-560m's shape, bf16 autocast:
+# A forward pass takes about 2 FLOPs per parameter and token, the backward pass twice that: 6Ψ FLOPs per token. Attention adds 12 · layers · hidden
+# size · tokens in the sequence (PaLM, arXiv 2204.02311, appendix B): for BLOOM-560m and 512 tokens, 24 layers of 1,024, another 0.15 GFLOPs on 3.36. What
+# share of the device's peak is reached is called MFU, model FLOPs utilisation; the table counts both terms. Measured with this course's code on one H200, BLOOM-560m's shape, bf16 autocast:
 
 # %%
 from shardlab.show.notebook import reference, table

@@ -123,8 +123,8 @@ check("1.4")
 #
 # Complete `training_arguments(output_dir, precision=…, **overrides)`. The docstring lists the settings.
 #
-# Two names changed in transformers 5 and still stand wrong in many tutorials: it is `eval_strategy`, not `evaluation_strategy`, and
-# `report_to` is `"none"` by default.
+# Two things stand wrong in many tutorials. What they call `evaluation_strategy` has been `eval_strategy` since transformers 4.41, and the old
+# name is refused today. And `report_to` is `"none"` by default since transformers 5; before, every installed reporting service was used.
 
 # %%
 arguments = lab.training_arguments(str(RUNS / "lab01-try"))

@@ -62,41 +62,47 @@ def test_configuration_follows_its_arguments(lab):
 @pytest.mark.milestone(task="2.2")
 def test_other_bad_configurations_are_refused(lab):
     check = lab.check_deepspeed_config
+    sized = {"train_batch_size": 18, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}
     bad = [
-        ({"gradient_cliping": 1.0}, 2, True, "gradient_cliping"),
-        ({"zero_optimization": {"stage": 9}}, 2, True, "9"),
-        ({"train_batch_size": 18, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}, 3, False, "12"),
-        ({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, 4, True, "offload_param"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, 2, False, "lr"),
+        (sized | {"gradient_cliping": 1.0}, 3, True, "gradient_cliping"),
+        (sized | {"zero_optimization": {"stage": 9}}, 3, True, "stage"),
+        (sized, 4, False, "train_batch_size"),
+        (sized | {"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}}, 3, True, "offload_param"),
+        (sized | {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, 3, False, "lr"),
+        (sized | {"optimizer": {"type": "AdamW", "params": {"lr": "1e-4"}}}, 3, True, "lr"),
+        (sized | {"zero_optimization": {"stage": 3, "stage3_prefetch_bucket": 5}}, 3, True, "stage3_prefetch_bucket"),
     ]
     for config, world, trainer, named in bad:
         with pytest.raises(ValueError, match=named):
             check(copy.deepcopy(config), world_size=world, with_trainer=trainer)
-    good = {"train_batch_size": 30, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 3}
-    check(good | {"zero_optimization": {"stage": 3}}, world_size=5, with_trainer=False)
+    check(sized | {"zero_optimization": {"stage": 3}}, world_size=3, with_trainer=False)
     offload = st.fixed_dictionaries(
-        {}, optional={"device": st.sampled_from(["none", "cpu", "nvme"]), "nvme_path": st.sampled_from(["/nvme", "", None])}
+        {},
+        optional={
+            "device": st.sampled_from(["none", "cpu", "nvme"]),
+            "nvme_path": st.sampled_from(["/nvme", "", None]),
+            "pin_memory": st.sampled_from([True, "True"]),
+        },
     )
     zero = st.fixed_dictionaries(
         {},
         optional={
-            "stage": st.sampled_from([0, 1, 2, 3]) | st.sampled_from([-1, 4, "3"]),
-            "offload_optimizer": offload,
-            "offload_param": offload,
-            "reduce_bucket_size": st.sampled_from(["auto", 5e8]),
+            "stage": st.sampled_from([0, 1, 2, 3]) | st.sampled_from([-1, 4, "3", True, None]),
+            "offload_optimizer": offload | st.none(),
+            "offload_param": offload | st.none(),
+            "reduce_bucket_size": st.sampled_from(["auto", 5e8, "5e8"]),
         },
     )
-    switch = st.fixed_dictionaries({}, optional={"enabled": st.sampled_from([True, False, "auto"])})
-    whole = st.integers(1, 3)
+    switch = st.fixed_dictionaries({}, optional={"enabled": st.sampled_from([True, False, "auto", "false"])}) | st.just(True)
+    whole = st.integers(1, 3) | st.sampled_from(["auto", "2"])
     configs = st.fixed_dictionaries(
-        {},
+        {"train_batch_size": st.sampled_from([2, 4, 6, 8, 12, "auto"])},
         optional={
-            "zero_optimization": zero,
+            "zero_optimization": zero | st.booleans(),
             "fp16": switch,
             "bf16": switch,
-            "train_micro_batch_size_per_gpu": whole | st.just("auto"),
-            "gradient_accumulation_steps": whole | st.just("auto"),
-            "train_batch_size": st.sampled_from([2, 4, 6, 8, 12, "auto"]),
+            "train_micro_batch_size_per_gpu": whole,
+            "gradient_accumulation_steps": whole,
             "optimizer": st.sampled_from([{"params": {"betas": [0.9, "auto"]}}, {"params": {"lr": 0.1}}]),
             "zero_optimisation": st.just({"stage": 3}),
         },
@@ -130,8 +136,29 @@ def test_another_configuration_survives_a_file(lab, tmp_path):
         return from_text
 
     agree(written, lambda config: True, st.tuples(st.dictionaries(st.sampled_from(["stage", "ü"]), inner)), count=25)
-    texts = [("",), ("[]",), ("null",), ("3",), ('"{}"',), ("{",), ("{}",), ('{"a": 1}\n\n',), ('{"a": 1} 2',)]
+    texts = [
+        ("\ufeff{}",),
+        ('{"a": 1, "a": 1}',),
+        ('[{"a": 1, "a": 2}]',),
+        ("",),
+        ("[]",),
+        ("null",),
+        ("3",),
+        ('"{}"',),
+        ("{",),
+        ("{}",),
+        ('{"a": 1}\n\n',),
+        ('{"a": 1} 2',),
+    ]
     agree(read(lab), read(REFERENCE), st.tuples(inner.map(json.dumps)), first=texts, count=25, same=same_json)
+    for broken, said in (
+        ('{"a": {"lr": 1, "lr": 2}}', "lr"),
+        ('{"a": 1, # note\n "b": 2}', "DeepSpeed"),
+        ("{'a': True}", "read.json"),
+    ):
+        (tmp_path / "read.json").write_text(broken, encoding="utf-8")
+        with pytest.raises(ValueError, match=said):
+            lab.load_config(tmp_path / "read.json")
 
 
 @pytest.mark.milestone(task="2.4")

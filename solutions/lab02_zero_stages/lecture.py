@@ -91,8 +91,8 @@ for stage in (1, 3):
 # The three batch sizes must multiply: 4 × 2 × 2 ranks = 16. Under `Trainer` a value may be `"auto"`; it is then filled in from
 # `TrainingArguments`. A value that is neither `"auto"` nor equal to `Trainer`'s is an error that names both.
 #
-# **Write `gradient_clipping` always.** Since deepspeed 0.19.3 it is 1.0 if you leave it out (DeepSpeed pull request 8068), and losses then
-# differ from those of plain AdamW, and no message says so.
+# **Write `gradient_clipping` always.** Since deepspeed 0.19.3 it is 1.0 if you leave it out (DeepSpeed pull request 8068). That is `Trainer`'s
+# default too. Against a loop or a `Trainer` that does not clip (`max_grad_norm=0`), losses differ, and no message says so.
 #
 # ## What DeepSpeed lets through
 #
@@ -166,8 +166,9 @@ print("all as predicted:", all(row["measured"] == row["predicted"] for row in ro
 # %% [markdown]
 # ## Which stage
 #
-# Take the lowest stage that fits; between stages 0, 1 and 2 measure, if it matters. They send the same volume. Stage 3 sends half as much
-# again, and gathers layer by layer. Measured on H200s linked by NVLink, BLOOM-560m's shape, 512 tokens, micro-batch 8, accumulation 2, bf16:
+# Take the lowest stage that fits; between stages 0, 1 and 2 measure, if it matters. With one micro-batch per step they send the same volume.
+# With more, stage 2 reduces gradients after each of them, and stages 0 and 1 after the last one only. Stage 3 sends half as much again as
+# stage 2, and gathers layer by layer. Measured on H200s linked by NVLink, BLOOM-560m's shape, 512 tokens, micro-batch 8, accumulation 2, bf16:
 
 # %%
 from shardlab.show.notebook import reference
@@ -183,7 +184,8 @@ table(rows)
 #
 # - More ranks give more samples/s at every stage. `Trainer` reports the figure over all ranks; divide by N before you compare devices.
 # - On 4 GPUs stage 1 reaches 282 samples/s, stage 2 reaches 269, stage 0 only 222: the ranks of stage 1 each step a quarter of the parameters,
-#   those of stage 0 step all of them. On 1 GPU, where nobody shares the work, stage 0 is the fastest of the four.
+#   those of stage 0 step all of them. On 1 GPU, where nobody shares the work, stage 0 is the fastest of the four. The baseline, plain DDP, steps
+#   all of them too, and reaches 265: DeepSpeed's engine at stage 0 differs from DDP in more than who steps what. So read a stage's gain off another stage.
 # - Stage 3 runs at about a third of stage 2's speed, on 1 GPU too (24 against 63 samples/s), where nothing is sent at all. So the link is not the
 #   reason. The reason is the work around each layer, which the host does in Python: gather, wait, release, in the forward and in the backward
 #   pass. A model of this size with a micro-batch of 8 is too quick for it to hide.
@@ -199,7 +201,8 @@ table(rows)
 #   In the row of ZeRO-3 + CPU offload they stand alone.
 #
 # And the peak: on four GPUs it falls by 5.2 GiB from stage 0 (27.4) to stage 2 (22.2). The paper's count falls by 5.5 (from 8.33 to 2.86). The
-# other 22 GiB are logits (a vocabulary of 250,880 words) and activations, which no stage shards.
+# other 19 GiB of the 22.2 are logits and activations, which no stage shards. The logits alone: 8 sequences × 512 tokens × 250,880 words are
+# 1.03 · 10⁹ numbers, 1.9 GiB in bf16; cross-entropy makes an fp32 copy, and the backward pass a gradient of each.
 #
 # ## Myths
 #

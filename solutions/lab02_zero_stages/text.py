@@ -33,7 +33,8 @@ lab = start("lab02_zero_stages")
 #
 # Under `Trainer` any of them may be `"auto"`. It is filled in from `TrainingArguments`. It does **not** look for the largest batch that fits.
 #
-# `gradient_clipping` is always written out. Left out, DeepSpeed clips at 1.0 since version 0.19.3, and the losses are not those of the baseline.
+# `gradient_clipping` is always written out. Left out, DeepSpeed clips at 1.0 since version 0.19.3. Where `Trainer` clips at 1.0 too, which is its
+# default, nothing changes. Where it clips otherwise, or not at all (0.0), the losses are not those of the baseline, and no message says so.
 #
 # Complete `create_deepspeed_config(stage, …)`. Bad input is refused with a `ValueError` and a sentence.
 
@@ -49,10 +50,11 @@ check("2.1")
 # DeepSpeed checks a configuration, but not all of it. `zero_optimisation`, spelt with an s, trains at stage 0 and says nothing. Your
 # `check_deepspeed_config` names the key at fault.
 #
-# `TOP_LEVEL_KEYS` in your file holds what deepspeed 0.19.8 reads at the top.
+# What DeepSpeed refuses by itself need not be checked a second time: `deepspeed_refuses(config, world_size)`, which is given, asks it. What
+# it lets through is yours. `TOP_LEVEL_KEYS` in your file holds what deepspeed 0.19.8 reads at the top.
 
 # %%
-for config in ({"zero_optimisation": {"stage": 2}},
+for config in ({"train_batch_size": 8, "zero_optimisation": {"stage": 2}},
                {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}):
     try:
         lab.check_deepspeed_config(config, world_size=2)
@@ -68,7 +70,8 @@ check("2.2")
 # `deepspeed` on a command line takes a JSON file. In `labs/lab02_zero_stages/configs/` there is one for each stage and one for offload, made by
 # the reference solution. Open one, and edit a copy.
 #
-# Complete `save_config` and `load_config`.
+# DeepSpeed and `Trainer` do not read the same files: DeepSpeed's reader allows comments and a comma too many, and refuses a key that is given
+# twice; `Trainer`'s refuses the first two, and of the last keeps one without a word. Complete `save_config` and `load_config`, which says so.
 
 # %%
 from shardlab.hardware import ROOT
@@ -251,7 +254,7 @@ scoreboard("lab02_zero_stages")
 # 1. While gradients are accumulated: stage 1 keeps whole gradients between micro-batches, stage 2 only a shard. After the step both have none.
 # 2. 2 for the bf16 parameters, which stages 1 and 2 hold whole, and 12 / 4 = 3 for the shard of the optimizer states.
 # 3. `stage3_max_live_parameters`: up to 10⁹ gathered parameters are kept, and the whole model has fewer. So 2 bytes per parameter stay gathered.
-# 4. `gradient_clipping`. Left out, DeepSpeed clips at 1.0.
+# 4. `gradient_clipping`. Left out, DeepSpeed clips at 1.0, and a baseline that clips otherwise does not.
 # </details>
 #
 # ## Going further

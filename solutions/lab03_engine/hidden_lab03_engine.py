@@ -5,8 +5,7 @@ import shutil
 
 import pytest
 import torch
-from test_lab03_engine import PROGRAMS, checkpoints, config, experiment, never_stopped
-from torch.utils.data import DistributedSampler
+from test_lab03_engine import PROGRAMS, checkpoints, config, experiment, never_stopped, sampled
 
 from shardlab.milestones import engine_runs
 from shardlab.milestones.launches import shared_folder, visible_folder
@@ -16,7 +15,7 @@ from shardlab.run.experiment import program_of
 
 
 def other_run(run_experiments):
-    """Six steps with another seed, without anybody's code; a checkpoint and the weights after step 3."""
+    """Seven steps with another seed, without anybody's code; a checkpoint and the weights after step 3."""
     options = {"dropout": 0.2, "save_at": [3], "checkpoints": str(visible_folder() / "engine" / "other")}
     options |= {"weights_at": 3, "weights": str(shared_folder() / "other.pt")}
     other = experiment("other", "shardlab.milestones.engine_runs:train", 1, seed=41, options=options)
@@ -42,19 +41,19 @@ def test_losses_of_three_ranks(lab, run_experiments):
     assert farthest(got["losses"], wanted) <= 1e-5, (got["losses"], wanted)
 
 
-@pytest.mark.milestone(task="3.3")
-def test_epoch_without_accumulation(lab, run_experiments):
+@pytest.mark.milestone(task="3.3", ranks=3)
+def test_epoch_without_accumulation_on_three_ranks(lab, run_experiments):
     lab.DeepSpeedTrainer  # noqa: B018
-    got = run_experiments([experiment("single", f"{PROGRAMS}:train_epochs", 2, accumulation=1, steps=24, seed=6)])["single"].results
+    got = run_experiments([experiment("single", f"{PROGRAMS}:train_epochs", 2, ranks=3, accumulation=1, steps=24, seed=6)])[
+        "single"
+    ].results
 
     def order(epoch: int) -> list[int]:
-        sampler = DistributedSampler(range(24), 2, 0)
-        sampler.set_epoch(epoch)
-        return list(sampler)
+        return sampled(epoch, 0, 3)
 
     rows = {name: [n for batch in got[name]["seen"][0] for n in batch] for name in ("first", "second", "resumed")}
     assert rows == {"first": order(0), "second": order(1), "resumed": order(1)[4:]}
-    assert [samples for _, samples, _ in got["first"]["told"]] == [4, 8, 12, 16, 20, 24]
+    assert [samples for _, samples, _ in got["first"]["told"]] == [6, 12, 18, 24]
     assert got["nothing_left"]["random_at_end"] == got["random_wanted"]
 
 

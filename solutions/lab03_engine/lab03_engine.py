@@ -205,8 +205,9 @@ class DeepSpeedTrainer:
         """The mean loss of a token on held-out data, over all ranks; nothing is trained.
 
         The model's loss is a mean over the micro-batch's labels that are not −100, the first of each row left out, since
-        nothing predicts it. Batches with few labels must not count as much as batches with many. Dropout is off while this
-        runs, and on again afterwards.
+        nothing predicts it. Batches with few labels must not count as much as batches with many; the loss of a batch without any is
+        the mean of nothing, nan, and counts for nothing. Dropout is off while this runs, and on again afterwards. No gradients are
+        kept (`torch.no_grad`).
 
         Args:
             dataloader: batches for this rank, on any device; every rank has equally many, or stage 3 would wait for ever. Sums
@@ -219,7 +220,9 @@ class DeepSpeedTrainer:
             for batch in dataloader:
                 batch = on_device(batch, self.engine)
                 tokens = (batch["labels"][:, 1:] != -100).sum()
-                sums += torch.stack([self.engine(**batch).loss * tokens, tokens])
+                loss = self.engine(**batch).loss
+                if tokens > 0:
+                    sums += torch.stack([loss * tokens, tokens])
         deepspeed.comm.all_reduce(sums)
         self.engine.train()
         return (sums[0] / sums[1]).item()

@@ -89,8 +89,11 @@ print(list(sampler))
 # | `zero_pp_rank_N_mp_rank_00_model_states.pt` (stage 3) | rank N | the same, with each rank's own `client_state`; the parameters are placeholders |
 # | `zero_pp_rank_N_mp_rank_00_optim_states.pt`, with `bf16_` in front in bf16 | rank N | its shard of master weights and Adam's moments |
 #
-# And in `path` a file `latest`, which is written at the end of a save and names the newest tag. Of an older tag nothing says whether its save came to its
-# end, and nothing notices a file that was cut short afterwards. Lab 03 adds a list of sizes.
+# In stage 0 there is no file of optimizer shards: the first file holds the optimizer's states too.
+#
+# And in `path` a file `latest`, which names the newest tag. Rank 0 writes it at the end of its own save, *before* the barrier that waits for the other
+# ranks: a job killed in between has a `latest` that names half a checkpoint. Of an older tag nothing says whether its save came to its end, and nothing
+# notices a file that was cut short afterwards. Lab 03 adds a list of sizes, after a barrier.
 #
 # What `client_state` must carry, since DeepSpeed does not: the epoch, the position in the data, and the random states. Each rank has its own, and in
 # stages 0 to 2 only rank 0's `client_state` is kept.
@@ -100,7 +103,8 @@ print(list(sampler))
 # ## One model again
 #
 # `zero_to_fp32` reads the shards of the master weights and gives a state dict in fp32. It needs no GPU and no ranks, and the memory of one model. Beside
-# every checkpoint DeepSpeed leaves a copy of that script in `path` (`zero_to_fp32.py`), so that it can be used without knowing where DeepSpeed is installed.
+# every checkpoint DeepSpeed leaves a copy of that script in `path` (`zero_to_fp32.py`, and `zero_to_torch.py` next to it), so that it can be used without
+# knowing where DeepSpeed is installed.
 #
 # ## Another number of ranks
 #

@@ -17,37 +17,43 @@ def expand_nodelist(nodelist: str) -> list[str]:
     """The hosts of a node list, in its order, as `scontrol show hostnames` gives them.
 
     Slurm writes node1,node2,node3,node7 as node[1-3,7]. Numbers keep their width: n[08-10] is n08, n09, n10. A name can have
-    several brackets: rack[1-2]n[1-2] is rack1n1, rack1n2, rack2n1, rack2n2. Text may follow a bracket. Lists are joined by commas,
-    which also stand inside brackets.
+    several brackets: rack[1-2]n[1-2] is rack1n1, rack1n2, rack2n1, rack2n2; the last one runs fastest. (Slurm 22.05 orders three
+    brackets and more in another way, and refuses text after the last bracket, which newer versions take; take it.) Lists are joined
+    by commas, which also stand inside brackets.
 
     Args:
-        nodelist: as in `SLURM_JOB_NODELIST`; it has no empty parts.
+        nodelist: as in `SLURM_JOB_NODELIST`.
 
     Raises:
-        ValueError: a bracket is not closed, a range runs backwards, or what is in a bracket is no number. The sentence quotes the
-            part as it was given, such as 'node[3-1]'.
+        ValueError: a bracket that is not closed, or closed and not opened; a range that runs backwards or lacks an end; in a
+            bracket, something that is no number in the digits 0 to 9; an empty part. The sentence quotes the part as it was given,
+            such as 'node[3-1]', or the whole list where a part is empty.
 
     Source: https://slurm.schedmd.com/scontrol.html, "show hostnames"
     """
     # BEGIN SOLUTION 6.1
-    def expand(part: str) -> list[str]:
-        if "[" not in part:
-            return [part]
-        before, _, rest = part.partition("[")
+    def expand(part: str, whole: str) -> list[str]:
+        before, opened, rest = part.partition("[")
+        if "]" in before:
+            raise ValueError(f"'{whole}': a bracket is closed that was not opened")
+        if not opened:
+            return [before]
         inside, closed, after = rest.partition("]")
         if not closed:
-            raise ValueError(f"'{part}': the bracket is not closed")
+            raise ValueError(f"'{whole}': the bracket is not closed")
         numbers = []
         for item in inside.split(","):
-            first, _, last = item.partition("-")
-            last = last or first
-            if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
-                raise ValueError(f"'{part}': '{item}' is no number and no range that runs forwards")
+            found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", item)
+            if not found or int(found[1]) > int(found[2] or found[1]):
+                raise ValueError(f"'{whole}': '{item}' is no number and no range that runs forwards")
+            first, last = found[1], found[2] or found[1]
             numbers += [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-        return [before + number + rest for number in numbers for rest in expand(after)]
+        return [before + number + end for number in numbers for end in expand(after, whole)]
 
     parts = re.split(r",(?![^\[]*\])", nodelist)
-    return [host for part in parts for host in expand(part)]
+    if "" in parts:
+        raise ValueError(f"'{nodelist}': a part of it is empty")
+    return [host for part in parts for host in expand(part, part)]
     # END SOLUTION
 
 
@@ -61,7 +67,7 @@ def rendezvous(variables: Mapping[str, str], address: str, ranks_per_node: int) 
     so the port is 12000 + (job's number modulo 10000).
 
     Args:
-        variables: the environment of a task that `srun` has started, one per node. `SLURM_NODEID` counts nodes from 0.
+        variables: the environment of a task that `srun` has started. `SLURM_NODEID` counts nodes from 0, `SLURM_PROCID` tasks.
         address: of the job's first node, on the network that all nodes share.
         ranks_per_node: processes that each node runs.
 
@@ -105,13 +111,16 @@ def hostfile(nodes: Sequence[str], tasks_per_node: str) -> str:
         tasks_per_node: as in `SLURM_TASKS_PER_NODE`.
 
     Raises:
-        ValueError: there are more or fewer counts than nodes; the sentence names both numbers.
+        ValueError: there are more or fewer counts than nodes; the sentence names both numbers. Or a count is of neither form, such
+            as "", "x", "4(x1" or "0"; the sentence quotes it.
     """
     # BEGIN SOLUTION 6.3
     slots: list[str] = []
     for item in tasks_per_node.split(","):
-        count, _, times = item.partition("(x")
-        slots += [count] * int(times.rstrip(")") or 1)
+        found = re.fullmatch(r"([1-9][0-9]*)(?:\(x([1-9][0-9]*)\))?", item)
+        if not found:
+            raise ValueError(f"'{item}' in '{tasks_per_node}' is no count such as 4 or 4(x2)")
+        slots += [found[1]] * int(found[2] or 1)
     if len(slots) != len(nodes):
         raise ValueError(f"'{tasks_per_node}' counts for {len(slots)} nodes, and there are {len(nodes)}")
     return "".join(f"{node} slots={count}\n" for node, count in zip(nodes, slots))
@@ -206,7 +215,8 @@ def read_job(line: str) -> dict:
     """What `scontrol --oneliner show job NUMBER` says.
 
     The line is Key=Value pairs with spaces between them. Values can hold spaces (a job's name, the path of its script), so a value
-    ends where the next key begins: a space, letters (with underscores, colons or slashes among them, as in MCS_label), and =.
+    ends where the next key begins: a space, letters (with underscores, colons or slashes among them, as in MCS_label), and =. Of a
+    key that stands twice the first counts: a comment, which comes later, can hold anything, `JobState=FAILED` too.
 
     Returns:
         {"state": JobState, "reason": Reason or None, "nodes": NodeList or None, "restarts": Restarts as a number,
@@ -215,7 +225,9 @@ def read_job(line: str) -> dict:
         a hyphen in front, 1-00:00:00.
     """
     # BEGIN SOLUTION 6.6
-    values = dict(re.findall(r"(?:^|\s)([A-Za-z_/:]+)=(.*?)(?=\s+[A-Za-z_/:]+=|\s*$)", line))
+    values: dict[str, str] = {}
+    for key, value in re.findall(r"(?:^|\s)([A-Za-z_/:]+)=(.*?)(?=\s+[A-Za-z_/:]+=|\s*$)", line):
+        values.setdefault(key, value)
     nothing = ("None", "(null)", "")
     days, _, clock = values["RunTime"].rpartition("-")
     hours, minutes, seconds = map(int, clock.split(":"))

@@ -51,7 +51,7 @@ def encode_prompt(tokenizer, question: str, context: str, max_tokens: int) -> li
         At most `max_tokens` ids. A prompt that fits is not changed.
 
     Raises:
-        ValueError: the question alone does not fit.
+        ValueError: the prompt does not fit even without any context.
     """
     raise NotImplementedError("Task 1.2: complete encode_prompt() in src/exercises/lab01_baseline.py")
 
@@ -111,7 +111,8 @@ def training_arguments(output_dir: str, *, precision: str = "fp32", **overrides)
     Returns:
         Arguments with: 4 sequences per device in training, and 8 in evaluation; accumulation over 4 batches; 3 epochs;
         learning rate 5e-5; weight decay 0.01; evaluation and saving after each epoch, keeping one checkpoint; no
-        reporting service (`report_to`), no push to the hub; `use_cpu` where torch sees no GPU.
+        reporting service (`report_to`), no push to the hub; `use_cpu` where torch sees no GPU. All of these are written out, also
+        where `Trainer` has the same by default: defaults change from version to version.
 
     Raises:
         ValueError: an unknown precision.
@@ -199,7 +200,7 @@ def memory_table(path: str | Path) -> dict[str, dict[str, float]]:
         {device: {"peak": …, "mean": …, "minimum": …}} in MiB (2**20 bytes).
 
     Raises:
-        ValueError: the file has no samples.
+        ValueError: the file has no samples; the sentence names the file.
     """
     raise NotImplementedError("Task 1.9: complete memory_table() in src/exercises/lab01_baseline.py")
 
@@ -219,7 +220,7 @@ def finetune(experiment, run) -> dict:
     from shardlab.run.training import train
 
     tokenizer = load_tokenizer("bloom-tiny" if experiment.random_weights else experiment.model)
-    data = load_squad(experiment.data)
+    data = load_squad(experiment.data, skip_bad=experiment.skip_bad)
 
     def rows(split: str, limit: int | None) -> list[dict]:
         return list(data[split].select(range(min(limit or len(data[split]), len(data[split])))))

@@ -9,17 +9,20 @@ import json
 import math
 from pathlib import Path
 
+import hjson
+
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
+from shardlab.zero.config_verdict import deepspeed_refuses
 
 TOP_LEVEL_KEYS = frozenset("""
-    activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile csv_monitor
-    data_efficiency data_types dataloader_drop_last disable_allgather disable_python_gc dump_state expert_parallel
+    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile csv_monitor
+    data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state expert_parallel
     flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping gradient_predivide_factor
     hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline prescale_gradients scheduler
     seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel tensorboard timers
-    torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown
-    wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+    torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
+    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 """.split())
 """What deepspeed 0.19.8 reads at the top of a configuration. It ignores any other key, and does not say so."""
 
@@ -59,8 +62,9 @@ def create_deepspeed_config(stage: int, *, micro_batch: int | str = "auto", accu
         number there is no `Trainer` to fill in "auto": leave `weight_decay` out.
 
     Raises:
-        ValueError: an unknown stage or precision; a batch size that is no whole number of at least 1; a negative
-            clipping; `offload_param` without stage 3; `offload_optimizer` at stage 0.
+        ValueError: a stage other than the numbers 0 to 3 (True and "2" are none); an unknown precision; a `micro_batch`,
+            `accumulation` or `world_size` that is neither "auto" nor a whole number of at least 1; a negative clipping;
+            `offload_param` without stage 3; `offload_optimizer` at stage 0. The sentence names the argument, or holds its value.
     """
     raise NotImplementedError("Task 2.1: complete create_deepspeed_config() in src/exercises/lab02_zero_stages.py")
 
@@ -72,18 +76,19 @@ def check_deepspeed_config(config: dict, *, world_size: int, with_trainer: bool 
     """Refuse a configuration that DeepSpeed would refuse, and the ones that it lets through and should not.
 
     Args:
-        config: the configuration.
+        config: the configuration, as JSON gives it. It is not changed.
         world_size: ranks.
         with_trainer: whether `Trainer` fills in "auto". Without it, "auto" in `zero_optimization` quietly becomes a default.
 
     Raises:
-        ValueError: with a sentence that names the key at fault, for
+        ValueError: with a sentence that names the key at fault (the key, not only its value), for
+            whatever DeepSpeed refuses by itself: `deepspeed_refuses(config, world_size)` gives its reason, or "";
             a top-level key that is not in `TOP_LEVEL_KEYS` (`zero_optimisation` would train at stage 0);
-            a stage other than 0 to 3;
-            fp16 and bf16 both enabled;
-            three batch sizes, all numbers, where micro-batch × accumulation × world_size is not the global batch;
-            an enabled `offload_param` (its device is not "none") below stage 3;
-            an offload to "nvme" without an `nvme_path`;
+            a `zero_optimization` that is no object (true and false are an old form of it);
+            a stage that is no whole number (DeepSpeed takes "3" and true);
+            a number or a boolean written as text ("8", "5e8", "true"), however deep, in lists too;
+            an enabled `offload_param` below stage 3. An offload that is null, or whose device is "none" or not given, is none;
+            an offload to "nvme" without an `nvme_path`, or with an empty one;
             without `Trainer`: the value "auto" anywhere, however deep, in lists too.
     """
     raise NotImplementedError("Task 2.2: complete check_deepspeed_config() in src/exercises/lab02_zero_stages.py")
@@ -98,11 +103,19 @@ def save_config(config: dict, path: str | Path) -> None:
 
 
 def load_config(path: str | Path) -> dict:
-    """Read a configuration that `save_config`, or a person, wrote.
+    """Read a configuration that `save_config`, or a person, wrote. A byte-order mark at its beginning, which editors on Windows
+    write, is passed over (the encoding "utf-8-sig" does that).
+
+    DeepSpeed reads its file with hjson, which allows comments and commas at the end of a list; `Trainer` reads it with json, which
+    does not. Of a key that is given twice json keeps the last, and DeepSpeed refuses the file. `json.loads(…, object_pairs_hook=…)`
+    shows every pair.
 
     Raises:
-        ValueError: the file is not JSON, or not a JSON object; the sentence names the file. (A missing file raises
-            FileNotFoundError by itself.)
+        ValueError: with a sentence that names the file, for
+            a file that is not JSON. Where `hjson.loads` reads an object, the sentence says that it is DeepSpeed that reads it, and
+            `Trainer` that does not;
+            a key given twice in one object; the sentence names the key;
+            JSON that is no object. (A missing file raises FileNotFoundError by itself.)
     """
     raise NotImplementedError("Task 2.3: complete load_config() in src/exercises/lab02_zero_stages.py")
 
@@ -181,8 +194,8 @@ def comparison_row(run: Run) -> dict:
     Returns:
         `method` and `ranks` of the experiment; `first_loss`, `last_loss`; `samples_per_second` (over all ranks);
         `measured`: parameters + gradients + optimizer bytes of the rank that holds most;
-        `predicted`: the sum of your `state_bytes`, with the stage in the experiment's configuration (0 without DeepSpeed),
-        and with precision fp32 without DeepSpeed: autocast keeps the parameters in fp32.
+        `predicted`: the sum of your `state_bytes`, with the stage in the experiment's configuration (0 without DeepSpeed, and
+        where it names none), and with precision fp32 without DeepSpeed: autocast keeps the parameters in fp32.
     """
     raise NotImplementedError("Task 2.7: complete comparison_row() in src/exercises/lab02_zero_stages.py")
 
@@ -206,6 +219,6 @@ def choose_stage(parameters: int, ranks: int, device_bytes: int, other_bytes: in
         0, 1, 2 or 3.
 
     Raises:
-        ValueError: not even stage 3 fits. The sentence says how many GiB are missing on each device.
+        ValueError: not even stage 3 fits. The sentence says how many GiB are missing on each device, with a decimal at least.
     """
     raise NotImplementedError("Task 2.8: complete choose_stage() in src/exercises/lab02_zero_stages.py")

@@ -17,15 +17,17 @@ def expand_nodelist(nodelist: str) -> list[str]:
     """The hosts of a node list, in its order, as `scontrol show hostnames` gives them.
 
     Slurm writes node1,node2,node3,node7 as node[1-3,7]. Numbers keep their width: n[08-10] is n08, n09, n10. A name can have
-    several brackets: rack[1-2]n[1-2] is rack1n1, rack1n2, rack2n1, rack2n2. Text may follow a bracket. Lists are joined by commas,
-    which also stand inside brackets.
+    several brackets: rack[1-2]n[1-2] is rack1n1, rack1n2, rack2n1, rack2n2; the last one runs fastest. (Slurm 22.05 orders three
+    brackets and more in another way, and refuses text after the last bracket, which newer versions take; take it.) Lists are joined
+    by commas, which also stand inside brackets.
 
     Args:
-        nodelist: as in `SLURM_JOB_NODELIST`; it has no empty parts.
+        nodelist: as in `SLURM_JOB_NODELIST`.
 
     Raises:
-        ValueError: a bracket is not closed, a range runs backwards, or what is in a bracket is no number. The sentence quotes the
-            part as it was given, such as 'node[3-1]'.
+        ValueError: a bracket that is not closed, or closed and not opened; a range that runs backwards or lacks an end; in a
+            bracket, something that is no number in the digits 0 to 9; an empty part. The sentence quotes the part as it was given,
+            such as 'node[3-1]', or the whole list where a part is empty.
 
     Source: https://slurm.schedmd.com/scontrol.html, "show hostnames"
     """
@@ -42,7 +44,7 @@ def rendezvous(variables: Mapping[str, str], address: str, ranks_per_node: int) 
     so the port is 12000 + (job's number modulo 10000).
 
     Args:
-        variables: the environment of a task that `srun` has started, one per node. `SLURM_NODEID` counts nodes from 0.
+        variables: the environment of a task that `srun` has started. `SLURM_NODEID` counts nodes from 0, `SLURM_PROCID` tasks.
         address: of the job's first node, on the network that all nodes share.
         ranks_per_node: processes that each node runs.
 
@@ -74,7 +76,8 @@ def hostfile(nodes: Sequence[str], tasks_per_node: str) -> str:
         tasks_per_node: as in `SLURM_TASKS_PER_NODE`.
 
     Raises:
-        ValueError: there are more or fewer counts than nodes; the sentence names both numbers.
+        ValueError: there are more or fewer counts than nodes; the sentence names both numbers. Or a count is of neither form, such
+            as "", "x", "4(x1" or "0"; the sentence quotes it.
     """
     raise NotImplementedError("Task 6.3: complete hostfile() in src/exercises/lab06_multi_node.py")
 
@@ -143,7 +146,8 @@ def read_job(line: str) -> dict:
     """What `scontrol --oneliner show job NUMBER` says.
 
     The line is Key=Value pairs with spaces between them. Values can hold spaces (a job's name, the path of its script), so a value
-    ends where the next key begins: a space, letters (with underscores, colons or slashes among them, as in MCS_label), and =.
+    ends where the next key begins: a space, letters (with underscores, colons or slashes among them, as in MCS_label), and =. Of a
+    key that stands twice the first counts: a comment, which comes later, can hold anything, `JobState=FAILED` too.
 
     Returns:
         {"state": JobState, "reason": Reason or None, "nodes": NodeList or None, "restarts": Restarts as a number,

@@ -25,6 +25,8 @@ from itertools import groupby
 from multiprocessing import forkserver
 from pathlib import Path
 
+import psutil
+
 from shardlab import hardware, progress, switch
 from shardlab.errors import CourseError, UsageError
 from shardlab.run.experiment import Experiment
@@ -74,7 +76,48 @@ class RankError(LaunchError):
 
 
 class LaunchTimeout(LaunchError):
-    """The launch exceeded its limit; its ranks have been ended."""
+    """The launch exceeded its limit; its ranks have been ended.
+
+    Attributes:
+        waiting: no rank was computing any more: they waited for one another, or for what never comes.
+    """
+
+    def __init__(self, message: str, waiting: bool = False):
+        super().__init__(message)
+        self.waiting = waiting
+
+
+PATIENCE = 3
+"""So many times its limit a launch may take while its ranks compute: a machine that does other things too is slow, not stuck."""
+
+
+class _Activity:
+    """How much processor time ranks, and what they have started, have used of late."""
+
+    SPAN = 3.0
+
+    def __init__(self, processes):
+        self._ranks = []
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has ended already
+                self._ranks.append(psutil.Process(process.pid))
+        self._noted: list[tuple[float, float]] = []
+
+    def note(self) -> None:
+        now = time.monotonic()
+        if self._noted and now - self._noted[-1][0] < 0.5:
+            return
+        used = 0.0
+        for rank in self._ranks:
+            with contextlib.suppress(psutil.Error):
+                for process in (rank, *rank.children(recursive=True)):
+                    used += sum(process.cpu_times()[:2])
+        self._noted = [*(noted for noted in self._noted if now - noted[0] <= self.SPAN), (now, used)]
+
+    @property
+    def computing(self) -> bool:
+        (since, before), (now, used) = self._noted[0], self._noted[-1]
+        return now - since < 1 or (used - before) / (now - since) > 0.05
 
 
 _servers: dict[str, forkserver.ForkServer] = {}
@@ -147,7 +190,7 @@ def launch(
     Args:
         experiments: what to run.
         runs: the folder in which each run gets its own.
-        timeout: seconds for all of it; compiling ops does not count.
+        timeout: seconds for all of it; compiling ops does not count. While ranks compute, it may be three times as much.
         display: how progress is shown; by default bars in a terminal and a table in a notebook.
         or_cpu: these runs check something, so where GPUs are too few for the ranks of any of them, all of them run on the CPU. By
             default they measure, and are refused there.
@@ -278,8 +321,10 @@ def _launch_group(
                 start_method=start_method,
             )
         _restore(handlers)
+        activity = _Activity(context._pc.processes)
         while True:
             result = context.wait(0)
+            activity.note()
             tick()
             if result is not None:
                 break
@@ -287,8 +332,13 @@ def _launch_group(
             gone = [rank for rank, process in enumerate(context._pc.processes) if process.exitcode == 0]
             if gone and context.wait(0) is None:
                 raise RankError(gone[0], _current(runs).name, "the process ended with exit status 0 before its program was over")
-            if deadline is not None and time.monotonic() > deadline:
-                raise LaunchTimeout(f"the launch exceeded its limit of {timeout:g} s and was ended")
+            if deadline is not None and (late := time.monotonic() - deadline) > 0:
+                if not activity.computing:
+                    why = "its ranks wait, and none computes"
+                    raise LaunchTimeout(f"the launch exceeded its limit of {timeout:g} s and was ended: {why}", waiting=True)
+                if late > (PATIENCE - 1) * timeout:
+                    why = f"its ranks still compute after {PATIENCE * timeout:g} s"
+                    raise LaunchTimeout(f"the launch exceeded its limit of {timeout:g} s and was ended: {why}")
             time.sleep(0.05)
         if result.is_failed():
             raise _first_error(result, logs, runs, [process.exitcode for process in context._pc.processes])

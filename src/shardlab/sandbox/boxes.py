@@ -312,7 +312,7 @@ class Box:
             shardlab.run.launch.RankError, shardlab.run.launch.LaunchTimeout: as there.
             BoxEnded: the box ended.
         """
-        from shardlab.run.launch import LaunchTimeout, RankError
+        from shardlab.run.launch import PATIENCE, LaunchTimeout, RankError
 
         for op in dict.fromkeys(op for experiment in experiments for op in ops.needed_by(experiment.deepspeed)):
             self.provide(op)
@@ -321,7 +321,7 @@ class Box:
             try:
                 plan = {"experiments": [e.model_dump() for e in experiments], "runs": str(runs), "timeout": seconds}
                 wire.send(connection, plan, time.monotonic() + 10)
-                told = wire.receive(connection, time.monotonic() + seconds + 20)
+                told = wire.receive(connection, time.monotonic() + PATIENCE * seconds + 20)
             except wire.WireTimeout:
                 self.end()
                 raise LaunchTimeout(f"the launch exceeded its limit of {seconds:.0f} s and was ended") from None
@@ -332,7 +332,7 @@ class Box:
             finally:
                 self.pull()
         if "timeout" in told:
-            raise LaunchTimeout(str(told["timeout"])[:2000])
+            raise LaunchTimeout(str(told["timeout"])[:2000], waiting=told.get("waiting") is True)
         if "error" in told:
             error, trace = str(told["error"])[:5000], str(told["traceback"])[-20_000:]
             raise RankError(int(told["rank"]), str(told["experiment"])[:200], error, trace)

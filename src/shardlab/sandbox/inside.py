@@ -201,7 +201,7 @@ def _serve_launch(connection: socket.socket, setup: dict) -> None:
         finished = launch(experiments, runs=plan["runs"], timeout=plan["timeout"], display=progress.Quiet(), start_method="fork")
         answer = {"runs": [run.record_json for run in finished]}
     except LaunchTimeout as error:
-        answer = {"timeout": str(error)}
+        answer = {"timeout": str(error), "waiting": error.waiting}
     except RankError as error:
         answer = {"rank": error.rank, "experiment": error.experiment, "error": error.error, "traceback": error.rank_traceback}
     except BaseException as error:
