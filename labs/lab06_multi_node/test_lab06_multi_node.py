@@ -497,7 +497,7 @@ def test_stopping_together(lab, run_experiments):
 
 
 FAKE = {
-    "succeeds": '[ ! -e "$run" ] || exit 4',
+    "succeeds": '[ ! -e "$run" ] || { touch "$run/was there"; exit 4; }',
     "fails again and again": "exit 5",
     # Lost in its first two lives, each time with a new checkpoint in the place of the old one; whole in its third.
     "loses a node twice": 'lives=$(cat "$run/lives" 2>/dev/null || echo 0); rm -rf "$run"; mkdir -p "$run/checkpoints/checkpoint-$lives"; '
@@ -536,6 +536,11 @@ def test_surviving(lab, run_experiments, workspace, slurm_beside_exercises):
 
     (folder / "told").unlink(missing_ok=True)
     ended = dict(zip(FAKE, jobs.run_jobs(scripts, "--time=5", "--requeue", "--open-mode=append", meanwhile=tell)))
+    require(
+        not (folder / "run 0" / "was there").exists(),
+        expected="no run folder before the ranks make it: they refuse one that is no run",
+        got="one that was there when the ranks began",
+    )
     for name, state, restarts in (
         ("succeeds", "COMPLETED", 0),
         ("fails again and again", "FAILED", 0),
