@@ -221,6 +221,27 @@ def test_row_of_another_run(lab, tmp_path):
     assert (got["first_loss"], got["last_loss"], got["ranks"], got["method"]) == (9.0, 5.0, 5, "three")
     assert (got["measured"], got["predicted"]) == (14, 26)
     assert got["samples_per_second"] == run.samples_per_second()
+    kinds = st.fixed_dictionaries(dict.fromkeys(("parameters", "gradients", "optimizer"), st.integers(0, 20)))
+    steps = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 99)), min_size=2, max_size=6)
+    zero = st.none() | st.fixed_dictionaries({}, optional={"stage": st.integers(0, 3)})
+    drawn = st.tuples(st.lists(kinds, min_size=1, max_size=4), steps, zero, st.sampled_from(["fp32", "bf16"]))
+
+    def row(of):
+        def of_a_run(held: list, steps: list, zero: dict | None, precision: str) -> dict:
+            config = None if zero is None else public.zero_config(zero, precision=precision)
+            plan = public.text_experiment("drawn", ranks=len(held), deepspeed=config, precision=precision)
+            run = Run.create(plan, tmp_path)
+            run.start()
+            for step, (loss, speed) in enumerate(steps, start=1):
+                run.log_step(step=step, loss=float(loss), samples_per_second=float(speed), steps=9)
+            run.write_states({"parameters": 10, "groups": [[7, 2], [1]], "ranks": held})
+            run.finish()
+            return of.comparison_row(Run.read(run.folder))
+
+        return of_a_run
+
+    lab.replace("state_bytes", REFERENCE.state_bytes)
+    agree(row(lab), row(REFERENCE), drawn, count=25, same=same_json)
 
 
 @pytest.mark.milestone(task="2.8")

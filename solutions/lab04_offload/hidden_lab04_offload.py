@@ -6,6 +6,7 @@ from math import ceil
 
 import pytest
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 from test_lab04_offload import PROGRAMS, nvme_experiment
 
@@ -113,6 +114,35 @@ def test_other_step_times(lab):
         wanted = next(k for k in range(1, 10_000) if (0.2 * k + 0.1) / (0.22 * k + 1.3) >= share)
         assert lab.accumulation_for(share, plain, offloaded) == wanted
     assert lab.accumulation_for(0.95, plain, offloaded) is None
+    # Eighths and sixteenths have no rounding errors, so limits are met exactly.
+    eighths = st.integers(1, 40).map(lambda number: number / 8)
+    line = st.tuples(eighths, eighths)
+
+    @st.composite
+    def lines(draw) -> tuple:
+        (a, b), (more, much_more) = draw(line), draw(line)
+        offloaded = (a + more, b + much_more)
+        assume(b / a < offloaded[1] / offloaded[0])  # else the share does not grow with the accumulation
+        return draw(st.integers(1, 16)) / 16, (a, b), offloaded
+
+    near = lambda wanted, got: abs(wanted - got) <= 1e-9
+    agree(lab.share_kept, REFERENCE.share_kept, st.tuples(st.integers(1, 200), line, line), same=near)
+    agree(lab.accumulation_for, REFERENCE.accumulation_for, lines(), first=[(0.5, (1.0, 1.0), (2.0, 4.0))], same=same_number)
+
+    @st.composite
+    def times(draw) -> tuple:
+        accumulations = draw(st.lists(st.integers(1, 32), min_size=2, max_size=6, unique=True))
+        return accumulations, [draw(st.integers(1, 400)) / 8 for _ in accumulations]
+
+    def both_near(wanted: tuple, got: tuple) -> bool:
+        return len(got) == 2 and all(abs(a - b) <= 1e-6 for a, b in zip(wanted, got))
+
+    agree(lab.fit_step_time, REFERENCE.fit_step_time, times(), same=both_near)
+
+
+def same_number(wanted, got) -> bool:
+    """Equal, and of one type: 2.0 is no accumulation."""
+    return type(wanted) is type(got) and wanted == got
 
 
 @pytest.mark.milestone(task="4.6")

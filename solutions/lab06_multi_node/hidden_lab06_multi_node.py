@@ -43,7 +43,7 @@ def node_lists(draw) -> str:
 def test_other_node_lists(lab):
     assert lab.expand_nodelist("gpu[08-11]") == ["gpu08", "gpu09", "gpu10", "gpu11"]
     assert lab.expand_nodelist("a1,b[3,7-8],c") == ["a1", "b3", "b7", "b8", "c"]
-    edges = [("n",), ("n[0]",), ("n[9-10]",), ("n[09-10]",), ("n[1-1]",)]
+    edges = [("n",), ("n[0]",), ("n[9-10]",), ("n[09-10]",), ("n[1-1]",), ("",), (",",), ("n[1-]",), ("n[1]]",), ("n[1-2][3]x",)]
     agree(lambda given: list(lab.expand_nodelist(given)), REFERENCE.expand_nodelist, st.tuples(node_lists()), first=edges)
 
 
@@ -124,6 +124,11 @@ def test_other_shares(lab):
         weights = [lab.loss_weight(global_batch, rank, ranks) for rank in range(ranks)]
         wanted = [len(share) * ranks / global_batch for share in shares]
         assert all(abs(a - b) < 1e-12 for a, b in zip(weights, wanted))
+    given = st.tuples(st.integers(1, 60), st.integers(0, 15), st.integers(1, 16)).filter(lambda given: given[1] < given[2])
+    edges = [(3, 0, 4), (4, 3, 4), (5, 0, 4), (5, 3, 4), (1, 0, 1)]
+    agree(lambda *where: list(lab.share(*where)), lambda *where: list(REFERENCE.share(*where)), given, first=edges)
+    shared = given.filter(lambda given: given[2] <= given[0])
+    agree(lab.loss_weight, REFERENCE.loss_weight, shared, same=lambda wanted, got: abs(wanted - got) < 1e-12)
 
 
 @pytest.mark.milestone(task="6.6")
@@ -163,6 +168,26 @@ def test_other_speeds(lab, tmp_path):
         rows = [[row[key] for key in ("ranks", "global samples/s", "samples/s per rank", "efficiency")] for row in came["rows"]]
         assert came["kind"] == kind and len(rows) == len(wanted)
         assert all(abs(a - b) < 1e-9 for row, values in zip(rows, wanted) for a, b in zip(row, values)), rows
+    sizes = st.tuples(st.integers(1, 9), st.sampled_from([4, 8, 12]), st.sampled_from([1, 2, 3]), st.integers(1, 99))
+
+    def scaled(of):
+        def with_runs(plans: list) -> dict:
+            settings = [{"ranks": ranks, "micro_batch": micro, "accumulation": more} for ranks, micro, more, _ in plans]
+            runs = [
+                made_run(tmp_path, f"r{n}", [1.0, plan[3], plan[3]], **given)
+                for n, (plan, given) in enumerate(zip(plans, settings))
+            ]
+            return of.scaling(runs)
+
+        return with_runs
+
+    def same(wanted: dict, got: dict) -> bool:
+        pairs = zip(wanted["rows"], got["rows"], strict=True)
+        return wanted["kind"] == got["kind"] and all(set(a) == set(b) and all(abs(a[k] - b[k]) < 1e-9 for k in a) for a, b in pairs)
+
+    several = st.lists(sizes, min_size=1, max_size=3, unique_by=lambda size: size[0])
+    weak_or_strong = [([(2, 8, 2, 10), (1, 8, 2, 6)],), ([(4, 4, 1, 9), (2, 8, 1, 5)],), ([(4, 4, 1, 9), (2, 4, 1, 5)],)]
+    agree(scaled(lab), scaled(REFERENCE), st.tuples(several), first=weak_or_strong, count=25, same=same)
 
 
 @pytest.mark.milestone(task="6.8", ranks=3)

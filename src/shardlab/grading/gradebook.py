@@ -16,6 +16,7 @@ from pathlib import Path
 
 from shardlab.errors import UsageError
 from shardlab.grading.submissions import file_name
+from shardlab.milestones.agreement import SEED
 from shardlab.milestones.scoreboard import VERDICTS, task_order, title_of
 from shardlab.pages import page
 
@@ -175,14 +176,14 @@ def state(row: dict) -> str:
 
 
 def gradebook_json(rows: list[dict], waiting: list[str] = ()) -> dict:
-    """Everything, for programs."""
+    """Everything, for programs; and the seed of the inputs on which hidden milestones compared answers with the solution."""
     entries = []
     for row in rows:
         grades = tasks_of(row)
         entries.append(
             {"submission": row["name"]} | _totals(grades) | {"tasks": list(map(vars, grades)), "state": state(row)} | row
         )
-    return {"submissions": entries, "not graded yet": list(waiting)}
+    return {"seed": SEED, "submissions": entries, "not graded yet": list(waiting)}
 
 
 def moodle_csv(rows: list[dict]) -> str:

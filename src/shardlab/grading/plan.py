@@ -14,7 +14,8 @@ def course_digest(labs: list[str]) -> str:
     whole = hashlib.sha256()
     folders = (ROOT / "src" / "shardlab", ROOT / "slurm")
     library = sorted(path for folder in folders for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    judged = [path for lab in chosen(",".join(labs)) for path in (lab.milestones, lab.hidden_milestones, lab.programs)]
+    parts = ("milestones", "hidden_milestones", "programs", "mistakes", "solution")
+    judged = [getattr(lab, part) for lab in chosen(",".join(labs)) for part in parts]
     for path in [*library, ROOT / "constraints.txt", *judged]:
         if path.exists():
             whole.update(str(path.relative_to(ROOT)).encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
