@@ -356,7 +356,12 @@ def test_nothing_is_built_with_a_tool_that_is_missing(ops_folder):
 
 def test_isolation_names_what_keeps_boxes_from_being_made(monkeypatch, empty_folder):
     monkeypatch.setattr(boxes, "isolation", lambda: ("limits", "a reason"))
-    assert "sysctl" in course.check_isolation().remedy and "a reason" in course.check_isolation().detail
+    for restricted, remedy in (
+        ("", "sudo sysctl user.max_user_namespaces"),
+        ("1", "/etc/apparmor.d/bwrap && sudo apparmor_parser"),
+    ):
+        monkeypatch.setattr(course, "_setting", lambda name, restricted=restricted: restricted)
+        assert remedy in course.check_isolation().remedy and "a reason" in course.check_isolation().detail
     monkeypatch.setenv("PATH", str(empty_folder))
     assert course.check_isolation().remedy == "sudo apt install bubblewrap"
 
