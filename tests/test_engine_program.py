@@ -79,7 +79,7 @@ def test_hostfile_of_this_machine(tmp_path):
 def test_comparison_has_a_row_for_each_method(tmp_path):
     done = run(TORCHRUN, "--compare", "--steps", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    for method in ("stage 0", "stage 1", "stage 2", "stage 3", "stage 2 + offload", "stage 3 + offload"):
+    for method in ("stage 0", "stage 1", "stage 2", "stage 3", "stage 1 + offload", "stage 2 + offload", "stage 3 + offload"):
         assert method in done.stdout, method
     held = {
         name: json.loads((tmp_path / f"runs/lab03-{name}/states.json").read_text())["ranks"]

@@ -34,8 +34,8 @@ def main() -> None:
         said = [f"--{'-'.join(map(str, e['loc'])).replace('_', '-')} {e['input']}: {e['msg']}" for e in error.errors()]
         print(f"shardlab: {'; '.join(said)}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("shardlab: interrupted; the ranks have been ended.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"shardlab: {str(error) or 'interrupted; the ranks have been ended.'}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -204,7 +204,7 @@ def launch(
     Raises:
         RankError: a rank raised or died. The other ranks have been ended.
         LaunchTimeout: the limit was exceeded.
-        KeyboardInterrupt: as it came; the ranks have been ended and the folders say *interrupted*.
+        KeyboardInterrupt: the ranks have been ended, the folders say *interrupted*, and the message says what they hold.
         TooFewGpus: there are GPUs here, and too few of them.
         ValueError: two experiments with the same name.
     """
@@ -242,6 +242,9 @@ def launch(
             results |= _launch_group(
                 list(group), ranks, where, exact, deadline, timeout, lambda: display.update(rows), start_method
             )
+    except KeyboardInterrupt as error:
+        _mark_unfinished(all_runs, error)
+        raise KeyboardInterrupt(_what_is_kept(all_runs)) from None
     except BaseException as error:
         _mark_unfinished(all_runs, error)
         raise
@@ -251,6 +254,13 @@ def launch(
     for run in finished:
         run.confirm(results[run.name])
     return finished
+
+
+def _what_is_kept(runs: list[Run]) -> str:
+    held = [
+        f"{run.folder} has {len(steps)} step{'s' * (len(steps) > 1)}" for run in runs if (steps := Run.read(run.folder).metrics())
+    ]
+    return f"interrupted; the ranks have been ended. {'; '.join(held) or 'No run had taken a step'}."
 
 
 def _mark_unfinished(runs: list[Run], error: BaseException) -> None:

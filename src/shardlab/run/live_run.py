@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 from shardlab.progress import Row
 from shardlab.run.run_folder import Run
@@ -35,12 +36,15 @@ class LiveRun:
     def row(self) -> Row:
         """What is known now."""
         self.refresh()
-        experiment, outcome = self.run.experiment, Run.read(self.run.folder).outcome
+        now = Run.read(self.run.folder)
+        experiment, outcome = self.run.experiment, now.outcome
+        doing, since = now.record_json.get("doing", ("", 0.0))
         last = self._metrics[-1] if self._metrics else {}
         done, total = last.get("step", 0), last.get("steps", experiment.steps)
         over = outcome not in ("waiting", "running")
         if outcome == "running":
             outcome = "starting" if not done else "evaluating" if done == total else "training"
+            outcome = f"{doing}, {time.time() - since:.0f} s" if doing else outcome
         facts = {
             "ranks": str(experiment.ranks),
             "loss": f"{last['loss']:.3f}" if last else "",

@@ -157,14 +157,27 @@ def run_under_launcher(experiment: Experiment, runs: Path | str, *, resume: bool
     os.environ.update(ops.environment(where.device))
     # deepspeed 0.19.8 calls functions that torch 2.13 is about to rename, on every rank and in every step: a log of nothing else.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    import torch
+
     from shardlab.run.collectives import barrier, rank
     from shardlab.run.training import prepare_process
 
+    if "OMP_NUM_THREADS" not in os.environ:
+        # The deepspeed launcher leaves it alone: each rank would take all cores, and its threads wait for those of the others.
+        torch.set_num_threads(max(1, hardware.cpu_cores() // _local_ranks()))
     for op in ops.needed_by(experiment.deepspeed):
         ops.build(op, print)
     if experiment.deepspeed is not None:
         import shardlab.run.cpu_facts  # noqa: F401  # before DeepSpeed asks about the processor, again and again
-    prepare_process(experiment)
+    try:
+        prepare_process(experiment)
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise SystemExit(
+            f"Port {os.environ.get('MASTER_PORT')} of this machine is taken, by another run perhaps. Give this one a port of its "
+            "own: --master_port 29501 after `deepspeed`, --master-port 29501 after `torchrun`."
+        ) from None
     if rank() == 0:
         folder = Path(runs).resolve() / experiment.name
         goes_on = resume and (folder / "run.json").exists()

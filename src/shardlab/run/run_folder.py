@@ -129,6 +129,11 @@ class Run:
         with open(path, "a") as file:
             file.write(json.dumps(values) + "\n")
 
+    def doing(self, what: str = "") -> None:
+        """Say what goes on between steps, for whoever watches; nothing, and the steps speak for themselves."""
+        self._record["doing"] = [what, time.time()]
+        self._write()
+
     def record(self, **results) -> None:
         """Add results to `run.json`."""
         self._record.setdefault("results", {}).update(results)
@@ -140,6 +145,7 @@ class Run:
 
     def finish(self, outcome: str = "finished", reason: str | None = None) -> None:
         """Set the outcome: `finished`, `stopped` (asked to, after saving), `failed`, `killed`, `interrupted` or `timed out`."""
+        self._record.pop("doing", None)
         self._record |= {"outcome": outcome, "ended": _now()} | ({"reason": reason} if reason else {})
         self._write()
 

@@ -64,8 +64,9 @@ def start(stem: str) -> Exercises:
     labs.named(stem)
     path = switch.exercise_file(stem)
     if not path.exists():
-        raise UsageError(f"there is no {path}: bring the file back, or take the skeleton from git")
+        raise UsageError(f"there is no {path}: bring the file back, or print it as it was: shardlab skeleton {stem}")
     switch.use_exercises(switch.exercises_folder())
+    _interrupts_in_a_sentence()
     checks = place(CHECKING_RANKS, or_cpu=True)
     for device in dict.fromkeys([hardware.device(), checks.device]):
         warm_up(device)
@@ -78,6 +79,18 @@ def start(stem: str) -> Exercises:
     if checks.note:
         print(f"Checks: {checks.note[0].lower()}{checks.note[1:]}")
     return Exercises(stem)
+
+
+def _interrupts_in_a_sentence() -> None:
+    """Show an interrupt as what it was, and what it left: IPython would show frames of a wait, and an empty KeyboardInterrupt."""
+    from IPython import get_ipython
+
+    def show_interrupt(shell, kind, error, trace, tb_offset=None) -> None:
+        said = str(error) or "interrupted."
+        print(said[0].upper() + said[1:])
+
+    if shell := get_ipython():
+        shell.set_custom_exc((KeyboardInterrupt,), show_interrupt)
 
 
 def outcomes(task: str, say: Callable[[str], None]) -> list[Milestone]:
