@@ -280,3 +280,11 @@ def test_bad_marker_is_refused_with_file_and_line(case):
         skeleton(source, "lab.py")
     assert str(refused.value).startswith(f"lab.py, {line}: ")
     assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize("path", [*notebooks()], ids=lambda path: path.stem)
+def test_code_cells_fit_the_page(path):
+    """JupyterLab shows about a hundred characters of a line next to its file browser."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    lines = [line for cell in cells for line in "".join(cell["source"]).splitlines()]
+    assert not [line for line in lines if len(line) > 100]

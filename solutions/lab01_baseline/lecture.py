@@ -15,7 +15,10 @@ from shardlab.zero import memory_model, held_bytes
 from shardlab.data.models import load_model, load_tokenizer, parameter_count
 
 tokenizer, model = load_tokenizer(), load_model()
-print(f"bloom-tiny: {parameter_count(model):,} parameters, {model.config.n_layer} layers of width {model.config.hidden_size}")
+print(
+    f"bloom-tiny: {parameter_count(model):,} parameters, "
+    f"{model.config.n_layer} layers of width {model.config.hidden_size}"
+)
 
 # %% [markdown]
 # `bloom-tiny` has BLOOM's architecture, its own tokenizer, and 2.9 million parameters. It was pre-trained on generated text for this
@@ -29,11 +32,16 @@ print(f"bloom-tiny: {parameter_count(model):,} parameters, {model.config.n_layer
 # For question answering we want the model to learn the answer, not the question. So the prompt's labels are −100.
 
 # %%
-prompt = tokenizer("Question: What did the Paiwo carry? Context: The Paiwo carried tea. Answer:")["input_ids"]
+prompt = tokenizer("Question: What did the Paiwo carry? Context: The Paiwo carried tea. Answer:")[
+    "input_ids"
+]
 answer = tokenizer(" tea")["input_ids"] + [tokenizer.eos_token_id]
 ids, labels = prompt + answer, [-100] * len(prompt) + answer
 for token, label in list(zip(ids, labels))[-6:]:
-    print(f"{tokenizer.decode([token])!r:>10}  label {'−100, not taught' if label == -100 else repr(tokenizer.decode([label]))}")
+    print(
+        f"{tokenizer.decode([token])!r:>10}  label "
+        + ("−100, not taught" if label == -100 else repr(tokenizer.decode([label])))
+    )
 
 # %% [markdown]
 # Two mistakes are common. With `labels = input_ids` the model also learns to write questions, and the loss is mostly about those. And if
@@ -57,9 +65,14 @@ print(f"{512 / mean_length:.1f} times the tokens")
 
 # %%
 def continue_text(rows, mask):
-    output = model.generate(input_ids=torch.tensor(rows), attention_mask=torch.tensor(mask), max_new_tokens=5, do_sample=False,
-                            pad_token_id=tokenizer.pad_token_id)
-    return tokenizer.decode(output[0][len(rows[0]):])
+    output = model.generate(
+        input_ids=torch.tensor(rows),
+        attention_mask=torch.tensor(mask),
+        max_new_tokens=5,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer.decode(output[0][len(rows[0]) :])
 
 
 text = tokenizer("The cargo of the Paiwo was tea. In short: The Paiwo carried")["input_ids"]
@@ -84,10 +97,18 @@ print("padded right:    ", repr(continue_text([text + pad], [[1] * len(text) + [
 # (Rajbhandari et al. 2020, arXiv 1910.02054, §3.1).
 
 # %%
-for name, parameters in (("bloom-tiny", 2_866_560), ("BLOOM-560m", 559_214_592), ("BLOOM-7b1", 7_069_016_064)):
+for name, parameters in (
+    ("bloom-tiny", 2_866_560),
+    ("BLOOM-560m", 559_214_592),
+    ("BLOOM-7b1", 7_069_016_064),
+):
     states = memory_model.ddp_bytes(parameters)
-    print(f"{name:>10}: parameters {report.bytes_text(states.parameters):>9}, gradients {report.bytes_text(states.gradients):>9}, "
-          f"Adam {report.bytes_text(states.optimizer):>9}, together {report.bytes_text(states.device):>10}")
+    print(
+        f"{name:>10}: parameters {report.bytes_text(states.parameters):>9}, "
+        f"gradients {report.bytes_text(states.gradients):>9}, "
+        f"Adam {report.bytes_text(states.optimizer):>9}, "
+        f"together {report.bytes_text(states.device):>10}"
+    )
 
 # %% [markdown]
 # Do these formulae hold? Let us count what a real optimizer holds, storage by storage, between `backward` and `step`:
@@ -99,7 +120,10 @@ for _ in range(2):
     held = held_bytes.held_bytes(model, optimizer)
     optimizer.step()
     optimizer.zero_grad()
-print(f"held: {held.parameters:,} + {held.gradients:,} + {held.optimizer:,} = {held.device:,} bytes; 16Ψ = {16 * parameter_count(model):,}")
+print(
+    f"held: {held.parameters:,} + {held.gradients:,} + {held.optimizer:,} = {held.device:,} bytes; "
+    f"16Ψ = {16 * parameter_count(model):,}"
+)
 
 # %% [markdown]
 # They hold to the byte. BLOOM ties its output layer to its embedding: one tensor with two names, counted once.
@@ -121,8 +145,16 @@ print(report.bytes_text(4 * 8 * 512 * 250_880))
 from shardlab.show.notebook import reference, table
 
 stages = reference("stages-1xh200")
-table([{key: row[key] for key in ("method", "micro_batch", "samples_per_second", "mfu_percent", "peak_gib")} for row in stages["results"]
-       if row["method"] == "baseline"])
+table(
+    [
+        {
+            key: row[key]
+            for key in ("method", "micro_batch", "samples_per_second", "mfu_percent", "peak_gib")
+        }
+        for row in stages["results"]
+        if row["method"] == "baseline"
+    ]
+)
 print(stages["hardware"]["gpus"], stages["versions"])
 
 # %% [markdown]

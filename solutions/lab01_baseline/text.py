@@ -92,9 +92,14 @@ check("1.2")
 # Complete `encode_example(tokenizer, question, context, answer, max_tokens)`. The answer is never cut: the prompt gets what it leaves over.
 
 # %%
-example = lab.encode_example(tokenizer, row["question"], row["context"], row["answers"]["text"][0], 192)
+example = lab.encode_example(
+    tokenizer, row["question"], row["context"], row["answers"]["text"][0], 192
+)
 taught = [token for token in example["labels"] if token != -100]
-print(f"{len(example['input_ids'])} tokens, {len(taught)} of them taught: {tokenizer.decode(taught)!r}")
+print(
+    f"{len(example['input_ids'])} tokens, "
+    f"{len(taught)} of them taught: {tokenizer.decode(taught)!r}"
+)
 
 # %%
 check("1.3")
@@ -108,7 +113,10 @@ check("1.3")
 # Complete `collate(examples, pad_token_id)`. Padding is 0 in the attention mask and −100 in the labels.
 
 # %%
-batch = lab.collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]}], tokenizer.pad_token_id)
+batch = lab.collate(
+    [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]}],
+    tokenizer.pad_token_id,
+)
 for name, tensor in batch.items():
     print(f"{name:15}", tensor.tolist())
 
@@ -128,7 +136,13 @@ check("1.4")
 
 # %%
 arguments = lab.training_arguments(str(RUNS / "lab01-try"))
-print(arguments.per_device_train_batch_size, "×", arguments.gradient_accumulation_steps, "sequences per device and step,", arguments.learning_rate)
+print(
+    arguments.per_device_train_batch_size,
+    "×",
+    arguments.gradient_accumulation_steps,
+    "sequences per device and step,",
+    arguments.learning_rate,
+)
 
 # %%
 check("1.5")
@@ -157,7 +171,10 @@ check("1.6")
 
 # %%
 model = load_model("bloom-tiny")
-prompts = [lab.encode_prompt(tokenizer, r["question"], r["context"], 192) for r in data["validation"].select(range(3))]
+prompts = [
+    lab.encode_prompt(tokenizer, r["question"], r["context"], 192)
+    for r in data["validation"].select(range(3))
+]
 for text in lab.generate_answers(model, tokenizer, prompts, max_new_tokens=12):
     print(repr(text))
 
@@ -204,9 +221,21 @@ predicted = {
 from shardlab.run.launch import launch
 from shardlab.run.experiment import Experiment
 
-experiment = Experiment(name="lab01-baseline", program="exercises.lab01_baseline:finetune", method="baseline", ranks=1,
-                        model="bloom-tiny", data="mini", precision=best_precision(), micro_batch=4, accumulation=4, steps=120,
-                        learning_rate=1e-3, max_tokens=192, eval_examples=200)
+experiment = Experiment(
+    name="lab01-baseline",
+    program="exercises.lab01_baseline:finetune",
+    method="baseline",
+    ranks=1,
+    model="bloom-tiny",
+    data="mini",
+    precision=best_precision(),
+    micro_batch=4,
+    accumulation=4,
+    steps=120,
+    learning_rate=1e-3,
+    max_tokens=192,
+    eval_examples=200,
+)
 run = launch(experiment, runs=RUNS)[0]
 
 # %% [markdown]
@@ -218,7 +247,9 @@ measured = {
     "optimizer steps per epoch (whole epochs, batch 4 × 4)": summary["steps_per_epoch"],
     "exact match before training, %": run.results["exact_match_before"],
     "exact match after training, %": run.results["exact_match"],
-    "bytes of parameters, gradients and Adam's states (16Ψ, Ψ = 2,866,560)": sum(run.states()["ranks"][0].values()),
+    "bytes of parameters, gradients and Adam's states (16Ψ, Ψ = 2,866,560)": sum(
+        run.states()["ranks"][0].values()
+    ),
 }
 course = {
     "optimizer steps per epoch (whole epochs, batch 4 × 4)": 157,
@@ -230,7 +261,12 @@ compare(measured, predicted, course, reference_name="course, 2 CPU cores")
 
 # %%
 table([summary])
-table([{"device": device, **{name: f"{mib:.0f} MiB" for name, mib in row.items()}} for device, row in lab.memory_table(run.folder / "memory.csv").items()])
+table(
+    [
+        {"device": device, **{name: f"{mib:.0f} MiB" for name, mib in row.items()}}
+        for device, row in lab.memory_table(run.folder / "memory.csv").items()
+    ]
+)
 
 # %%
 show(run)

@@ -42,7 +42,15 @@ from shardlab.show.notebook import table
 PSI = 559_214_592  # BLOOM-560m
 rows = []
 for ranks in (1, 2, 4, 8):
-    rows.append({"N": ranks} | {f"stage {stage}": f"{memory_model.paper_bytes(stage, PSI, ranks).device / memory_model.GIB:.2f} GiB" for stage in range(4)})
+    rows.append(
+        {"N": ranks}
+        | {
+            f"stage {stage}": (
+                f"{memory_model.paper_bytes(stage, PSI, ranks).device / 2**30:.2f} GiB"
+            )
+            for stage in range(4)
+        }
+    )
 table(rows)
 
 # %% [markdown]
@@ -58,7 +66,10 @@ table(rows)
 paper = memory_model.paper_bytes(2, PSI, 4).device
 estimator = memory_model.estimator_bytes(2, PSI, 4)
 engine = memory_model.engine_bytes(2, [[PSI]], 4, precision="bf16").device
-print(f"paper {paper / memory_model.GIB:.2f} GiB, estimator {estimator / memory_model.GIB:.2f} GiB, engine in bf16 {engine / memory_model.GIB:.2f} GiB")
+print(
+    f"paper {paper / 2**30:.2f} GiB, estimator {estimator / 2**30:.2f} GiB, "
+    f"engine in bf16 {engine / 2**30:.2f} GiB"
+)
 
 # %% [markdown]
 # ### Padding
@@ -70,7 +81,11 @@ print(f"paper {paper / memory_model.GIB:.2f} GiB, estimator {estimator / memory_
 # %%
 groups = [[7, 5], [3]]
 for stage in (1, 3):
-    print(f"stage {stage}, 2 ranks: {memory_model.sharded_elements(groups, 2, stage)} elements per rank for {sum(map(sum, groups))} parameters")
+    print(
+        f"stage {stage}, 2 ranks: "
+        f"{memory_model.sharded_elements(groups, 2, stage)} elements per rank "
+        f"for {sum(map(sum, groups))} parameters"
+    )
 
 # %% [markdown]
 # ## The configuration
@@ -107,7 +122,12 @@ from shardlab.zero import ops
 os.environ.update(ops.environment())
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 
-print("stage:", DeepSpeedConfig({"train_batch_size": 1, "zero_optimisation": {"stage": 2}}).zero_optimization_stage)
+print(
+    "stage:",
+    DeepSpeedConfig(
+        {"train_batch_size": 1, "zero_optimisation": {"stage": 2}}
+    ).zero_optimization_stage,
+)
 
 # %% [markdown]
 # One letter (`optimisation` for `optimization`), and the run trains at stage 0 and never says so. Parameter offload below stage 3, NVMe
@@ -126,17 +146,37 @@ from shardlab.run.launch import launch
 from shardlab.show.notebook import RUNS
 from shardlab.run.experiment import Experiment
 
-settings = {"program": "shardlab.run.training:train_text", "ranks": 2, "micro_batch": 2, "accumulation": 2, "steps": 4, "learning_rate": 1e-3,
-            "max_tokens": 48, "train_examples": 64, "evaluate": False, "save": False}
+settings = {
+    "program": "shardlab.run.training:train_text",
+    "ranks": 2,
+    "micro_batch": 2,
+    "accumulation": 2,
+    "steps": 4,
+    "learning_rate": 1e-3,
+    "max_tokens": 48,
+    "train_examples": 64,
+    "evaluate": False,
+    "save": False,
+}
 
 
 def zero(stage):
-    return {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
-            "gradient_clipping": 1.0, "zero_optimization": {"stage": stage}}
+    return {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage},
+    }
 
 
 experiments = [Experiment(name="lecture-ddp", method="DDP", **settings)]
-experiments += [Experiment(name=f"lecture-zero{stage}", method=f"ZeRO-{stage}", deepspeed=zero(stage), **settings) for stage in (1, 2, 3)]
+experiments += [
+    Experiment(
+        name=f"lecture-zero{stage}", method=f"ZeRO-{stage}", deepspeed=zero(stage), **settings
+    )
+    for stage in (1, 2, 3)
+]
 runs = launch(experiments, runs=RUNS / "lecture", display=progress.Quiet(say=print), or_cpu=True)
 for run in runs:
     print(f"{run.experiment.method:8}", [round(loss, 5) for loss in run.losses()])
@@ -155,8 +195,16 @@ from shardlab.show import report
 rows = []
 for run in runs:
     measured, predicted = report.measured_states(run), report.predicted_states(run)
-    rows.append({"method": run.experiment.method, "parameters": measured.parameters, "gradients": measured.gradients,
-                 "optimizer": measured.optimizer, "measured": measured.device, "predicted": predicted.device})
+    rows.append(
+        {
+            "method": run.experiment.method,
+            "parameters": measured.parameters,
+            "gradients": measured.gradients,
+            "optimizer": measured.optimizer,
+            "measured": measured.device,
+            "predicted": predicted.device,
+        }
+    )
 table(rows, bytes_columns=("parameters", "gradients", "optimizer", "measured", "predicted"))
 
 # %%
@@ -175,8 +223,20 @@ from shardlab.show.notebook import reference
 
 rows = []
 for name in ("stages-1xh200", "stages-2xh200", "stages-4xh200"):
-    rows += [{key: row.get(key) for key in ("method", "ranks", "samples_per_second", "mfu_percent", "peak_gib", "between_steps_bytes_per_parameter")}
-             for row in reference(name)["results"]]
+    rows += [
+        {
+            key: row.get(key)
+            for key in (
+                "method",
+                "ranks",
+                "samples_per_second",
+                "mfu_percent",
+                "peak_gib",
+                "between_steps_bytes_per_parameter",
+            )
+        }
+        for row in reference(name)["results"]
+    ]
 table(rows)
 
 # %% [markdown]

@@ -54,8 +54,10 @@ check("2.1")
 # it lets through is yours. `TOP_LEVEL_KEYS` in your file holds what deepspeed 0.19.8 reads at the top.
 
 # %%
-for config in ({"train_batch_size": 8, "zero_optimisation": {"stage": 2}},
-               {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}):
+for config in (
+    {"train_batch_size": 8, "zero_optimisation": {"stage": 2}},
+    {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2},
+):
     try:
         lab.check_deepspeed_config(config, world_size=2)
     except ValueError as error:
@@ -135,8 +137,16 @@ check("2.6")
 # the model states of a rank in bytes, by your own functions or in your head, and the two answers in words.
 
 # %%
-predicted_bytes = {"ZeRO-0, 1 rank": ..., "ZeRO-1, 1 rank": ..., "ZeRO-2, 1 rank": ..., "ZeRO-3, 1 rank": ...,
-                   "ZeRO-0, 2 ranks": ..., "ZeRO-1, 2 ranks": ..., "ZeRO-2, 2 ranks": ..., "ZeRO-3, 2 ranks": ...}
+predicted_bytes = {
+    "ZeRO-0, 1 rank": ...,
+    "ZeRO-1, 1 rank": ...,
+    "ZeRO-2, 1 rank": ...,
+    "ZeRO-3, 1 rank": ...,
+    "ZeRO-0, 2 ranks": ...,
+    "ZeRO-1, 2 ranks": ...,
+    "ZeRO-2, 2 ranks": ...,
+    "ZeRO-3, 2 ranks": ...,
+}
 predicted_order = {"which stage is slowest on two H200s": ..., "do the losses differ here": ...}
 
 # %% [markdown]
@@ -153,9 +163,24 @@ from shardlab.run.experiment import Experiment
 
 def stages(ranks):
     """Stages 0 to 3 with your functions; the global batch is 8 on one rank and on two."""
-    baseline = Experiment(name=f"lab02-{ranks}", method="DDP", program="shardlab.run.training:train_text", ranks=ranks, micro_batch=4 // ranks,
-                          accumulation=2, steps=8, learning_rate=1e-3, max_tokens=64, train_examples=128, evaluate=False, save=False)
-    return [lab.with_deepspeed(baseline, lab.create_deepspeed_config(stage), f"ZeRO-{stage}") for stage in range(4)]
+    baseline = Experiment(
+        name=f"lab02-{ranks}",
+        method="DDP",
+        program="shardlab.run.training:train_text",
+        ranks=ranks,
+        micro_batch=4 // ranks,
+        accumulation=2,
+        steps=8,
+        learning_rate=1e-3,
+        max_tokens=64,
+        train_examples=128,
+        evaluate=False,
+        save=False,
+    )
+    return [
+        lab.with_deepspeed(baseline, lab.create_deepspeed_config(stage), f"ZeRO-{stage}")
+        for stage in range(4)
+    ]
 
 
 alone = launch(stages(1), runs=RUNS)
@@ -179,16 +204,37 @@ table(rows, bytes_columns=("measured", "predicted"))
 # ## Compare
 
 # %%
-measured_bytes = {f"{row['method']}, {row['ranks']} rank{'s' if row['ranks'] > 1 else ''}": row["measured"] for row in rows}
-course = {"ZeRO-0, 1 rank": 45_864_960, "ZeRO-1, 1 rank": 57_331_200, "ZeRO-2, 1 rank": 57_331_200, "ZeRO-3, 1 rank": 57_331_200,
-          "ZeRO-0, 2 ranks": 45_864_960, "ZeRO-1, 2 ranks": 40_131_840, "ZeRO-2, 2 ranks": 34_398_720, "ZeRO-3, 2 ranks": 28_665_600}
+measured_bytes = {
+    f"{row['method']}, {row['ranks']} rank{'s' if row['ranks'] > 1 else ''}": row["measured"]
+    for row in rows
+}
+course = {
+    "ZeRO-0, 1 rank": 45_864_960,
+    "ZeRO-1, 1 rank": 57_331_200,
+    "ZeRO-2, 1 rank": 57_331_200,
+    "ZeRO-3, 1 rank": 57_331_200,
+    "ZeRO-0, 2 ranks": 45_864_960,
+    "ZeRO-1, 2 ranks": 40_131_840,
+    "ZeRO-2, 2 ranks": 34_398_720,
+    "ZeRO-3, 2 ranks": 28_665_600,
+}
 compare(measured_bytes, predicted_bytes, course, unit="bytes", reference_name="course, fp32")
 
 # %%
-h200 = [row for row in reference("stages-2xh200")["results"] if row["method"] in ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3")]
+h200 = [
+    row
+    for row in reference("stages-2xh200")["results"]
+    if row["method"] in ("ZeRO-0", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+]
 slowest = min(h200, key=lambda row: row["samples_per_second"])["method"]
 differ = max(abs(a - b) for run in together for a, b in zip(run.losses(), together[0].losses()))
-compare({"which stage is slowest on two H200s": slowest, "do the losses differ here": f"by {differ:.1e}"}, predicted_order)
+compare(
+    {
+        "which stage is slowest on two H200s": slowest,
+        "do the losses differ here": f"by {differ:.1e}",
+    },
+    predicted_order,
+)
 
 # %% [markdown]
 # On one rank stages 1 to 3 hold *more* than stage 0, and this is fp32's doing: the master copy is a second copy of the same numbers, and there is
@@ -206,9 +252,20 @@ compare({"which stage is slowest on two H200s": slowest, "do the losses differ h
 # %%
 for name in ("stages-1xh200", "stages-2xh200", "stages-4xh200"):
     measured = reference(name)
-    table([{"GPUs": row["ranks"], "method": row["method"], "samples/s": row["samples_per_second"], "MFU %": row["mfu_percent"], "peak GiB": row["peak_gib"],
-            "held, bytes/parameter": row["held_bytes_per_parameter"], "between steps, bytes/parameter": row["between_steps_bytes_per_parameter"]}
-           for row in measured["results"]])
+    table(
+        [
+            {
+                "GPUs": row["ranks"],
+                "method": row["method"],
+                "samples/s": row["samples_per_second"],
+                "MFU %": row["mfu_percent"],
+                "peak GiB": row["peak_gib"],
+                "held, bytes/parameter": row["held_bytes_per_parameter"],
+                "between steps, bytes/parameter": row["between_steps_bytes_per_parameter"],
+            }
+            for row in measured["results"]
+        ]
+    )
 print(measured["hardware"]["gpus"][0], measured["versions"], measured["date"])
 
 # %% [markdown]

@@ -38,11 +38,32 @@ from shardlab.run.launch import launch
 from shardlab.show.notebook import RUNS, table
 from shardlab.run.experiment import Experiment
 
-config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "train_batch_size": 8, "gradient_clipping": 1.0,
-          "zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}}
-settings = {"ranks": 2, "deepspeed": config, "micro_batch": 2, "accumulation": 2, "steps": 2, "learning_rate": 1e-3, "max_tokens": 48,
-            "train_examples": 32, "evaluate": False, "save": False}
-run = launch(Experiment(name="lecture-watch", program="shardlab.course.lectures:watch_steps", **settings), runs=RUNS / "lecture", display=progress.Quiet(say=print), or_cpu=True)[0]
+config = {
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 2,
+    "train_batch_size": 8,
+    "gradient_clipping": 1.0,
+    "zero_optimization": {"stage": 2},
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+}
+settings = {
+    "ranks": 2,
+    "deepspeed": config,
+    "micro_batch": 2,
+    "accumulation": 2,
+    "steps": 2,
+    "learning_rate": 1e-3,
+    "max_tokens": 48,
+    "train_examples": 32,
+    "evaluate": False,
+    "save": False,
+}
+run = launch(
+    Experiment(name="lecture-watch", program="shardlab.course.lectures:watch_steps", **settings),
+    runs=RUNS / "lecture",
+    display=progress.Quiet(say=print),
+    or_cpu=True,
+)[0]
 table(run.results["watched"])
 
 # %% [markdown]
@@ -52,7 +73,12 @@ table(run.results["watched"])
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print([(row["micro-batch"], row["optimizer steps"], row["weights changed"]) for row in run.results["watched"]])
+print(
+    [
+        (row["micro-batch"], row["optimizer steps"], row["weights changed"])
+        for row in run.results["watched"]
+    ]
+)
 
 # %% [markdown]
 # ## An epoch
@@ -155,7 +181,13 @@ os.environ.update(ops.environment())
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 
 try:
-    DeepSpeedConfig({"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1})
+    DeepSpeedConfig(
+        {
+            "train_batch_size": 8,
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 1,
+        }
+    )
 except AssertionError as error:
     print(error)
 

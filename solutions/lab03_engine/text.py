@@ -145,7 +145,9 @@ from pathlib import Path
 folder = Path(tempfile.mkdtemp(), "step-4")
 folder.mkdir()
 (folder / "weights.pt").write_bytes(b"12345678")
-(folder / "complete.json").write_text(json.dumps({"ranks": 2, "universal": False, "files": {"weights.pt": 8}}))
+(folder / "complete.json").write_text(
+    json.dumps({"ranks": 2, "universal": False, "files": {"weights.pt": 8}})
+)
 print(lab.check_checkpoint(folder, 2))
 (folder / "weights.pt").write_bytes(b"1234")
 try:
@@ -177,17 +179,36 @@ import shutil
 from shardlab.run.launch import launch
 from shardlab.run.experiment import Experiment
 
-config = lab.engine_config(2, offload=False, micro_batch=2, accumulation=2, ranks=2, learning_rate=1e-3, precision="fp32")
-settings = {"program": "labs/lab03_engine/train.py:program", "ranks": 2, "deepspeed": config, "micro_batch": 2, "accumulation": 2, "learning_rate": 1e-3,
-            "max_tokens": 64, "train_examples": 40, "eval_examples": 16}
+config = lab.engine_config(
+    2, offload=False, micro_batch=2, accumulation=2, ranks=2, learning_rate=1e-3, precision="fp32"
+)
+settings = {
+    "program": "labs/lab03_engine/train.py:program",
+    "ranks": 2,
+    "deepspeed": config,
+    "micro_batch": 2,
+    "accumulation": 2,
+    "learning_rate": 1e-3,
+    "max_tokens": 64,
+    "train_examples": 40,
+    "eval_examples": 16,
+}
 saved = RUNS / "lab03-checkpoints"
 shutil.rmtree(saved, ignore_errors=True)
 whole = Experiment(name="lab03-whole", method="without a stop", steps=12, **settings)
-first = Experiment(name="lab03-first", method="6 steps", steps=6, options={"checkpoints": str(saved)}, **settings)
+first = Experiment(
+    name="lab03-first", method="6 steps", steps=6, options={"checkpoints": str(saved)}, **settings
+)
 whole, first = launch([whole, first], runs=RUNS, or_cpu=True)
 
 # %%
-second = Experiment(name="lab03-second", method="and 6 more", steps=12, options={"checkpoints": str(saved), "resume": True}, **settings)
+second = Experiment(
+    name="lab03-second",
+    method="and 6 more",
+    steps=12,
+    options={"checkpoints": str(saved), "resume": True},
+    **settings,
+)
 second = launch(second, runs=RUNS, or_cpu=True)[0]
 
 # %% [markdown]
@@ -199,10 +220,15 @@ together = first.losses() + second.losses()
 measured = {
     "files in one checkpoint (complete.json included)": len(files),
     "bytes of one checkpoint": sum(path.stat().st_size for path in files),
-    "largest difference between the losses of the two": max(abs(a - b) for a, b in zip(whole.losses(), together, strict=True)),
+    "largest difference between the losses of the two": max(
+        abs(a - b) for a, b in zip(whole.losses(), together, strict=True)
+    ),
 }
-course = {"files in one checkpoint (complete.json included)": 4, "bytes of one checkpoint": 45_926_439,
-          "largest difference between the losses of the two": 0.0}
+course = {
+    "files in one checkpoint (complete.json included)": 4,
+    "bytes of one checkpoint": 45_926_439,
+    "largest difference between the losses of the two": 0.0,
+}
 compare(measured, predicted, course, reference_name="course")
 
 # %% [markdown]
@@ -210,7 +236,12 @@ compare(measured, predicted, course, reference_name="course")
 # the master weights among them. In bf16 it would be 14: 2 + 12. A checkpoint that can be continued is much larger than the model.
 
 # %%
-table([{"file": str(path.relative_to(saved / "step-6")), "bytes": f"{path.stat().st_size:,}"} for path in sorted(files)])
+table(
+    [
+        {"file": str(path.relative_to(saved / "step-6")), "bytes": f"{path.stat().st_size:,}"}
+        for path in sorted(files)
+    ]
+)
 show([whole, first, second], plots=False)
 
 # %% [markdown]
@@ -235,7 +266,10 @@ out = RUNS / "lab03-model"
 with redirect_stdout(io.StringIO()):  # DeepSpeed prints what it reads
     lab.consolidate(saved / "step-12", "bloom-tiny", out)
 model = AutoModelForCausalLM.from_pretrained(out)
-print(f"{sum(p.numel() for p in model.parameters()):,} parameters, tied: {model.lm_head.weight is model.transformer.word_embeddings.weight}")
+print(
+    f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+    f"tied: {model.lm_head.weight is model.transformer.word_embeddings.weight}"
+)
 print(sorted(path.name for path in out.iterdir()))
 
 # %% [markdown]
@@ -254,12 +288,22 @@ universal = RUNS / "lab03-universal"
 shutil.rmtree(universal, ignore_errors=True)
 with redirect_stdout(io.StringIO()):
     lab.convert_to_universal(saved / "step-12", universal)
-config = lab.engine_config(2, offload=False, micro_batch=2, accumulation=4, ranks=1, learning_rate=1e-3, precision="fp32")
+config = lab.engine_config(
+    2, offload=False, micro_batch=2, accumulation=4, ranks=1, learning_rate=1e-3, precision="fp32"
+)
 config["checkpoint"] = {"load_universal": True}
-alone = Experiment(name="lab03-alone", method="2 more on one rank", steps=14, options={"checkpoints": str(universal), "resume": True},
-                   **(settings | {"ranks": 1, "deepspeed": config, "accumulation": 4}))
+alone = Experiment(
+    name="lab03-alone",
+    method="2 more on one rank",
+    steps=14,
+    options={"checkpoints": str(universal), "resume": True},
+    **(settings | {"ranks": 1, "deepspeed": config, "accumulation": 4}),
+)
 alone = launch(alone, runs=RUNS, or_cpu=True)[0]
-print("steps 11 and 12 on two ranks, 13 and 14 on one:", [round(loss, 4) for loss in together[-2:] + alone.losses()])
+print(
+    "steps 11 and 12 on two ranks, 13 and 14 on one:",
+    [round(loss, 4) for loss in together[-2:] + alone.losses()],
+)
 
 # %% [markdown]
 # Each step sees other rows, so one loss can be above the one before. That the states are the same is what the check looks at: it trains on the same rows
@@ -285,8 +329,18 @@ print("steps 11 and 12 on two ranks, 13 and 14 on one:", [round(loss, 4) for los
 # %%
 for name in ("engine-1xh200", "engine-2xh200"):
     measured = reference(name)
-    table([{"GPUs": row["ranks"], "method": row["method"], "samples/s": row["samples_per_second"], "held on the device": row["largest_rank"],
-            "last loss": row["losses"][-1]} for row in measured["results"]])
+    table(
+        [
+            {
+                "GPUs": row["ranks"],
+                "method": row["method"],
+                "samples/s": row["samples_per_second"],
+                "held on the device": row["largest_rank"],
+                "last loss": row["losses"][-1],
+            }
+            for row in measured["results"]
+        ]
+    )
 print(measured["hardware"]["gpus"][0], measured["versions"], measured["date"])
 
 # %% [markdown]

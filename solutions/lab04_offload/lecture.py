@@ -32,10 +32,24 @@ from shardlab.show.notebook import reference, table
 
 host = reference("host-1xh200")
 rows = [{"from and to": row["what"], "GiB/s": row["gib_per_second"]} for row in host["copies"]]
-rows += [{"from and to": f"disk, {row['what']}, direct (libaio)", "GiB/s": row["gib_per_second"]} for row in host["disk"]]
+rows += [
+    {"from and to": f"disk, {row['what']}, direct (libaio)", "GiB/s": row["gib_per_second"]}
+    for row in host["disk"]
+]
 nearest = max(row["GiB/s"] for row in rows)
-table([row | {"times slower than the GPU's memory": nearest / row["GiB/s"]} for row in sorted(rows, key=lambda row: -row["GiB/s"])])
-print(host["hardware"]["gpus"][0], host["hardware"]["cpu"], host["hardware"]["cpu_cores"], "cores,", host["date"])
+table(
+    [
+        row | {"times slower than the GPU's memory": nearest / row["GiB/s"]}
+        for row in sorted(rows, key=lambda row: -row["GiB/s"])
+    ]
+)
+print(
+    host["hardware"]["gpus"][0],
+    host["hardware"]["cpu"],
+    host["hardware"]["cpu_cores"],
+    "cores,",
+    host["date"],
+)
 
 # %% [markdown]
 # The link is 76 times slower than the GPU's own memory, the disk more than a thousand times. (A virtual machine's disk; a server with several NVMe drives reads
@@ -67,9 +81,22 @@ gpu = reference("offload-1xh200")
 rows = []
 for row in gpu["results"]:
     if row["micro_batch"] == 8 and row["method"] != "ZeRO-3 + both on NVMe":
-        held, predicted = memory_model.States(**row["held_bytes"]), memory_model.States(**row["predicted_bytes"])
-        rows.append({"method": row["method"], "micro-batches": row["accumulation"], "device": held.device, "host": held.host, "disk": held.disk,
-                     "predicted = measured": held == predicted, "samples/s": row["samples_per_second"], "peak GiB": row["peak_gib"]})
+        held, predicted = (
+            memory_model.States(**row["held_bytes"]),
+            memory_model.States(**row["predicted_bytes"]),
+        )
+        rows.append(
+            {
+                "method": row["method"],
+                "micro-batches": row["accumulation"],
+                "device": held.device,
+                "host": held.host,
+                "disk": held.disk,
+                "predicted = measured": held == predicted,
+                "samples/s": row["samples_per_second"],
+                "peak GiB": row["peak_gib"],
+            }
+        )
 table(rows, bytes_columns=("device", "host", "disk"))
 print(gpu["hardware"]["gpus"][0], gpu["versions"], gpu["date"])
 
@@ -106,11 +133,20 @@ import numpy
 lines = {}
 for micro_batch in (8, 32):
     for method in ("ZeRO-2", "ZeRO-2 + optimizer on CPU"):
-        found = [row for row in gpu["results"] if (row["method"], row["micro_batch"]) == (method, micro_batch)]
+        found = [
+            row
+            for row in gpu["results"]
+            if (row["method"], row["micro_batch"]) == (method, micro_batch)
+        ]
         k = [row["accumulation"] for row in found]
-        lines[micro_batch, method] = numpy.polyfit(k, [row["global_batch"] / row["samples_per_second"] for row in found], 1)
+        lines[micro_batch, method] = numpy.polyfit(
+            k, [row["global_batch"] / row["samples_per_second"] for row in found], 1
+        )
     (a0, b0), (a, b) = lines[micro_batch, "ZeRO-2"], lines[micro_batch, "ZeRO-2 + optimizer on CPU"]
-    print(f"measured, micro-batch {micro_batch}: a grew by {a - a0:.3f} s, b by {b - b0:.3f} s; the share kept cannot exceed {a0 / a:.2f}")
+    print(
+        f"measured, micro-batch {micro_batch}: a grew by {a - a0:.3f} s, b by {b - b0:.3f} s; "
+        f"the share kept cannot exceed {a0 / a:.2f}"
+    )
 
 # %% [markdown]
 # The order of magnitude is right, and the rest is what the sum leaves out: waiting, the norm of the gradients on the host, conversions between bf16 and fp32. What follows
@@ -127,7 +163,16 @@ for micro_batch in (8, 32):
 # was against torch's loop. Against torch's fused CPU version, measured above on 16 cores:
 
 # %%
-table([{"Adam": row["what"], "ms for 100 million elements": 1000 * row["seconds"], "GiB/s": row["gib_per_second"]} for row in host["adam"]])
+table(
+    [
+        {
+            "Adam": row["what"],
+            "ms for 100 million elements": 1000 * row["seconds"],
+            "GiB/s": row["gib_per_second"],
+        }
+        for row in host["adam"]
+    ]
+)
 
 # %% [markdown]
 # So the reason to use it is no longer speed alone; ZeRO-Offload asks for it, and its states are the ones that DeepSpeed saves.
@@ -143,8 +188,19 @@ table([{"Adam": row["what"], "ms for 100 million elements": 1000 * row["seconds"
 
 # %%
 large = reference("offload-3b-1xh200")
-table([{"method": row["method"], "outcome": row["outcome"], "samples/s": row["samples_per_second"] if row["outcome"] == "finished" else None,
-        "peak GiB": row.get("peak_gib"), "on disk": row.get("disk_bytes")} for row in large["results"]], bytes_columns=("on disk",))
+table(
+    [
+        {
+            "method": row["method"],
+            "outcome": row["outcome"],
+            "samples/s": row["samples_per_second"] if row["outcome"] == "finished" else None,
+            "peak GiB": row.get("peak_gib"),
+            "on disk": row.get("disk_bytes"),
+        }
+        for row in large["results"]
+    ],
+    bytes_columns=("on disk",),
+)
 
 # %% [markdown]
 # Parameters on NVMe pass through a pool of buffers (`buffer_count` of `buffer_size` elements). Stage 3 by default keeps up to 10⁹ gathered elements for later use, and
@@ -179,16 +235,41 @@ if libaio.state == "works":
     def part(name: str, steps: int, **options) -> Experiment:
         swap = place / name
         swap.mkdir(parents=True)
-        zero = {"stage": 3, "sub_group_size": 300_000, "offload_optimizer": {"device": "nvme", "nvme_path": str(swap)}}
-        config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "train_batch_size": 4, "gradient_clipping": 1.0,
-                  "zero_optimization": zero, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
-        return Experiment(name=name, program="shardlab.course.lectures:resume_with_deepspeed_alone", ranks=2, deepspeed=config, micro_batch=2, steps=steps,
-                          max_tokens=48, train_examples=32, evaluate=False, save=False, options=options | {"checkpoints": str(place / "checkpoints")})
+        zero = {
+            "stage": 3,
+            "sub_group_size": 300_000,
+            "offload_optimizer": {"device": "nvme", "nvme_path": str(swap)},
+        }
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_accumulation_steps": 1,
+            "train_batch_size": 4,
+            "gradient_clipping": 1.0,
+            "zero_optimization": zero,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        }
+        return Experiment(
+            name=name,
+            program="shardlab.course.lectures:resume_with_deepspeed_alone",
+            ranks=2,
+            deepspeed=config,
+            micro_batch=2,
+            steps=steps,
+            max_tokens=48,
+            train_examples=32,
+            evaluate=False,
+            save=False,
+            options=options | {"checkpoints": str(place / "checkpoints")},
+        )
 
     quiet = progress.Quiet(say=print)
     whole = launch(part("whole", 6), runs=RUNS / "lecture", display=quiet, or_cpu=True)[0].results
-    first = launch(part("first", 3, save_at=3), runs=RUNS / "lecture", display=quiet, or_cpu=True)[0].results
-    second = launch(part("second", 6, load=True), runs=RUNS / "lecture", display=quiet, or_cpu=True)[0].results
+    first = launch(part("first", 3, save_at=3), runs=RUNS / "lecture", display=quiet, or_cpu=True)[
+        0
+    ].results
+    second = launch(
+        part("second", 6, load=True), runs=RUNS / "lecture", display=quiet, or_cpu=True
+    )[0].results
     print("without a stop", whole["losses"])
     print("with a stop   ", first["losses"] + second["losses"])
     print("second save   ", first["second save"])

@@ -123,25 +123,55 @@ ways = {
     "ZeRO-2": lab.create_offload_config(2),
     "ZeRO-2, optimizer on the CPU": lab.create_offload_config(2, optimizer_offload=True),
     "ZeRO-3, optimizer on the CPU": lab.create_offload_config(3, optimizer_offload=True),
-    "ZeRO-3, both on the CPU": lab.create_offload_config(3, optimizer_offload=True, param_offload=True),
+    "ZeRO-3, both on the CPU": lab.create_offload_config(
+        3, optimizer_offload=True, param_offload=True
+    ),
 }
 libaio = toolchain.check_libaio()
 if libaio.state == "works":
     ways["ZeRO-3, optimizer on NVMe"] = lab.create_offload_config(
-        3, optimizer_offload=True, offload_device="nvme", nvme_path=disk,
-        bytes_on_disk=2 * lab.swapped_bytes([[2_866_560]], 2) * 4 // 3)  # two ranks; large parameters' fp32 gradients go there, too: 16 for 12 bytes
+        3,
+        optimizer_offload=True,
+        offload_device="nvme",
+        nvme_path=disk,
+        bytes_on_disk=2 * lab.swapped_bytes([[2_866_560]], 2) * 4 // 3,
+    )  # two ranks; large parameters' fp32 gradients go there, too: 16 for 12 bytes
 else:
     print(f"NVMe is not run: {libaio.detail} → {libaio.remedy}")
 
 
 def experiment(name: str, method: str, accumulation: int = 1) -> Experiment:
-    batch = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto", "gradient_clipping": 1.0}
-    adam = {"type": "AdamW", "params": {"lr": "auto"} | ({} if "on" in method.split() else {"torch_adam": True})}
-    return Experiment(name=f"lab04-{name}", method=method, program="shardlab.run.training:train_text", ranks=2, micro_batch=2, accumulation=accumulation,
-                      steps=8, max_tokens=64, learning_rate=1e-3, evaluate=False, save=False, deepspeed=batch | {"optimizer": adam} | ways[method])
+    batch = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": 1.0,
+    }
+    adam = {
+        "type": "AdamW",
+        "params": {"lr": "auto"} | ({} if "on" in method.split() else {"torch_adam": True}),
+    }
+    return Experiment(
+        name=f"lab04-{name}",
+        method=method,
+        program="shardlab.run.training:train_text",
+        ranks=2,
+        micro_batch=2,
+        accumulation=accumulation,
+        steps=8,
+        max_tokens=64,
+        learning_rate=1e-3,
+        evaluate=False,
+        save=False,
+        deepspeed=batch | {"optimizer": adam} | ways[method],
+    )
 
 
-runs = launch([experiment(f"way{number}", method) for number, method in enumerate(ways)], runs=RUNS, or_cpu=True)
+runs = launch(
+    [experiment(f"way{number}", method) for number, method in enumerate(ways)],
+    runs=RUNS,
+    or_cpu=True,
+)
 
 # %% [markdown]
 # ## Compare
@@ -156,19 +186,42 @@ for side in ("device", "host"):
         zero = run.experiment.deepspeed["zero_optimization"]
         if "NVMe" not in run.experiment.method:
             formula[run.experiment.method] = lab.offload_bytes(
-                zero["stage"], run.states()["groups"], 2, "fp32", optimizer_offload="offload_optimizer" in zero, param_offload="offload_param" in zero)[side]
+                zero["stage"],
+                run.states()["groups"],
+                2,
+                "fp32",
+                optimizer_offload="offload_optimizer" in zero,
+                param_offload="offload_param" in zero,
+            )[side]
     print(f"on the {side}:")
-    compare(measured, {method: bytes_[side] for method, bytes_ in predicted.items()}, formula, unit="bytes", reference_name="your formula")
+    compare(
+        measured,
+        {method: bytes_[side] for method, bytes_ in predicted.items()},
+        formula,
+        unit="bytes",
+        reference_name="your formula",
+    )
 
 # %%
 rows = []
 for run in runs:
     held = report.measured_states(run)
-    rows.append({"method": run.experiment.method, "device": held.device, "host": held.host, "on disk": held.disk, "samples/s": run.samples_per_second(),
-                 "last loss": run.losses()[-1]})
+    rows.append(
+        {
+            "method": run.experiment.method,
+            "device": held.device,
+            "host": held.host,
+            "on disk": held.disk,
+            "samples/s": run.samples_per_second(),
+            "last loss": run.losses()[-1],
+        }
+    )
 table(rows, bytes_columns=("device", "host", "on disk"))
 if libaio.state == "works":
-    print(f"in the files of rank 0: {lab.bytes_found(disk, 0):,}; your formula: {lab.swapped_bytes(runs[-1].states()['groups'], 2):,}")
+    print(
+        f"in the files of rank 0: {lab.bytes_found(disk, 0):,}; "
+        f"your formula: {lab.swapped_bytes(runs[-1].states()['groups'], 2):,}"
+    )
 
 # %% [markdown]
 # The losses agree to the rounding of fp32: offload moves bytes. (It also changes the Adam: offloaded, it is DeepSpeed's, else torch's. The two round
@@ -180,10 +233,27 @@ if libaio.state == "works":
 # %%
 for name in ("offload-1xh200", "offload-2xh200"):
     gpu = reference(name)
-    table([{"GPUs": row["ranks"], "method": row["method"], "device": row["held_bytes"]["parameters"] + row["held_bytes"]["gradients"] + row["held_bytes"]["optimizer"],
-            "host": sum(row["held_bytes"][f"host_{kind}"] for kind in ("parameters", "gradients", "optimizer")), "on disk": row.get("disk_bytes"),
-            "samples/s": row["samples_per_second"], "peak GiB": row["peak_gib"]}
-           for row in gpu["results"] if (row["micro_batch"], row["accumulation"]) == (8, 4)], bytes_columns=("device", "host", "on disk"))
+    table(
+        [
+            {
+                "GPUs": row["ranks"],
+                "method": row["method"],
+                "device": row["held_bytes"]["parameters"]
+                + row["held_bytes"]["gradients"]
+                + row["held_bytes"]["optimizer"],
+                "host": sum(
+                    row["held_bytes"][f"host_{kind}"]
+                    for kind in ("parameters", "gradients", "optimizer")
+                ),
+                "on disk": row.get("disk_bytes"),
+                "samples/s": row["samples_per_second"],
+                "peak GiB": row["peak_gib"],
+            }
+            for row in gpu["results"]
+            if (row["micro_batch"], row["accumulation"]) == (8, 4)
+        ],
+        bytes_columns=("device", "host", "on disk"),
+    )
 print(gpu["hardware"]["gpus"][0], gpu["versions"], gpu["date"])
 
 # %% [markdown]
@@ -208,10 +278,26 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 settings = {"lr": 1e-3, "weight_decay": 0.01}
 rows = []
-for name, options in (("a loop over tensors", {"foreach": False}), ("foreach", {"foreach": True}), ("fused", {"fused": True})):
-    came = lab.compare_optimizers(lambda p: DeepSpeedCPUAdam(p, **settings), lambda p: torch.optim.AdamW(p, **settings, **options), 10_000_000, 6)
-    rows.append({"torch's AdamW": name, "largest difference": came["largest_difference"], "DeepSpeedCPUAdam ms": 1000 * came["first_seconds"],
-                 "torch ms": 1000 * came["second_seconds"], "torch / DeepSpeed": came["second_seconds"] / came["first_seconds"]})
+for name, options in (
+    ("a loop over tensors", {"foreach": False}),
+    ("foreach", {"foreach": True}),
+    ("fused", {"fused": True}),
+):
+    came = lab.compare_optimizers(
+        lambda p: DeepSpeedCPUAdam(p, **settings),
+        lambda p: torch.optim.AdamW(p, **settings, **options),
+        10_000_000,
+        6,
+    )
+    rows.append(
+        {
+            "torch's AdamW": name,
+            "largest difference": came["largest_difference"],
+            "DeepSpeedCPUAdam ms": 1000 * came["first_seconds"],
+            "torch ms": 1000 * came["second_seconds"],
+            "torch / DeepSpeed": came["second_seconds"] / came["first_seconds"],
+        }
+    )
 table(rows)
 
 # %% [markdown]
@@ -220,7 +306,12 @@ table(rows)
 
 # %%
 host = reference("host-1xh200")
-table([{"Adam": row["what"], "ms per step": 1000 * row["seconds"], "GiB/s": row["gib_per_second"]} for row in host["adam"]])
+table(
+    [
+        {"Adam": row["what"], "ms per step": 1000 * row["seconds"], "GiB/s": row["gib_per_second"]}
+        for row in host["adam"]
+    ]
+)
 print(host["hardware"]["cpu"], host["hardware"]["cpu_cores"], "cores,", host["versions"]["torch"])
 
 # %% [markdown]
@@ -246,16 +337,38 @@ gpu, rows = reference("offload-1xh200"), []
 for micro_batch in (8, 32):
     lines = []
     for method in ("ZeRO-2", "ZeRO-2 + optimizer on CPU"):
-        found = [row for row in gpu["results"] if (row["method"], row["micro_batch"]) == (method, micro_batch)]
-        lines.append(lab.fit_step_time([row["accumulation"] for row in found], [row["global_batch"] / row["samples_per_second"] for row in found]))
+        found = [
+            row
+            for row in gpu["results"]
+            if (row["method"], row["micro_batch"]) == (method, micro_batch)
+        ]
+        lines.append(
+            lab.fit_step_time(
+                [row["accumulation"] for row in found],
+                [row["global_batch"] / row["samples_per_second"] for row in found],
+            )
+        )
     plain, offloaded = lines
-    rows.append({"micro-batch": micro_batch, "a without (s)": plain[0], "a with": offloaded[0], "b without (s)": plain[1], "b with": offloaded[1],
-                 "kept at 1": lab.share_kept(1, *lines), "kept at 4": lab.share_kept(4, *lines), "limit": plain[0] / offloaded[0],
-                 "accumulation for 60 %": lab.accumulation_for(0.6, *lines)})
+    rows.append(
+        {
+            "micro-batch": micro_batch,
+            "a without (s)": plain[0],
+            "a with": offloaded[0],
+            "b without (s)": plain[1],
+            "b with": offloaded[1],
+            "kept at 1": lab.share_kept(1, *lines),
+            "kept at 4": lab.share_kept(4, *lines),
+            "limit": plain[0] / offloaded[0],
+            "accumulation for 60 %": lab.accumulation_for(0.6, *lines),
+        }
+    )
 table(rows)
 for row in gpu["results"]:
     if row["micro_batch"] == 32:
-        print(f"measured: {row['method']:<26} micro-batch 32, accumulation {row['accumulation']}: {row['samples_per_second']:.1f} samples/s")
+        print(
+            f"measured: {row['method']:<26} micro-batch 32, accumulation {row['accumulation']}: "
+            f"{row['samples_per_second']:.1f} samples/s"
+        )
 
 # %% [markdown]
 # Measured at micro-batch 32 and accumulation 4, offload keeps 76 % of the samples/s, at the same global batch, and frees 7.3 GiB of model states.
@@ -283,12 +396,35 @@ def states_of(stage, ranks, **offload):
     return lambda parameters: lab.offload_bytes(stage, [[parameters]], ranks, "bf16", **offload)
 
 
-methods = {"ZeRO-2": (2, {}), "ZeRO-3": (3, {}), "ZeRO-2, optimizer on the CPU": (2, {"optimizer_offload": True}),
-           "ZeRO-3, optimizer on the CPU": (3, {"optimizer_offload": True}),
-           "ZeRO-3, both on the CPU": (3, {"optimizer_offload": True, "param_offload": True})}
-table([{"method": method} | {
-    f"{ranks} × 40 GiB, host {host_gib} GiB": f"{lab.largest_model(states_of(stage, ranks, **offload), ranks=ranks, device_bytes=40 * GIB, host_bytes=host_gib * GIB) / 1e9:.2f} billion"
-    for ranks, host_gib in ((1, 128), (4, 128), (4, 512))} for method, (stage, offload) in methods.items()])
+methods = {
+    "ZeRO-2": (2, {}),
+    "ZeRO-3": (3, {}),
+    "ZeRO-2, optimizer on the CPU": (2, {"optimizer_offload": True}),
+    "ZeRO-3, optimizer on the CPU": (3, {"optimizer_offload": True}),
+    "ZeRO-3, both on the CPU": (3, {"optimizer_offload": True, "param_offload": True}),
+}
+
+
+def billions(stage: int, offload: dict, ranks: int, host_gib: int) -> str:
+    largest = lab.largest_model(
+        states_of(stage, ranks, **offload),
+        ranks=ranks,
+        device_bytes=40 * GIB,
+        host_bytes=host_gib * GIB,
+    )
+    return f"{largest / 1e9:.2f} billion"
+
+
+table(
+    [
+        {"method": method}
+        | {
+            f"{ranks} × 40 GiB, host {host_gib} GiB": billions(stage, offload, ranks, host_gib)
+            for ranks, host_gib in ((1, 128), (4, 128), (4, 512))
+        }
+        for method, (stage, offload) in methods.items()
+    ]
+)
 
 # %% [markdown]
 # Read the middle column: four devices do not help offload when the host stays the same. And these are model states alone; activations come on top. Tried on
@@ -296,9 +432,20 @@ table([{"method": method} | {
 
 # %%
 large = reference("offload-3b-1xh200")
-table([{"method": row["method"], "outcome": row["outcome"], "samples/s": row["samples_per_second"] if row["outcome"] == "finished" else None,
-        "peak GiB": row.get("peak_gib"), "on disk GiB": row["disk_bytes"] / GIB if "disk_bytes" in row else None,
-        "reason": (row.get("reason") or "").split(". ")[0][:90]} for row in large["results"] if row["model"].endswith("3b")])
+table(
+    [
+        {
+            "method": row["method"],
+            "outcome": row["outcome"],
+            "samples/s": row["samples_per_second"] if row["outcome"] == "finished" else None,
+            "peak GiB": row.get("peak_gib"),
+            "on disk GiB": row["disk_bytes"] / GIB if "disk_bytes" in row else None,
+            "reason": (row.get("reason") or "").split(". ")[0][:90],
+        }
+        for row in large["results"]
+        if row["model"].endswith("3b")
+    ]
+)
 
 # %% [markdown]
 # ## 4.7 A checkpoint of states on disk

@@ -99,7 +99,9 @@ from shardlab.cluster.scaling import Link, fit, network
 links = reference("links-4xh200")
 rows = {}
 for row in links["results"]:
-    rows.setdefault(row["bytes"], {"bytes": f"{row['bytes']:,}"})[f"{row['collective']} µs"] = 1e6 * row["seconds"]
+    rows.setdefault(row["bytes"], {"bytes": f"{row['bytes']:,}"})[f"{row['collective']} µs"] = (
+        1e6 * row["seconds"]
+    )
     rows[row["bytes"]][f"{row['collective']} GB/s"] = row["bus_gb_per_second"]
 table(list(rows.values())[::3])
 print(links["hardware"]["gpus"][0], links["versions"], links["date"])
@@ -119,7 +121,10 @@ print(links["hardware"]["gpus"][0], links["versions"], links["date"])
 
 # %%
 PARAMETERS = 559_214_592
-measured = {gpus: {row["method"]: row for row in reference(f"stages-{gpus}xh200")["results"]} for gpus in (1, 2, 4)}
+measured = {
+    gpus: {row["method"]: row for row in reference(f"stages-{gpus}xh200")["results"]}
+    for gpus in (1, 2, 4)
+}
 reduce_ = [row for row in links["results"] if row["collective"] == "all-reduce"]
 nvlink = Link("NVLink", reduce_[-1]["bus_gb_per_second"], reduce_[0]["seconds"])
 
@@ -130,14 +135,29 @@ def step(gpus: int, name: str) -> float:
 
 
 # The plain Trainer keeps fp32 gradients under autocast, so DDP sends 4 bytes per element.
-names = {"DDP": ("baseline", 4), "ZeRO-1": ("ZeRO-1", 2), "ZeRO-2": ("ZeRO-2", 2), "ZeRO-3": ("ZeRO-3", 2)}
-models = {method: fit(method, PARAMETERS, 2, step(1, name), step(2, name), nvlink, size) for method, (name, size) in names.items()}
+names = {
+    "DDP": ("baseline", 4),
+    "ZeRO-1": ("ZeRO-1", 2),
+    "ZeRO-2": ("ZeRO-2", 2),
+    "ZeRO-3": ("ZeRO-3", 2),
+}
+models = {
+    method: fit(method, PARAMETERS, 2, step(1, name), step(2, name), nvlink, size)
+    for method, (name, size) in names.items()
+}
 models["ZeRO++"] = replace(models["ZeRO-3"], method="ZeRO++")
 rows = []
 for method, (name, _) in names.items():
     model = models[method].seconds(1, 4, nvlink)
-    rows.append({"method": method, **{f"measured, {gpus} GPU": f"{1000 * step(gpus, name):.0f} ms" for gpus in (1, 2, 4)}, "model, 4 GPU": f"{1000 * model:.0f} ms",
-                 "model / measured": model / step(4, name), "messages": round(models[method].messages)})
+    rows.append(
+        {
+            "method": method,
+            **{f"measured, {gpus} GPU": f"{1000 * step(gpus, name):.0f} ms" for gpus in (1, 2, 4)},
+            "model, 4 GPU": f"{1000 * model:.0f} ms",
+            "model / measured": model / step(4, name),
+            "messages": round(models[method].messages),
+        }
+    )
 table(rows)
 
 # %% [markdown]
@@ -150,12 +170,21 @@ table(rows)
 # %%
 import matplotlib.pyplot as plt
 
-fabrics = [network("25 Gb/s Ethernet, 1 adapter", 25, 1, 30e-6), network("100 Gb/s, 1 adapter", 100, 1, 10e-6), network("400 Gb/s InfiniBand, 4 adapters", 400, 4, 5e-6)]
+fabrics = [
+    network("25 Gb/s Ethernet, 1 adapter", 25, 1, 30e-6),
+    network("100 Gb/s, 1 adapter", 100, 1, 10e-6),
+    network("400 Gb/s InfiniBand, 4 adapters", 400, 4, 5e-6),
+]
 counts = [2**power for power in range(1, 11)]
 figure, axes = plt.subplots(1, len(fabrics), figsize=(12, 3.4), sharey=True)
 for axis, fabric in zip(axes, fabrics):
     for method, model in models.items():
-        axis.plot(counts, [model.efficiency(nodes, 4, nvlink, fabric) for nodes in counts], marker=".", label=method)
+        axis.plot(
+            counts,
+            [model.efficiency(nodes, 4, nvlink, fabric) for nodes in counts],
+            marker=".",
+            label=method,
+        )
     axis.set(xscale="log", xlabel="nodes of 4 GPUs", title=fabric.name, ylim=(0, 1))
 axes[0].set_ylabel("predicted efficiency, weak scaling")
 axes[0].legend()
@@ -169,7 +198,16 @@ figure.tight_layout()
 rows = []
 for fabric in fabrics:
     for method, model in models.items():
-        rows.append({"network": fabric.name, "method": method, **{f"{nodes} nodes": f"{model.efficiency(nodes, 4, nvlink, fabric):.0%}" for nodes in (2, 16, 128, 1024)}})
+        rows.append(
+            {
+                "network": fabric.name,
+                "method": method,
+                **{
+                    f"{nodes} nodes": f"{model.efficiency(nodes, 4, nvlink, fabric):.0%}"
+                    for nodes in (2, 16, 128, 1024)
+                },
+            }
+        )
 table(rows)
 
 # %% [markdown]

@@ -34,7 +34,11 @@ from shardlab.show.notebook import RUNS, check, compare, reference, scoreboard, 
 
 lab = start("lab06_multi_node")
 why_not = slurm.missing()
-print(f"Slurm: {why_not}" if why_not else f"Slurm answers{': the local cluster' if slurm.is_local() else ''}.")
+print(
+    f"Slurm: {why_not}"
+    if why_not
+    else f"Slurm answers{': the local cluster' if slurm.is_local() else ''}."
+)
 
 # %% [markdown]
 # ## 6.1 Which nodes
@@ -57,7 +61,12 @@ check("6.1")
 # of two nodes (`SLURM_NODEID` 1), with 4 ranks per node: port 12000 + 41234 mod 10000 = 13234, and `is_host=false`.
 
 # %%
-node_2 = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_PROCID": "1"}
+node_2 = {
+    "SLURM_JOB_ID": "41234",
+    "SLURM_JOB_NUM_NODES": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "1",
+}
 print(lab.rendezvous(node_2, "10.0.0.11", 4))
 
 # %%
@@ -88,7 +97,15 @@ import sys
 from pathlib import Path
 
 setup = f"export PATH='{Path(sys.prefix, 'bin')}':$PATH"
-text = lab.batch_script(name="first", nodes=2, ranks_per_node=1, minutes=5, log="/tmp/first.log", setup="export PATH=…", program=["-m", "shardlab.cli", "run", "my run"])
+text = lab.batch_script(
+    name="first",
+    nodes=2,
+    ranks_per_node=1,
+    minutes=5,
+    log="/tmp/first.log",
+    setup="export PATH=…",
+    program=["-m", "shardlab.cli", "run", "my run"],
+)
 print(text)
 
 # %% [markdown]
@@ -125,10 +142,26 @@ from shardlab.run.launch import launch
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
 
-zero = {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
-        "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "train_batch_size": "auto"}
-settings = {"program": "shardlab.run.training:train_text", "ranks": 2, "micro_batch": 4, "accumulation": 1, "steps": 30, "max_tokens": 64, "learning_rate": 1e-3,
-            "evaluate": False, "save": False, "deepspeed": zero}
+zero = {
+    "zero_optimization": {"stage": 2},
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}},
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+}
+settings = {
+    "program": "shardlab.run.training:train_text",
+    "ranks": 2,
+    "micro_batch": 4,
+    "accumulation": 1,
+    "steps": 30,
+    "max_tokens": 64,
+    "learning_rate": 1e-3,
+    "evaluate": False,
+    "save": False,
+    "deepspeed": zero,
+}
 if not why_not:
     site = batch.site_in_use()
     runs = RUNS if slurm.is_local() else batch.run_root(site)
@@ -136,15 +169,26 @@ if not why_not:
     experiment = Experiment(name="lab06-two-nodes", method="2 nodes × 1 rank", **settings)
     shutil.rmtree(runs / experiment.name, ignore_errors=True)
     (runs / "lab06.json").write_text(experiment.model_dump_json())
-    script = lab.batch_script(name="lab06", nodes=2, ranks_per_node=1, minutes=10, log=str(runs / "lab06.log"), setup=batch.setup_lines(site),
-                              program=["-m", "shardlab.run.ranks", str(runs / "lab06.json"), str(runs)])
+    script = lab.batch_script(
+        name="lab06",
+        nodes=2,
+        ranks_per_node=1,
+        minutes=10,
+        log=str(runs / "lab06.log"),
+        setup=batch.setup_lines(site),
+        program=["-m", "shardlab.run.ranks", str(runs / "lab06.json"), str(runs)],
+    )
     submitted = time.time()
-    number = slurm.submit(script, *batch.sbatch_options(site, gpus_per_node=min(1, site.gpus_per_node)))
+    number = slurm.submit(
+        script, *batch.sbatch_options(site, gpus_per_node=min(1, site.gpus_per_node))
+    )
     job = slurm.follow(number, runs / experiment.name, limit=600)
     print(job.state, "" if job.state == "COMPLETED" else slurm.log_tail(number))
 
 # %%
-one_node = launch(Experiment(name="lab06-one-node", method="1 node × 2 ranks", **settings), runs=RUNS, or_cpu=True)[0]
+one_node = launch(
+    Experiment(name="lab06-one-node", method="1 node × 2 ranks", **settings), runs=RUNS, or_cpu=True
+)[0]
 
 # %% [markdown]
 # ## Compare
@@ -153,10 +197,16 @@ one_node = launch(Experiment(name="lab06-one-node", method="1 node × 2 ranks", 
 if not why_not:
     two_nodes = Run.read(runs / "lab06-two-nodes")
     measured = {
-        "largest difference between the losses": max(abs(a - b) for a, b in zip(two_nodes.losses(), one_node.losses(), strict=True)),
+        "largest difference between the losses": max(
+            abs(a - b) for a, b in zip(two_nodes.losses(), one_node.losses(), strict=True)
+        ),
         "samples/s, two nodes": two_nodes.samples_per_second(),
         "samples/s, one node": one_node.samples_per_second(),
-        "seconds from sbatch to the first step": (two_nodes.folder / "metrics.jsonl").stat().st_mtime - submitted - sum(row["seconds"] for row in two_nodes.metrics()),
+        "seconds from sbatch to the first step": (two_nodes.folder / "metrics.jsonl")
+        .stat()
+        .st_mtime
+        - submitted
+        - sum(row["seconds"] for row in two_nodes.metrics()),
     }
     compare(measured, predicted)
     show([two_nodes, one_node])
@@ -201,7 +251,14 @@ check("6.6")
 # The cell below trains with the same batch for each rank on 1 and 2 ranks, here. On a machine with two cores, two ranks have the cores of one each:
 
 # %%
-weak = [Experiment(name=f"lab06-weak{ranks}", method=f"{ranks} × 4 sequences", **(settings | {"ranks": ranks, "steps": 12})) for ranks in (1, 2)]
+weak = [
+    Experiment(
+        name=f"lab06-weak{ranks}",
+        method=f"{ranks} × 4 sequences",
+        **(settings | {"ranks": ranks, "steps": 12}),
+    )
+    for ranks in (1, 2)
+]
 here = lab.scaling(launch(weak, runs=RUNS, or_cpu=True))["rows"]
 table(here)
 
@@ -211,11 +268,23 @@ import matplotlib.pyplot as plt
 figure, axis = plt.subplots(figsize=(6.5, 3.2))
 axis.plot([row["ranks"] for row in here], [row["efficiency"] for row in here], "o-", label="here")
 for method in ("baseline", "ZeRO-2", "ZeRO-3"):
-    speeds = {gpus: next(row["samples_per_second"] for row in reference(f"stages-{gpus}xh200")["results"] if row["method"] == method) for gpus in (1, 2, 4)}
-    axis.plot(list(speeds), [speed / gpus / speeds[1] for gpus, speed in speeds.items()], "o--", label=f"H200, {method}")
+    speeds = {
+        gpus: next(
+            row["samples_per_second"]
+            for row in reference(f"stages-{gpus}xh200")["results"]
+            if row["method"] == method
+        )
+        for gpus in (1, 2, 4)
+    }
+    axis.plot(
+        list(speeds),
+        [speed / gpus / speeds[1] for gpus, speed in speeds.items()],
+        "o--",
+        label=f"H200, {method}",
+    )
 axis.axhline(1, color="grey", linewidth=0.8)
 axis.set(xlabel="ranks", ylabel="efficiency, weak scaling", ylim=(0, 1.2), xticks=[1, 2, 4])
-axis.legend();
+axis.legend()
 
 # %%
 check("6.7")
