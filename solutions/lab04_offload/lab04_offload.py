@@ -32,8 +32,8 @@ def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_
 
     Args:
         stage: 0, 1, 2 or 3.
-        optimizer_offload: the optimizer states go to the device, and Adam's step runs on the host; stages 1 to 3.
-        param_offload: the parameters go there; stage 3 only.
+        optimizer_offload: the optimizer states go to `offload_device`, and Adam's step runs on the host; stages 1 to 3.
+        param_offload: the parameters go to `offload_device`; stage 3 only.
         offload_device: "cpu" or "nvme". Below stage 3 DeepSpeed takes "nvme" for "cpu" and does not say so.
         nvme_path: a folder on the disk; ignored with "cpu".
         pin_memory: lock the host's copies into memory, so that the GPU's copy engine can reach them.
@@ -54,8 +54,8 @@ def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_
         ValueError: a sentence that names what is wrong: an unknown stage; an unknown device; `param_offload` without stage 3;
             `optimizer_offload` at stage 0; and, where something is to be offloaded to "nvme": a stage below 3; no `nvme_path`;
             a path that is no folder, or that cannot be written (try it: root may write where the permissions say no, and
-            nobody can on a read-only disk); less room than `bytes_on_disk` (`shutil.disk_usage`), with both numbers; a key
-            that is not in `AIO`; parameters without `largest_parameter`.
+            nobody can on a read-only disk); less room on it than `bytes_on_disk` (`shutil.disk_usage`); a key that is not in
+            `AIO`; parameters without `largest_parameter`.
 
     Source: https://www.deepspeed.ai/docs/config-json/, and deepspeed 0.19.8, `runtime/zero/offload_config.py`.
     """
