@@ -321,6 +321,16 @@ print(
 # torchrun --nproc-per-node 2 labs/lab03_engine/train.py --stage 2
 # ```
 #
+# Then break it. Start a long run, and kill one of its ranks while it trains, as the kernel does when memory runs out:
+#
+# ```
+# torchrun --nproc-per-node 2 labs/lab03_engine/train.py --stage 1 --steps 2000 --save-every 20
+# kill -9 $(pgrep -f lab03_engine/train.py | tail -1)      # in a second terminal
+# ```
+#
+# The other rank ends too, and `torchrun` names the signal. With which step will `--resume` go on? Look into `runs/lab03-stage1-checkpoints` and say it
+# first. Then type the first command again with `--resume` after it, and look at the first line of `runs/lab03-stage1/metrics.jsonl`.
+#
 # Each rank needs a GPU of its own: on a machine with one, take `--num_gpus 1`, or put `DS_ACCELERATOR=cpu` in front of the command. Then, and without GPUs,
 # `--num_gpus 2` means two ranks on the CPU. These launchers know nothing of this notebook's warm processes, so they take half a minute to
 # begin. `--compare` trains with every stage, without and with offload. On H200s, BLOOM-560m's shape in bf16, sequences of 512, micro-batch 8,
