@@ -24,7 +24,8 @@ from shardlab.run.experiment import Experiment
 from shardlab.run.launch import LaunchTimeout, RankError, launch
 from shardlab.run.run_folder import Run, RunError
 from shardlab.run.samplers import read_samples
-from shardlab.zero.memory_model import ddp_bytes, engine_bytes, whole_parameters
+from shardlab.zero.engine_model import engine_bytes, whole_parameters
+from shardlab.zero.memory_model import ddp_bytes
 
 pytestmark = pytest.mark.ranks
 

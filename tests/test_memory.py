@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from shardlab.run.samplers import COLUMNS, MemorySampler, read_samples, summarise_samples
+from shardlab.zero.engine_model import engine_bytes, sharded_elements
 from shardlab.zero.held_bytes import held_bytes, parameter_groups
-from shardlab.zero.memory_model import GIB, MIB, States, ddp_bytes, engine_bytes, estimator_bytes, paper_bytes, sharded_elements
+from shardlab.zero.memory_model import GIB, MIB, States, ddp_bytes, estimator_bytes, paper_bytes
 
 BLOOM_560M = 559_214_592
 LARGEST_LAYER = 256_901_120

@@ -57,6 +57,39 @@ def test_no_answer_is_in_it(released):
     assert hidden and not [name for name in hidden for text in texts.values() if name in text]
 
 
+PREDICTS = """
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import Run
+from shardlab.show import report
+
+run = Run.create(Experiment(name="one", ranks=2, deepspeed={"zero_optimization": {"stage": 2}}), "runs")
+run.start()
+run.write_states({"parameters": 10, "groups": [[10]], "ranks": [{"parameters": 40}]})
+run.finish()
+print(report.predicted_states(Run.read(run.folder)), report.COLUMNS["predicted"])
+"""
+
+
+def test_no_formula_of_a_task_can_be_called(released):
+    """What predicts bytes is written by learners; a table of a release that needs it calls theirs."""
+    source = "".join(path.read_text() for path in (released / "src" / "shardlab").rglob("*.py"))
+    formulae = "engine_bytes sharded_elements swapped_elements shard_elements state_bytes offload_bytes".split()
+    assert not [name for name in formulae if f"def {name}(" in source]
+    code = PREDICTS
+    exercises = released / "src" / "exercises" / "lab02_zero_stages.py"
+    skeleton = exercises.read_text()
+    environment = os.environ | {"PYTHONPATH": str(released / "src"), "SHARDLAB_EXERCISES": str(released / "src")}
+    said = []
+    for text in (skeleton, skeleton + "\n\ndef state_bytes(*sizes):\n    return {'parameters': 7}\n"):
+        exercises.write_text(text)
+        done = subprocess.run([sys.executable, "-c", code], cwd=released, env=environment, capture_output=True, text=True)
+        said.append(done.stdout.strip() or done.stderr)
+    exercises.write_text(skeleton)
+    shutil.rmtree(released / "runs")
+    assert said[0] == "None predicted by you", said
+    assert said[1].startswith("States(parameters=7,") and said[1].endswith("predicted by you"), said
+
+
 def test_notebooks_have_no_outputs(released):
     notebooks = list(released.rglob("*.ipynb"))
     assert {path.stem for path in notebooks} == {*LABS, "01_training_step", "02_zero"}, "and no lecture of another lab"

@@ -6,6 +6,7 @@ from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
 from shardlab.show import report
 from shardlab.zero import memory_model
+from shardlab.zero.engine_model import engine_bytes
 
 
 def make_run(folder, name, *, deepspeed=None, steps=3, states=True):
@@ -38,7 +39,7 @@ def test_summary_takes_the_rank_that_holds_most_and_the_memory_model(tmp_path):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_prediction_follows_the_stage_of_the_configuration(tmp_path, stage):
     run = make_run(tmp_path, "zero", deepspeed={"zero_optimization": {"stage": stage}})
-    assert report.predicted_states(run) == memory_model.engine_bytes(stage, [[100]], 2, precision="fp32")
+    assert report.predicted_states(run) == engine_bytes(stage, [[100]], 2, precision="fp32")
 
 
 def test_a_run_that_broke_off_has_its_row_and_breaks_no_plot(tmp_path):

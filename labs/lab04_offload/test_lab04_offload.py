@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-from itertools import product
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -13,7 +12,7 @@ import pytest
 from shardlab.hardware import gpu_count
 from shardlab.milestones import engine_runs, small_runs
 from shardlab.milestones.launches import once, shared_folder, visible_folder
-from shardlab.milestones.messages import farthest, require, require_error
+from shardlab.milestones.messages import farthest, require, require_equal, require_error
 from shardlab.milestones.saved_weights import safely_loaded
 from shardlab.milestones.small_runs import zero_config
 from shardlab.run.experiment import Experiment
@@ -187,38 +186,46 @@ def offload_runs(run_experiments) -> dict:
 @pytest.mark.milestone(task="4.2", points=20, ops=("cpu_adam",), section="What moves")
 def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
 
-    def predicted(stage: int, groups: list, ranks: int, what: str, precision: str) -> dict:
+    def predicted(stage: int, states: dict, shard: int, what: str, precision: str) -> dict:
         optimizer, parameters = WAYS[what]
-        return lab.offload_bytes(stage, groups, ranks, precision, optimizer_offload=optimizer, param_offload=parameters)
+        return lab.offload_bytes(stage, dict(states), shard, precision, optimizer_offload=optimizer, param_offload=parameters)
 
-    require(
-        predicted(2, [[98]], 2, "optimizer", "bf16") == {"device": 200, "host": 800},
-        expected="device 2·100 = 200 and host (12 + 4)·50 = 800 bytes for 98 parameters, ZeRO-2, 2 ranks, bf16, optimizer on the "
-        "host: 98 is rounded up to 100, and the shard is 50",
-        got=predicted(2, [[98]], 2, "optimizer", "bf16"),
+    by_hand = {"parameters": 200, "gradients": 100, "optimizer": 600}
+    require_equal(
+        predicted(2, by_hand, 50, "optimizer", "bf16"),
+        {"device": 200, "host": 800},
+        of=f"offload_bytes(2, {by_hand}, 50, 'bf16', optimizer_offload=True): the host has (12 + 4)·50 bytes",
     )
-    for (stage, what, precision), run in zip(MEASURED, offload_runs(run_experiments).values(), strict=True):
-        states = run.states()
-        held = memory_model.States(**states["ranks"][0])
-        got = predicted(stage, states["groups"], 2, what, precision)
-        require(
-            got == {"device": held.device, "host": held.host},
-            expected=f"what rank 0 held: device {held.device:,}, host {held.host:,} bytes (ZeRO-{stage}, {precision}, offloaded: {what})",
-            got=got,
+    given = {"parameters": 1000, "gradients": 700, "optimizer": 1200}
+    for stage, what, precision, device, host in (
+        (1, "none", "bf16", 2900, 0),
+        (1, "optimizer", "fp32", 1000, 1600),
+        (2, "optimizer", "fp16", 1000, 1600),
+        (3, "none", "fp32", 2900, 0),
+        (3, "optimizer", "bf16", 1000, 1800),
+        (3, "optimizer", "fp16", 1000, 1800),
+        (3, "optimizer", "fp32", 1000, 2000),
+        (3, "parameters", "fp32", 1900, 1000),
+        (3, "both", "bf16", 0, 2800),
+    ):
+        require_equal(
+            predicted(stage, given, 100, what, precision),
+            {"device": device, "host": host},
+            of=f"offload_bytes({stage}, {given}, 100, {precision!r}) with offload of: {what}",
         )
-    for stage, ranks, precision in product((1, 2, 3), (1, 3), ("fp32", "bf16")):
-        for what in ("none", "optimizer") + (("parameters", "both") if stage == 3 else ()):
-            optimizer, parameters = WAYS[what]
-            groups = [[1001, 77], [5]]
-            offload = {"offload_optimizer": optimizer, "offload_param": parameters, "accumulates": not optimizer}
-            model = memory_model.engine_bytes(stage, groups, ranks, precision=precision, **offload)
-            got = predicted(stage, groups, ranks, what, precision)
-            require(
-                got == {"device": model.device, "host": model.host},
-                expected=f"device {model.device}, host {model.host} (ZeRO-{stage}, {ranks} ranks, {precision}, offloaded: {what}, "
-                f"groups {groups})",
-                got=got,
-            )
+    for (stage, what, precision), run in zip(MEASURED, offload_runs(run_experiments).values(), strict=True):
+        held, groups = memory_model.States(**run.states()["ranks"][0]), run.states()["groups"]
+        width, shard = {"fp32": 4, "bf16": 2}[precision], (held.optimizer + held.host_optimizer) // 12
+        states = {
+            "parameters": held.parameters + held.host_parameters,
+            "gradients": width * (shard if stage >= 2 else sum(map(sum, groups))),
+            "optimizer": held.optimizer + held.host_optimizer,
+        }
+        require_equal(
+            predicted(stage, states, shard, what, precision),
+            {"device": held.device, "host": held.host},
+            of=f"offload_bytes({stage}, {states}, {shard}, {precision!r}) with offload of: {what}, which rank 0 of 2 held",
+        )
 
 
 @pytest.mark.milestone(task="4.3", points=15, ops=("cpu_adam", "pin_memory", "async_io"), section="On disk")

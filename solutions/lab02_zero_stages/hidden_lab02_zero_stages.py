@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shardlab.milestones.agreement import agree, solution
 from shardlab.milestones.engine_runs import odd_model
 from shardlab.run.run_folder import Run
-from shardlab.zero import memory_model
+from shardlab.zero.engine_model import sharded_elements
 
 REFERENCE = solution("lab02_zero_stages")
 GROUPS = st.lists(st.lists(st.integers(1, 5000), max_size=5), min_size=1, max_size=3)
@@ -181,7 +181,7 @@ def test_shards_of_other_sizes(lab):
     for _ in range(12):
         groups = [[draw.randint(1, 5000) for _ in range(draw.randint(1, 6))] for _ in range(draw.randint(1, 3))]
         ranks, stage = draw.randint(2, 17), draw.randint(1, 3)
-        wanted = memory_model.sharded_elements(groups, ranks, stage)
+        wanted = sharded_elements(groups, ranks, stage)
         assert lab.shard_elements(stage, groups, ranks) == wanted, f"{groups} on {ranks} ranks, stage {stage}"
     agree(lab.shard_elements, REFERENCE.shard_elements, st.tuples(st.integers(0, 3), GROUPS, st.integers(1, 9)), same=same_json)
 

@@ -65,7 +65,7 @@ table(rows)
 # %%
 paper = memory_model.paper_bytes(2, PSI, 4).device
 estimator = memory_model.estimator_bytes(2, PSI, 4)
-engine = memory_model.engine_bytes(2, [[PSI]], 4, precision="bf16").device
+engine = (2 + 2 / 4 + 12 / 4) * PSI  # parameters whole; shards of gradients and optimizer states
 print(
     f"paper {paper / 2**30:.2f} GiB, estimator {estimator / 2**30:.2f} GiB, "
     f"engine in bf16 {engine / 2**30:.2f} GiB"
@@ -79,13 +79,22 @@ print(
 # groups: weights, which decay, and biases and layer norms, which do not.
 
 # %%
-groups = [[7, 5], [3]]
-for stage in (1, 3):
-    print(
-        f"stage {stage}, 2 ranks: "
-        f"{memory_model.sharded_elements(groups, 2, stage)} elements per rank "
-        f"for {sum(map(sum, groups))} parameters"
-    )
+# Two groups, of parameters with 7 and 5 elements and of one with 3, on 2 ranks: 15 in all.
+by_hand = [
+    {
+        "stage": "1 and 2",
+        "group of 7 and 5": "12, a multiple of 4: 6 each",
+        "group of 3": "rounded up to 4: 2 each",
+        "elements per rank": 8,
+    },
+    {
+        "stage": "3",
+        "group of 7 and 5": "4 and 3 each",
+        "group of 3": "2 each",
+        "elements per rank": 9,
+    },
+]
+table(by_hand)
 
 # %% [markdown]
 # ## The configuration

@@ -13,7 +13,7 @@ from test_lab04_offload import PROGRAMS, nvme_experiment
 from shardlab.milestones.agreement import agree, solution
 from shardlab.milestones.launches import shared_folder, visible_folder
 from shardlab.milestones.messages import farthest
-from shardlab.zero import memory_model
+from shardlab.zero.engine_model import engine_bytes, sharded_elements
 
 REFERENCE = solution("lab04_offload")
 GROUPS = st.lists(st.lists(st.integers(1, 5000), max_size=5), min_size=1, max_size=3)
@@ -66,15 +66,17 @@ def test_bytes_of_other_sizes(lab):
         stage, ranks, precision = draw.randint(1, 3), draw.randint(2, 9), draw.choice(("fp32", "bf16"))
         groups = [[draw.randint(1, 4000) for _ in range(draw.randint(1, 5))] for _ in range(draw.randint(1, 3))]
         what = {"optimizer_offload": draw.random() < 0.7, "param_offload": stage == 3 and draw.random() < 0.5}
-        model = memory_model.engine_bytes(
-            stage, groups, ranks, precision=precision, accumulates=not what["optimizer_offload"],
-            offload_optimizer=what["optimizer_offload"], offload_param=what["param_offload"],
-        )  # fmt: skip
-        got = lab.offload_bytes(stage, groups, ranks, precision, **what)
+        offloads = {"offload_optimizer": what["optimizer_offload"], "offload_param": what["param_offload"]}
+        accumulates = not what["optimizer_offload"]
+        model = engine_bytes(stage, groups, ranks, precision=precision, accumulates=accumulates, **offloads)
+        plain = engine_bytes(stage, groups, ranks, precision=precision)
+        states = {kind: getattr(plain, kind) for kind in ("parameters", "gradients", "optimizer")}
+        got = lab.offload_bytes(stage, states, sharded_elements(groups, ranks, stage), precision, **what)
         assert got == {"device": model.device, "host": model.host}, (stage, groups, ranks, precision, what)
     ways = st.fixed_dictionaries({}, optional={"optimizer_offload": st.booleans(), "param_offload": st.booleans()})
-    arguments = st.tuples(st.just(3), GROUPS, st.integers(1, 9), st.sampled_from(["fp32", "bf16", "fp16"]), ways)
-    arguments |= st.tuples(st.integers(1, 2), GROUPS, st.integers(1, 9), st.sampled_from(["fp32", "bf16", "fp16"]), st.just({}))
+    number = st.integers(0, 10**6)
+    held = st.fixed_dictionaries({"parameters": number, "gradients": number, "optimizer": number})
+    arguments = st.tuples(st.integers(1, 3), held, number, st.sampled_from(["fp32", "bf16", "fp16"]), ways)
     got, wanted = (lambda *given, of=of: of.offload_bytes(*given[:-1], **given[-1]) for of in (lab, REFERENCE))
     agree(got, wanted, arguments)
 

@@ -16,7 +16,6 @@ import numpy
 import torch
 
 from shardlab.run.collectives import barrier, rank
-from shardlab.zero import memory_model
 from shardlab.zero.nvme import parameters_renewed, swapped_groups, without_its_nvme_part
 
 # --- Task 4.1 -------------------------------------------------------------------------------------------------------
@@ -115,13 +114,11 @@ def check_nvme_path(nvme_path: str | Path | None, bytes_on_disk: int) -> None:
 # --- Task 4.2 -------------------------------------------------------------------------------------------------------
 
 
-def offload_bytes(stage: int, groups: list[list[int]], ranks: int, precision: str, *, optimizer_offload: bool = False,
+def offload_bytes(stage: int, states: dict[str, int], shard: int, precision: str, *, optimizer_offload: bool = False,
                   param_offload: bool = False) -> dict[str, int]:
     """Bytes of model states that one rank holds just before an optimizer step of one micro-batch, with Adam and offload to the CPU.
 
-    Without offload this is lab 02's `state_bytes`: `memory_model.engine_bytes(stage, groups, ranks, precision=precision)` gives it,
-    with the attributes `parameters`, `gradients` and `optimizer`. `memory_model.sharded_elements(groups, ranks, stage)` gives
-    the elements of one rank's shard. Then, by kind:
+    What is moved, by kind:
 
     Optimizer offload moves the 12 bytes per element to the host. No gradients stay on the device: each goes to the host as
     soon as it is reduced. There the step needs the shard's gradients in fp32, 4 bytes per element. Stage 3 holds them there a
@@ -130,25 +127,24 @@ def offload_bytes(stage: int, groups: list[list[int]], ranks: int, precision: st
 
     Args:
         stage: 1, 2 or 3.
-        groups: the sizes of the parameters, by optimizer group.
-        ranks: N.
-        precision: `fp32`, `bf16` or `fp16`.
+        states: what the rank holds without offload, all of it on the device, as lab 02's `state_bytes` gives it: bytes by kind,
+            {"parameters": …, "gradients": …, "optimizer": …}.
+        shard: elements in the rank's shard, padding included, as lab 02's `shard_elements` gives them.
+        precision: `fp32`, `bf16` or `fp16`, of parameters and gradients.
         optimizer_offload, param_offload: what is on the host.
 
     Returns:
         {"device": …, "host": …} in bytes.
     """
     # BEGIN SOLUTION 4.2
-    states = memory_model.engine_bytes(stage, groups, ranks, precision=precision)
-    shard = memory_model.sharded_elements(groups, ranks, stage)
     width = 4 if precision == "fp32" else 2
-    device, host = states.parameters + states.gradients + states.optimizer, 0
+    device, host = sum(states.values()), 0
     if optimizer_offload:
-        device -= states.optimizer + states.gradients
+        device -= states["optimizer"] + states["gradients"]
         host += 12 * shard + 4 * shard + (width * shard if stage == 3 else 0)
     if param_offload:
-        device -= states.parameters
-        host += states.parameters
+        device -= states["parameters"]
+        host += states["parameters"]
     return {"device": device, "host": host}
     # END SOLUTION
 

@@ -71,7 +71,7 @@ print(
 # | ZeRO-3, both | – | $2s + 2s + 4s + 12s$ |
 #
 # The $4s$ are fp32 gradients, which the step reads. When micro-batches add up there is more: stage 1 keeps whole gradients on the device until the last of them,
-# and stage 2 keeps those of every parameter in its shard on the host, whole, in bf16. That is no estimate: `memory_model.engine_bytes` has all of it, and on the
+# and stage 2 keeps those of every parameter in its shard on the host, whole, in bf16. That is no estimate: the course's formula has all of it, and on the
 # H200 it was right to the byte in each row below. (Parameters on NVMe it does not know.) On disk are the states and the gradients.
 
 # %%

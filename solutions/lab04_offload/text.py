@@ -65,10 +65,11 @@ check("4.1")
 #
 # $s$ is rounded up, as in lab 02: 98 parameters on 2 ranks are laid out as 100, so $s$ is 50, and the device holds 2 × 100 bytes of parameters.
 #
-# Complete `offload_bytes(stage, groups, ranks, precision, …)`.
+# Complete `offload_bytes(stage, states, shard, precision, …)`. `states` and `shard` are what your lab 02 says without offload.
 
 # %%
-print(lab.offload_bytes(2, [[98]], 2, "bf16", optimizer_offload=True))  # device 200, host 800
+states = {"parameters": 200, "gradients": 100, "optimizer": 600}  # 98 parameters on 2 ranks
+print(lab.offload_bytes(2, states, 50, "bf16", optimizer_offload=True))  # device 200, host 800
 
 # %%
 check("4.2")
@@ -177,7 +178,18 @@ runs = launch(
 # ## Compare
 
 # %%
+from shardlab import switch
 from shardlab.show import report
+
+# Yours. If you got lab 04 by itself, put your file of lab 02 into src/exercises first.
+zero_stages = switch.import_exercise("lab02_zero_stages")
+
+
+def states_with_offload(stage: int, groups: list, ranks: int, precision: str, **offload) -> dict:
+    states = zero_stages.state_bytes(stage, groups, ranks, precision)
+    shard = zero_stages.shard_elements(stage, groups, ranks)
+    return lab.offload_bytes(stage, states, shard, precision, **offload)
+
 
 for side in ("device", "host"):
     measured = {run.experiment.method: getattr(report.measured_states(run), side) for run in runs}
@@ -185,7 +197,7 @@ for side in ("device", "host"):
     for run in runs:
         zero = run.experiment.deepspeed["zero_optimization"]
         if "NVMe" not in run.experiment.method:
-            formula[run.experiment.method] = lab.offload_bytes(
+            formula[run.experiment.method] = states_with_offload(
                 zero["stage"],
                 run.states()["groups"],
                 2,
@@ -393,7 +405,7 @@ GIB = 2**30
 
 
 def states_of(stage, ranks, **offload):
-    return lambda parameters: lab.offload_bytes(stage, [[parameters]], ranks, "bf16", **offload)
+    return lambda number: states_with_offload(stage, [[number]], ranks, "bf16", **offload)
 
 
 methods = {

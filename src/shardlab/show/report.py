@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 from pathlib import Path
 
+from shardlab import labs
 from shardlab.pages import page, table
+from shardlab.run.experiment import program_of
 from shardlab.run.run_folder import Run
 from shardlab.zero import memory_model
 from shardlab.zero.memory_model import GIB, MIB, States
@@ -19,7 +22,7 @@ COLUMNS = {
     "exact_match": "EM after %",
     "samples_per_second": "samples/s",
     "measured": "measured bytes/rank",
-    "predicted": "predicted bytes/rank",
+    "predicted": "predicted bytes/rank" if importlib.util.find_spec("shardlab.zero.engine_model") else "predicted by you",
     "host": "of it on the host",
     "outcome": "outcome",
 }
@@ -32,8 +35,20 @@ def bytes_text(count: float | None) -> str:
     return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"
 
 
+def _engine_bytes():
+    """The course's formula; None in a release, where the learner's own takes its place."""
+    try:
+        from shardlab.zero.engine_model import engine_bytes
+    except ModuleNotFoundError:
+        return None
+    return engine_bytes
+
+
 def predicted_states(run: Run) -> States | None:
-    """What the memory model says that each rank holds; `None` if the run did not come so far that its groups are known."""
+    """What each rank should hold, by the course's formula or, in a release, by the learner's functions.
+
+    `None` if the run did not come so far that its groups are known, or if the learner has not written what predicts it.
+    """
     states = run.states()
     if states is None:
         return None
@@ -42,11 +57,21 @@ def predicted_states(run: Run) -> States | None:
         return memory_model.ddp_bytes(states["parameters"])
     zero = config.get("zero_optimization", {})
     offloads = {part: zero.get(part, {}).get("device", "none") != "none" for part in ("offload_optimizer", "offload_param")}
+    sizes = zero.get("stage", 0), states["groups"], experiment.ranks
+    engine_bytes = _engine_bytes()
+    if engine_bytes is None:
+        return None if any(offloads.values()) else _by_the_learner(*sizes, experiment.precision)
     offloads["nvme"] = zero.get("offload_optimizer", {}).get("device") == "nvme" and zero.get("stage") == 3
     offloads["accumulates"] = experiment.accumulation > 1
-    return memory_model.engine_bytes(
-        zero.get("stage", 0), states["groups"], experiment.ranks, precision=experiment.precision, **offloads
-    )
+    return engine_bytes(*sizes, precision=experiment.precision, **offloads)
+
+
+def _by_the_learner(*sizes) -> States | None:
+    """What the learner's own formula says, if it is written and says it in the form that its docstring has."""
+    try:
+        return States(**program_of(labs.provided("state_bytes"))(*sizes))
+    except Exception:  # whatever is wrong with it, its own milestone says; here it predicts nothing
+        return None
 
 
 def measured_states(run: Run) -> States | None:
