@@ -241,21 +241,32 @@ def _totals(grades: list[TaskGrade]) -> dict:
     return {"earned": sum(grade.earned for grade in judged), "points": sum(grade.points for grade in judged)}
 
 
+def _cause(message: str) -> str:
+    """Of a failure's message the line that tells it from others: the cause where it is known, else what was found."""
+    lines = dict(reversed([line.split(maxsplit=1) for line in message.splitlines() if len(line.split(maxsplit=1)) == 2]))
+    return next((lines[word][:120] for word in ("likely", "differs", "got") if word in lines), "")
+
+
 def _for_overview(rows: list[dict], waiting: list[str]) -> dict:
     tasks = []
     for task in all_tasks(rows):
         mine = [(row, grade) for row in rows for grade in tasks_of(row) if grade.task == task]
         counts = collections.Counter(grade.verdict for _, grade in mine)
-        likely = collections.Counter(
-            line.removeprefix("likely").strip()
+        found = collections.Counter(
+            _cause(m["message"])
             for row, _ in mine
             for m in row["milestones"]
             if m["task"] == task and m["verdict"] == "failed" and not m["hidden"]
-            for line in m["message"].splitlines()
-            if line.startswith("likely")
         )
         shares = {verdict: 100 * counts[verdict] / len(mine) for verdict in VERDICTS}
-        tasks.append({"task": task, "counts": counts, "shares": shares, "likely": likely.most_common(2)})
+        tasks.append(
+            {
+                "task": task,
+                "counts": counts,
+                "shares": shares,
+                "found": [(text, count) for text, count in found.most_common(3) if text][:2],
+            }
+        )
     tasks_by_failures = sorted(tasks, key=lambda t: -(t["counts"]["failed"] + t["counts"]["not implemented"]))
     learners = []
     for row in rows:
