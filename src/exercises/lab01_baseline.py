@@ -228,8 +228,10 @@ def finetune(experiment, run) -> dict:
     def encode(row: dict) -> dict:
         return encode_example(tokenizer, row["question"], row["context"], row["answers"]["text"][0], experiment.max_tokens)
 
-    def answer(model, questions: list[dict]) -> list[str]:
+    def answer(model, questions: list[dict], when: str) -> list[str]:
         """Each rank answers its share of the questions; every rank gets all answers back."""
+        if rank() == 0:
+            run.doing(f"answering {len(questions)} questions {when} training")
         mine = questions[rank() :: world_size()]
         prompts = [encode_prompt(tokenizer, row["question"], row["context"], experiment.max_tokens) for row in mine]
         batches = [prompts[at : at + 32] for at in range(0, len(prompts), 32)]
@@ -241,8 +243,10 @@ def finetune(experiment, run) -> dict:
     answers_wanted = experiment.evaluate and experiment.save
     if answers_wanted:
         untrained = load_model(experiment.model, seed=experiment.seed).to(device)
-        results["exact_match_before"] = squad_scores(answer(untrained, eval_rows[:64]), eval_rows[:64])["exact_match"]
+        results["exact_match_before"] = squad_scores(answer(untrained, eval_rows[:64], "before"), eval_rows[:64])["exact_match"]
         del untrained
+    if rank() == 0:
+        run.doing()
     train_set = [encode(row) for row in rows("train", experiment.train_examples)]
     arguments = training_arguments(
         str(run.folder / "checkpoints"), precision=experiment.precision, deepspeed=experiment.deepspeed,
@@ -259,7 +263,7 @@ def finetune(experiment, run) -> dict:
     if experiment.save:
         model = save_and_reload(trainer, tokenizer, str(run.folder / "model"))
     if answers_wanted:
-        predictions = answer(model.to(device), eval_rows)
+        predictions = answer(model.to(device), eval_rows, "after")
         results |= squad_scores(predictions, eval_rows) | {"examples": [
             {"question": row["question"], "answer": row["answers"]["text"][0], "predicted": text}
             for row, text in list(zip(eval_rows, predictions, strict=True))[:5]]}

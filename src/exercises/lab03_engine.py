@@ -292,9 +292,9 @@ def convert_to_universal(folder: str | Path, path: str | Path) -> Path:
 
     `deepspeed.checkpoint.ds_to_universal.main` does it; it takes what its command line gives: an object with the attributes
     input_folder, output_folder, num_extract_workers, num_merge_workers, keep_temp_folder, strict and inject_missing_state.
-    One worker each is enough here, `strict` is True and `keep_temp_folder` False. The last must be True: the conversion asks
-    for an entry `universal_checkpoint_info`, which only Megatron-DeepSpeed writes. The engine that loads the result needs
-    {"checkpoint": {"load_universal": True}} in its configuration.
+    One worker each is enough here, `strict` is True and `keep_temp_folder` False. `inject_missing_state` must be True: the
+    conversion asks for an entry `universal_checkpoint_info`, which only Megatron-DeepSpeed writes. The engine that loads the
+    result needs {"checkpoint": {"load_universal": True}} in its configuration.
 
     Args:
         folder: of one checkpoint of ZeRO stages 1 to 3.

@@ -16,7 +16,6 @@ import numpy
 import torch
 
 from shardlab.run.collectives import barrier, rank
-from shardlab.zero import memory_model
 from shardlab.zero.nvme import parameters_renewed, swapped_groups, without_its_nvme_part
 
 # --- Task 4.1 -------------------------------------------------------------------------------------------------------
@@ -32,8 +31,8 @@ def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_
 
     Args:
         stage: 0, 1, 2 or 3.
-        optimizer_offload: the optimizer states go to the device, and Adam's step runs on the host; stages 1 to 3.
-        param_offload: the parameters go there; stage 3 only.
+        optimizer_offload: the optimizer states go to `offload_device`, and Adam's step runs on the host; stages 1 to 3.
+        param_offload: the parameters go to `offload_device`; stage 3 only.
         offload_device: "cpu" or "nvme". Below stage 3 DeepSpeed takes "nvme" for "cpu" and does not say so.
         nvme_path: a folder on the disk; ignored with "cpu".
         pin_memory: lock the host's copies into memory, so that the GPU's copy engine can reach them.
@@ -54,8 +53,8 @@ def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_
         ValueError: a sentence that names what is wrong: an unknown stage; an unknown device; `param_offload` without stage 3;
             `optimizer_offload` at stage 0; and, where something is to be offloaded to "nvme": a stage below 3; no `nvme_path`;
             a path that is no folder, or that cannot be written (try it: root may write where the permissions say no, and
-            nobody can on a read-only disk); less room than `bytes_on_disk` (`shutil.disk_usage`), with both numbers; a key
-            that is not in `AIO`; parameters without `largest_parameter`.
+            nobody can on a read-only disk); less room on it than `bytes_on_disk` (`shutil.disk_usage`); a key that is not in
+            `AIO`; parameters without `largest_parameter`.
 
     Source: https://www.deepspeed.ai/docs/config-json/, and deepspeed 0.19.8, `runtime/zero/offload_config.py`.
     """
@@ -74,13 +73,11 @@ def check_nvme_path(nvme_path: str | Path | None, bytes_on_disk: int) -> None:
 # --- Task 4.2 -------------------------------------------------------------------------------------------------------
 
 
-def offload_bytes(stage: int, groups: list[list[int]], ranks: int, precision: str, *, optimizer_offload: bool = False,
+def offload_bytes(stage: int, states: dict[str, int], shard: int, precision: str, *, optimizer_offload: bool = False,
                   param_offload: bool = False) -> dict[str, int]:
     """Bytes of model states that one rank holds just before an optimizer step of one micro-batch, with Adam and offload to the CPU.
 
-    Without offload this is lab 02's `state_bytes`: `memory_model.engine_bytes(stage, groups, ranks, precision=precision)` gives it,
-    with the attributes `parameters`, `gradients` and `optimizer`. `memory_model.sharded_elements(groups, ranks, stage)` gives
-    the elements of one rank's shard. Then, by kind:
+    What is moved, by kind:
 
     Optimizer offload moves the 12 bytes per element to the host. No gradients stay on the device: each goes to the host as
     soon as it is reduced. There the step needs the shard's gradients in fp32, 4 bytes per element. Stage 3 holds them there a
@@ -89,9 +86,10 @@ def offload_bytes(stage: int, groups: list[list[int]], ranks: int, precision: st
 
     Args:
         stage: 1, 2 or 3.
-        groups: the sizes of the parameters, by optimizer group.
-        ranks: N.
-        precision: `fp32`, `bf16` or `fp16`.
+        states: what the rank holds without offload, all of it on the device, as lab 02's `state_bytes` gives it: bytes by kind,
+            {"parameters": …, "gradients": …, "optimizer": …}.
+        shard: elements in the rank's shard, padding included, as lab 02's `shard_elements` gives them.
+        precision: `fp32`, `bf16` or `fp16`, of parameters and gradients.
         optimizer_offload, param_offload: what is on the host.
 
     Returns:
