@@ -82,7 +82,10 @@ def test_every_task_has_changes(lab):
 
 # --- against the milestones -------------------------------------------------------------------------------------------
 
-OPEN = {}
+OPEN = dict.fromkeys(
+    """1.1 1.2 1.3 1.4 1.5 1.6 1.7 1.8 1.9 2.1 2.2 2.3 2.4 2.5 2.6 2.7 2.8 3.1 3.2 3.3 3.4 3.5 3.6 3.7 3.8 3.9 4.1 4.2 4.3 4.4 4.5 4.6 4.7 4.8 6.1 6.2 6.3 6.4 6.5 6.6 6.7 6.8 6.9""".split(),
+    "not judged",
+)
 """Tasks whose changes have not been judged yet, or of which some survive: how many."""
 
 

@@ -175,7 +175,7 @@ def fingerprint(task: str, test: str, seen: str) -> str:
     """
     plain = re.sub(r"(/[^\s'\",:;)]*)+/", "", seen)
     plain = re.sub(r"\d+\.\d+(e[-+]?\d+)?|\d+e[-+]?\d+", lambda found: f"{float(found[0]):.4g}", plain)
-    return hashlib.sha256("\0".join((task, test, plain)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join((task, test, plain)).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 
 
 def known_mistakes(path: Path) -> dict[str, str]:
