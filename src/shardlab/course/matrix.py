@@ -89,7 +89,7 @@ class Line:
 
 def _by_chance(own: Milestone) -> bool:
     """Whether the message may be another one the next time: of ranks that fail one is the first, and GPUs round otherwise."""
-    return "GPUs" in own.ran_on or re.search(r"^got       rank \d", own.message, re.MULTILINE) is not None
+    return "GPUs" in own.ran_on or re.search(r"^got       rank \d+, (?:in ')?[\w-]+'?: \w", own.message, re.MULTILINE) is not None
 
 
 def _prove_task(stem: str, task: str, wrong_answers: list[Mutant], solution: str, record: dict[str, str] | None) -> Iterator[Line]:
