@@ -4,7 +4,8 @@ import ast
 
 import pytest
 
-from shardlab.course.small_changes import changes, digest, equivalents, judged, recorded, starts_something
+from shardlab.course.proven import SMALL_CHANGES, digest, recorded, starts_something
+from shardlab.course.small_changes import changes, equivalents, judged
 from shardlab.labs import catalogue
 
 SOURCE = '''"""A module."""
@@ -97,7 +98,7 @@ def test_what_became_of_the_changes_is_known_and_up_to_date(lab):
     """After a change: `shardlab matrix N --generated --only TASK --record`."""
     from shardlab.course.authoring import tasks
 
-    entries = recorded(lab.stem)
+    entries = recorded(lab.stem, SMALL_CHANGES)
     stale = [task for task, entry in entries.items() if entry["digest"] != digest(lab.stem, task)]
     assert not stale, f"judge these again: {', '.join(stale)}"
     for task in tasks(lab.solution.read_text()):
@@ -117,7 +118,7 @@ def test_equivalents_are_changes_that_there_are(lab):
 @pytest.mark.parametrize("lab", catalogue(), ids=lambda lab: lab.stem)
 def test_a_share_of_the_changes_gets_the_verdict_that_the_record_has(lab):
     """Of tasks whose functions only compute; the record vouches for the others."""
-    for task, entry in recorded(lab.stem).items():
+    for task, entry in recorded(lab.stem, SMALL_CHANGES).items():
         if starts_something(lab.stem, task):
             continue
         known = {told for of, told in equivalents(lab.stem) if of == task} | set(entry["survived"])

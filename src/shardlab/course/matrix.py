@@ -10,7 +10,6 @@ All variants are graded in this one process, so the fork server stays warm, and 
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 import tomllib
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardlab import switch
+from shardlab.course import proven
 from shardlab.course.authoring import skeleton, tasks
 from shardlab.errors import CourseError
 from shardlab.hardware import ROOT
@@ -25,7 +25,6 @@ from shardlab.labs import catalogue, named, stems
 from shardlab.milestones.grade import grade
 from shardlab.milestones.markers import files_of, milestones_of
 from shardlab.milestones.messages import known_mistakes
-from shardlab.milestones.scoreboard import Milestone
 
 
 class MutantError(CourseError, ValueError):
@@ -87,22 +86,23 @@ class Line:
     problem: str = ""
 
 
-def _by_chance(own: Milestone) -> bool:
-    """Whether the message may be another one the next time: of ranks that fail one is the first, and GPUs round otherwise."""
-    return "GPUs" in own.ran_on or re.search(r"^got       rank \d+, (?:in ')?[\w-]+'?: \w", own.message, re.MULTILINE) is not None
+def _digest(stem: str, task: str, wrong_answers: list[Mutant]) -> str:
+    return proven.digest(stem, task, repr(wrong_answers))
 
 
-def _prove_task(stem: str, task: str, wrong_answers: list[Mutant], solution: str, record: dict[str, str] | None) -> Iterator[Line]:
+def _prove_task(stem: str, task: str, wrong_answers: list[Mutant], record: dict[str, str] | None, whole: bool) -> Iterator[Line]:
     """Each mutant of a task fails its milestone; the first one no other task's; and one of them the hidden milestone too.
 
-    With a `record`, what mutants are recognised by goes in there, instead of being looked for in the messages.
+    With a `record`, what mutants are recognised by goes in there, instead of being looked for in the messages. Where it is not the
+    `whole` task, only the first mutant is looked at, and only at its own milestone.
     """
-    hidden = [m.name for m in milestones_of(stem) if m.hidden and m.task == task]
+    solution = named(stem).solution.read_text()
+    hidden = [m.name for m in milestones_of(stem) if m.hidden and m.task == task] if whole else []
     caught, ran = set(), True
-    for number, mutant in enumerate(wrong_answers):
+    for number, mutant in enumerate(wrong_answers if whole else wrong_answers[:1]):
         with tempfile.TemporaryDirectory() as temporary:
             package = package_with(Path(temporary), stem, mutant.source(solution))
-            outcome = grade(stem, exercises=package, task=task if number else None)
+            outcome = grade(stem, exercises=package, task=None if whole and not number else task)
             failed = {m.task: m.message for m in outcome if m.verdict not in ("passed", "not run")}
             (own,) = [m for m in outcome if m.task == task]
             if not failed and any(m.task == task and m.verdict == "not run" for m in outcome):
@@ -121,21 +121,30 @@ def _prove_task(stem: str, task: str, wrong_answers: list[Mutant], solution: str
         elif mutant.likely and record is not None:
             if record.setdefault(own.fingerprint, mutant.likely) != mutant.likely:
                 problem = f"gives the same as the one of which is said: {record[own.fingerprint]!r}\n{failed[task]}"
-        elif mutant.likely and not _by_chance(own) and f"likely    {mutant.likely}\n" not in failed[task]:
+        # GPUs round otherwise than the CPU on which the record was made.
+        elif mutant.likely and "GPUs" not in own.ran_on and f"likely    {mutant.likely}\n" not in failed[task]:
             problem = f"should say {mutant.likely!r}, says (with --record it is noted anew):\n{failed[task]}"
         yield Line(stem, f"{task} {mutant.name}", problem)
     if ran and (vacuous := set(hidden) - caught):
         yield Line(stem, f"{task} hidden", f"no mutant fails {', '.join(sorted(vacuous))}: it may check nothing")
 
 
-def prove(labs: list[str] | None = None, *, only: str | None = None, record: bool = False, say=lambda line: None) -> list[Line]:
+def prove(
+    labs: list[str] | None = None,
+    *,
+    only: str | None = None,
+    record: bool = False,
+    trust_record: bool = False,
+    say=lambda line: None,
+) -> list[Line]:
     """Grade solutions, skeletons and mutants, and compare the verdicts with what they must be.
 
     Args:
         labs: stems; all labs by default.
-        only: `solutions`, `skeletons`, or a task number, to grade just that.
-        record: write anew what the mutants are recognised by: `mistakes.json` of each lab; with a task number as `only`, entries
-            of other tasks stay.
+        only: `solutions`, `skeletons`, `mutants`, or a task number, to grade just that.
+        record: write anew what the mutants are recognised by (`mistakes.json` of each lab), and that they were caught
+            (`proven.json`); with a task number as `only`, entries of other tasks stay.
+        trust_record: of a task that was recorded as proven, and has not changed since, look at the first mutant only.
         say: called with each line as it comes.
     """
     lines = []
@@ -157,17 +166,27 @@ def prove(labs: list[str] | None = None, *, only: str | None = None, record: boo
                 outcome = grade(stem, exercises=package_with(Path(temporary), stem, skeleton(solution)))
             wrong = [m.task for m in outcome if m.verdict != "not implemented" or f"Task {m.task}" not in m.message]
             add(Line(stem, "skeleton", f"does not say 'Task {wrong[0]}': {outcome}" if wrong else ""))
-        of_task: dict[str, list[Mutant]] = {}
-        for mutant in mutants(stem):
-            if only in (None, "mutants", mutant.task):
-                of_task.setdefault(mutant.task, []).append(mutant)
+        known = proven.recorded(stem, proven.MUTANTS) if trust_record else {}
         recorded: dict[str, str] | None = {} if record else None
-        for task, wrong_answers in of_task.items():
-            for line in _prove_task(stem, task, wrong_answers, solution, recorded):
+        chosen = {task: found for task, found in by_task(stem).items() if only in (None, "mutants", task)}
+        for task, wrong_answers in chosen.items():
+            current = _digest(stem, task, wrong_answers)
+            begun = len(lines)
+            for line in _prove_task(stem, task, wrong_answers, recorded, known.get(task, {}).get("digest") != current):
                 add(line)
+            if record and not any(line.problem or "(not run" in line.variant for line in lines[begun:]):
+                proven.record(stem, task, proven.MUTANTS, {"digest": current, "caught": len(wrong_answers)})
         if recorded is not None:
-            _write_mistakes(stem, recorded, {mutant.likely for mutant in mutants(stem) if mutant.task not in of_task})
+            _write_mistakes(stem, recorded, {mutant.likely for mutant in mutants(stem) if mutant.task not in chosen})
     return lines
+
+
+def by_task(stem: str) -> dict[str, list[Mutant]]:
+    """A lab's mutants by task, in the order of their file."""
+    found: dict[str, list[Mutant]] = {}
+    for mutant in mutants(stem):
+        found.setdefault(mutant.task, []).append(mutant)
+    return found
 
 
 def _write_mistakes(stem: str, recorded: dict[str, str], of_others: set[str]) -> None:

@@ -2,16 +2,14 @@
 
 A change replaces one stretch of the source, found by `ast`; everything else stays as it is, the marks of the tasks included.
 What no milestone catches is a survivor: a gap in the milestones, or equivalent to the solution. Equivalents are listed with their
-reason in `solutions/<lab>/equivalent.toml`. Milestones that start ranks take long; so what became of each task's changes is kept in
-`solutions/<lab>/small_changes.json`, with a digest of the task's solution and milestones, and a test says which have changed since.
+reason in `solutions/<lab>/equivalent.toml`. Milestones that start ranks take long; so what became of each task's changes is in the
+record (proven.py), and a test says which have to be judged again.
 """
 
 from __future__ import annotations
 
 import ast
 import collections
-import hashlib
-import json
 import tempfile
 import time
 import tomllib
@@ -19,11 +17,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from shardlab.course import proven
 from shardlab.course.matrix import package_with
 from shardlab.labs import named
 from shardlab.milestones.grade import grade
 from shardlab.milestones.markers import files_of
-from shardlab.milestones.scoreboard import task_order
 
 COMPARISONS = {
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
@@ -71,7 +69,7 @@ def changes(source: str) -> list[Change]:
     offsets = [0]
     for line in source.encode().splitlines(keepends=True):
         offsets.append(offsets[-1] + len(line))
-    tasks = _task_of_lines(source)
+    tasks = proven.task_of_lines(source)
     encoded, found = source.encode(), {}
     for node, new in _variants(tree):
         task = tasks.get(node.lineno, "")
@@ -83,18 +81,6 @@ def changes(source: str) -> list[Change]:
         if text != old and _compiles(changed.apply(source)):
             found.setdefault((changed.start, changed.end, text), changed)
     return sorted(found.values(), key=lambda change: (change.start, change.end))
-
-
-def _task_of_lines(source: str) -> dict[int, str]:
-    tasks, current = {}, ""
-    for number, line in enumerate(source.splitlines(), 1):
-        if line.strip().startswith("# BEGIN SOLUTION"):
-            current = line.split()[-1]
-        elif line.strip().startswith("# END SOLUTION"):
-            current = ""
-        elif current:
-            tasks[number] = current
-    return tasks
 
 
 def _as_text(new, node) -> str:
@@ -219,7 +205,7 @@ def judged(stem: str, *, task: str | None = None, every: int = 1) -> Iterator[Ve
     """
     solution = named(stem).solution.read_text()
     for change in [change for change in changes(solution) if task in (None, change.task)][::every]:
-        started, limit = time.monotonic(), SLOW if starts_something(stem, change.task) else QUICK
+        started, limit = time.monotonic(), SLOW if proven.starts_something(stem, change.task) else QUICK
         with tempfile.TemporaryDirectory() as temporary:
             package = package_with(Path(temporary), stem, change.apply(solution))
             outcome = grade(stem, exercises=package, task=change.task, files=files_of(stem), limit=limit)
@@ -238,60 +224,20 @@ def equivalents(stem: str) -> dict[tuple[str, str], str]:
 # --- the record -------------------------------------------------------------------------------------------------------
 
 
-def _milestones_of(stem: str, task: str) -> tuple[list[ast.FunctionDef], list[ast.stmt]]:
-    """The milestones of a task, and what else stands in their files."""
-    tests, rest = [], []
-    for path in files_of(stem):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            marker = [d for d in getattr(node, "decorator_list", []) if "milestone" in ast.unparse(d)]
-            if not marker:
-                rest.append(node)
-            elif f"task='{task}'" in ast.unparse(marker[0]):
-                tests.append(node)
-    return tests, rest
-
-
-def starts_something(stem: str, task: str) -> bool:
-    """Whether a task's milestones start ranks or jobs, or call programs."""
-    slow = {"run_experiments", "slurm_beside_exercises"}
-    return any(
-        slow & {argument.arg for argument in test.args.args} or "observe" in ast.unparse(test)
-        for test in _milestones_of(stem, task)[0]
-    )
-
-
-def digest(stem: str, task: str) -> str:
-    """Of a task's solution and its milestones, with what they share: it changes where a verdict may."""
-    solution = named(stem).solution.read_text()
-    lines, tasks = solution.splitlines(), _task_of_lines(solution)
-    own = [line for number, line in enumerate(lines, 1) if tasks.get(number) == task]
-    tests, rest = _milestones_of(stem, task)
-    parts = [*own, *(ast.unparse(node) for node in (*tests, *rest))]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def recorded(stem: str) -> dict[str, dict]:
-    """By task: digest, number of changes, how many were caught, equivalent or not run, and the texts of those that survived."""
-    path = named(stem).answers / "small_changes.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
 def record(stem: str, verdicts: list[Verdict]) -> None:
-    """Note what became of all changes of one or several tasks; the entries of other tasks stay."""
-    explained, entries = equivalents(stem), recorded(stem)
+    """Note what became of all changes of one or several tasks."""
+    explained = equivalents(stem)
     for task in {verdict.change.task for verdict in verdicts}:
         mine = [verdict for verdict in verdicts if verdict.change.task == task]
         counts = collections.Counter(verdict.verdict for verdict in mine)
         survivors = [verdict.change.told for verdict in mine if verdict.verdict == "survived"]
         unexplained = sorted(told for told in survivors if (task, told) not in explained)
-        entries[task] = {
-            "digest": digest(stem, task),
+        entry = {
+            "digest": proven.digest(stem, task),
             "changes": len(mine),
             "caught": counts["caught"],
             "equivalent": len(survivors) - len(unexplained),
             "not run": counts["not run"],
             "survived": unexplained,
         }
-    ordered = dict(sorted(entries.items(), key=lambda entry: task_order(entry[0])))
-    path = named(stem).answers / "small_changes.json"
-    path.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        proven.record(stem, task, proven.SMALL_CHANGES, entry)

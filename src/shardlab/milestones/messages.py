@@ -171,9 +171,10 @@ def _around(text: str, other: str) -> str:
 def fingerprint(task: str, test: str, seen: str) -> str:
     """What tells a wrong result from others, without holding it: the same for all who make the same mistake.
 
-    Folders are left out, and fractions are rounded to four digits: they differ between machines.
+    Folders and the ranks' numbers are left out, and fractions are rounded to four digits: they differ between machines and runs.
     """
     plain = re.sub(r"(/[^\s'\",:;)]*)+/", "", seen)
+    plain = re.sub(r"\brank \d+", "rank", plain)
     plain = re.sub(r"\d+\.\d+(e[-+]?\d+)?|\d+e[-+]?\d+", lambda found: f"{float(found[0]):.4g}", plain)
     return hashlib.sha256("\0".join((task, test, plain)).encode("utf-8", "backslashreplace")).hexdigest()[:16]
 

@@ -186,7 +186,7 @@ def pytest_runtest_makereport(item, call):
     elif report.failed:
         folder = item.funcargs["lab"].folder if "lab" in item.funcargs else ""
         error = call.excinfo.value
-        mark_of_it = fingerprint(task, item.name, getattr(error, "seen", "") or f"{type(error).__name__}: {error}")
+        mark_of_it = fingerprint(task, item.name, _seen(error))
         known = "" if hidden else known_mistakes(item.path.parent / "mistakes.json").get(mark_of_it, "")
         verdict, message = "failed", _message(call.excinfo, _where_to_read(item), folder, known)
         if _is_unwritten(call.excinfo.value) and _names_task(call.excinfo.value) in ("", task):
@@ -202,6 +202,13 @@ def pytest_runtest_makereport(item, call):
     outcome = Milestone(_stem(item.path), task, item.name, points, verdict, message, hidden, waits_for, ran_on, mark_of_it)
     item.config.stash[_outcomes].append(outcome)
     return report
+
+
+def _seen(error: BaseException) -> str:
+    """What a mistake is recognised by: of an error on a rank its last line, as the traceback holds the learner's own lines."""
+    if on_rank := getattr(error, "error", "") if getattr(error, "rank_traceback", "") else "":
+        return f"{error.experiment}: {on_rank}"
+    return getattr(error, "seen", "") or f"{type(error).__name__}: {error}"
 
 
 def _stem(path: Path) -> str:
