@@ -15,6 +15,7 @@
 set -euo pipefail
 
 state=${SHARDLAB_CLUSTER:-/tmp/shardlab-cluster-$(id -u)}
+logs=$state
 nodes=(node1 node2)
 bridge=sl$(printf %s "$state" | cksum | cut -d" " -f1)  # a network interface has at most 15 letters
 PATH=$PATH:/usr/sbin:/sbin
@@ -43,7 +44,7 @@ wait_for() {  # wait_for SECONDS WHAT COMMAND…
     local limit=$((SECONDS + $1)) what=$2
     shift 2
     until "$@" >/dev/null 2>&1; do
-        [ $SECONDS -lt $limit ] || fail "$what did not come up within the time allowed; its log is in $state. To remove what there is: $0 down"
+        [ $SECONDS -lt $limit ] || fail "$what did not come up within the time allowed; the logs are in $logs"
         sleep 0.2
     done
 }
@@ -145,7 +146,7 @@ start_node() {
                 ip addr add "$3/24" dev eth0
                 ip link set eth0 up
                 exec slurmd -D -N "$node" -f "$state/slurm.conf"
-            ' "shardlab $node" "$node" "$state" "${address_of[$node]}" </dev/null >"$state/$node.out" 2>&1 &
+            ' "shardlab $node" "$node" "$state" "${address_of[$node]}" </dev/null >"$state/$node.out" 2>&1 9<&- &
         say $! >"$state/$node.pid"
         disown
         wait_for 10 "$node's network" first_process "$node"
@@ -154,7 +155,7 @@ start_node() {
         ip link set "$bridge${node#node}" master "$bridge" up
     else
         ! alive "$state/$node/slurmd.pid" || fail "$node is running"
-        setsid slurmd -N "$node" -f "$state/slurm.conf" </dev/null >"$state/$node.out" 2>&1 || fail "$node: $(tail -1 "$state/$node.out")"
+        setsid slurmd -N "$node" -f "$state/slurm.conf" </dev/null >"$state/$node.out" 2>&1 9<&- || fail "$node: $(tail -1 "$state/$node.out")"
     fi
 }
 
@@ -215,8 +216,10 @@ up() {
     [ ! -e "$state" ] || [ -z "$(ls -A "$state")" ] || fail "$state is there already and holds no cluster; remove it, or set SHARDLAB_CLUSTER"
     mkdir -p "$state/controller"
     chmod 755 "$state"
-    trap 'say "interrupted; removing what was started" >&2; down >/dev/null; exit 130' INT TERM
-
+    logs=$state.failed
+    trap 'say "interrupted; removing what was started" >&2; exit 130' INT TERM
+    trap 'end_what_failed' EXIT
+    take_turns
     declare -gA address_of hostname_of
     mapfile -t ports < <(free_ports $((1 + ${#nodes[@]})))
     local number=0 node
@@ -246,12 +249,28 @@ up() {
 
     (umask 077 && head -c 1024 /dev/urandom >"$state/munge.key")
     munged --force --key-file="$state/munge.key" --socket="$state/munge.socket" --pid-file="$state/munged.pid" \
-        --log-file="$state/munged.log" --seed-file="$state/munge.seed" >>"$state/munged.log" 2>&1 || fail "munged: $(tail -1 "$state/munged.log")"
-    slurmctld -f "$SLURM_CONF" >"$state/slurmctld.out" 2>&1 || fail "slurmctld: $(tail -1 "$state/slurmctld.out")"
+        --log-file="$state/munged.log" --seed-file="$state/munge.seed" >>"$state/munged.log" 2>&1 9<&- || fail "munged: $(tail -1 "$state/munged.log")"
+    slurmctld -f "$SLURM_CONF" >"$state/slurmctld.out" 2>&1 9<&- || fail "slurmctld: $(tail -1 "$state/slurmctld.out")"
     for node in "${nodes[@]}"; do start_node "$node"; done
     wait_for 30 "the cluster" all_idle
-    trap - INT TERM
+    exec 9<&-
+    trap - INT TERM EXIT
+    rm -rf "$logs"
     tell
+}
+
+# Two clusters that start at once would find the same network and the same ports free: one after the other, whoever starts them.
+# What they start must not keep the lock, hence the `9<&-` there.
+take_turns() {
+    exec 9</tmp
+    flock --wait 60 9 || fail "another cluster has been starting on this machine for a minute; wait for it, and try again"
+}
+
+end_what_failed() {
+    rm -rf "$logs"
+    mkdir -p "$logs"
+    cp "$state"/*.log "$state"/*.out "$logs" 2>/dev/null || true
+    down >/dev/null
 }
 
 tell() {
@@ -271,7 +290,6 @@ down() {
     [ -f "$state/slurm.conf" ] || [ -d "$state/controller" ] || { say "no cluster in $state"; return; }
     local node
     if alive "$state/slurmctld.pid" && [ -S "$state/munge.socket" ]; then timeout 10 scancel --user="$(id -un)" --full 2>/dev/null || true; fi
-    read_state
     for node in "${nodes[@]}"; do kill_node "$node"; done
     end "$state/slurmctld.pid"
     end "$state/munged.pid"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -211,6 +212,48 @@ def test_the_cluster_leaves_nothing_behind(tmp_path, monkeypatch):
     finally:
         cluster_command("down")
     assert not folder.exists() and interfaces() == before and not processes()
+
+
+def started_cluster(folder: Path, **more: str) -> subprocess.Popen:
+    env = {name: value for name, value in os.environ.items() if name != "SLURM_CONF"} | {"SHARDLAB_CLUSTER": str(folder)} | more
+    script = [ROOT / "slurm" / "local_cluster.sh", "up"]
+    return subprocess.Popen(script, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_clusters_that_start_at_once_do_not_meet():
+    if why := cluster_missing():
+        pytest.skip(why)
+    folders = [Path(f"/tmp/shardlab-test-{os.getpid()}-{name}") for name in "ab"]
+    starting = [started_cluster(folder) for folder in folders]
+    said = [process.communicate(timeout=90)[0] for process in starting]
+    try:
+        assert [process.returncode for process in starting] == [0, 0], said
+        configurations = [folder.joinpath("slurm.conf").read_text() for folder in folders]
+        ports = [set(re.findall(r"Port=(\d+)", text)) for text in configurations]
+        assert len(ports[0]) == 3 and not ports[0] & ports[1]
+        for folder in folders:
+            hosts = ["srun", "--nodes=2", "hostname"]
+            done = subprocess.run(hosts, env=os.environ | {"SLURM_CONF": f"{folder}/slurm.conf"}, capture_output=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+    finally:
+        for folder in folders:
+            down = [ROOT / "slurm" / "local_cluster.sh", "down"]
+            subprocess.run(down, env=os.environ | {"SHARDLAB_CLUSTER": str(folder)}, capture_output=True, timeout=60)
+
+
+def test_a_cluster_that_does_not_come_up_leaves_its_logs_alone(tmp_path):
+    if why := cluster_missing():
+        pytest.skip(why)
+    (tmp_path / "slurmctld").write_text("#!/bin/sh\necho no controller today >&2\nexit 3\n")
+    (tmp_path / "slurmctld").chmod(0o755)
+    with tempfile.TemporaryDirectory(prefix="shardlab-") as parent:
+        folder = Path(parent, "c")
+        process = started_cluster(folder, PATH=f"{tmp_path}:{os.environ['PATH']}")
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == 1 and "no controller today" in said
+        assert os.listdir(parent) == ["c.failed"] and "slurmctld.out" in os.listdir(f"{parent}/c.failed")
+        left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+        assert str(folder) not in left, "a munged that nobody ends"
 
 
 def test_the_cluster_says_what_is_missing(tmp_path):
