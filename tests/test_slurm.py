@@ -462,7 +462,7 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(tmp_path):
         "steps": 4,
         "max_tokens": 32,
     }
-    experiment = Experiment(name="early", evaluate=False, save=False, save_every=3, **settings)
+    experiment = Experiment(name="early", evaluate=False, save=False, save_every=4, **settings)
     run = Run.create(experiment, tmp_path)
     run.start()
     run.log_step(step=1, loss=99.0)
@@ -470,11 +470,14 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(tmp_path):
     (tmp_path / "experiment.json").write_text(experiment.model_dump_json())
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     command = [sys.executable, "-m", "shardlab.run.ranks", str(tmp_path / "experiment.json"), str(tmp_path)]
-    done = subprocess.run(command, env=os.environ | rank, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    run = Run.read(run.folder)
-    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4] and max(run.losses()) < 50
-    assert run.record_json["earlier"][0]["steps"] == 2
+    # The second time it is started again after its last step: there is nothing left to train.
+    for steps_before in (2, 4):
+        done = subprocess.run(command, env=os.environ | rank, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        run = Run.read(run.folder)
+        assert run.outcome == "finished"
+        assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4] and max(run.losses()) < 50
+        assert run.record_json["earlier"][-1]["steps"] == steps_before
 
 
 # --- a class ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,10 @@ class Stopped(Exception):
     """Training ended before its last step because it was asked to; the text says after which step."""
 
 
+class NothingLeft(Exception):
+    """The checkpoint that training would go on from is that of the last step."""
+
+
 STOP_FILE = "stop"
 """A file of this name in the run folder asks a run with checkpoints to save one and to end."""
 
@@ -34,6 +38,11 @@ class Checkpointer(TrainerCallback):
 
     def __init__(self, run: Run):
         self.run, self.stopped = run, False
+
+    def on_train_begin(self, args, state, control, **_):
+        # `Trainer` (5.x) asks whether it is done after each step, so it would take one too many: max_steps + 1.
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
 
     def on_step_end(self, args, state, control, **_):
         # Rank 0 alone looks, and tells the others: on a shared file system each would see the file at another step.

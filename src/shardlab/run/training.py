@@ -6,6 +6,7 @@ continues pre-training on the paragraphs. Milestones use it where they judge a D
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import time
@@ -20,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from shardlab.data.datasets import load_squad
 from shardlab.data.models import load_model, load_tokenizer, parameter_count
-from shardlab.run.checkpoints import Checkpointer, Stopped, newest_checkpoint
+from shardlab.run.checkpoints import Checkpointer, NothingLeft, Stopped, newest_checkpoint
 from shardlab.run.collectives import barrier, rank
 from shardlab.run.experiment import Experiment
 from shardlab.run.recorder import RunRecorder, StateRecorder
@@ -147,7 +148,9 @@ def train(
     started = time.perf_counter()
     if checkpointer and rank() == 0:
         run.keep_steps(trained)  # an earlier life can have come further than its last whole checkpoint
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    # A job can be started again between its last step and its end; the checkpoint is loaded when this is noticed.
+    with contextlib.suppress(NothingLeft):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     # While this is set, from_pretrained shards every model that it loads; after training, a model is loaded whole again.
     unset_hf_deepspeed_config()
     if checkpointer and checkpointer.stopped:
