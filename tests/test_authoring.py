@@ -167,17 +167,17 @@ def test_drift_is_found_and_mended(copy):
     edited, deleted = (copy / "src" / "exercises" / f"{stem}.py" for stem in stems()[:2])
     edited.write_text(edited.read_text() + "\n# A change by hand.\n")
     deleted.unlink()
-    config, notebook = next(iter(generated(copy))), next(iter(notebooks(copy)))
-    config.write_text(config.read_text().replace("zero", "nought"))
+    table, notebook = next(iter(generated(copy))), next(iter(notebooks(copy)))
+    table.write_text(table.read_text().replace("| minutes |", "| hours |"))
     cells = json.loads(notebook.read_text())
     cells["cells"][0]["source"] = ["# Another title"]
     notebook.write_text(json.dumps(cells))
-    wanted = sorted([edited, deleted, config, notebook])
+    wanted = sorted([edited, deleted, table, notebook])
     assert off(copy) == wanted
     assert "A change by hand" in edited.read_text() and not deleted.exists(), "looking writes nothing"
     assert sorted(build(copy)) == wanted
     assert off(copy) == []
-    assert edited.read_text() == skeletons(copy)[edited] and config.read_text() == generated(copy)[config]
+    assert edited.read_text() == skeletons(copy)[edited] and table.read_text() == generated(copy)[table]
     assert "Another title" not in notebook.read_text()
     assert build(copy) == [], "what is right is left alone"
 

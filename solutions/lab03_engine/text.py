@@ -310,6 +310,29 @@ print(
 # with and without the conversion.
 
 # %% [markdown]
+# ## Break it
+#
+# A configuration with `zero_optimisation`, an s where a z is due. `deepspeed.initialize` starts, and says nothing. How will you notice? Say first what
+# each rank will hold, in bytes; ZeRO-2 held 34,398,720.
+
+# %%
+predicted_bytes = {"zero_optimisation": ...}
+
+# %%
+misspelt = dict(whole.experiment.deepspeed)
+misspelt["zero_optimisation"] = misspelt.pop("zero_optimization")
+settings_here = settings | {"deepspeed": misspelt}
+wrong = Experiment(name="lab03-misspelt", method="zero_optimisation", steps=12, **settings_here)
+wrong = launch(wrong, runs=RUNS, or_cpu=True)[0]
+held = max(sum(rank.values()) for rank in wrong.states()["ranks"])
+compare({"zero_optimisation": held}, predicted_bytes, {"zero_optimisation": 45_864_960})
+apart = max(abs(a - b) for a, b in zip(whole.losses(), wrong.losses(), strict=True))
+print(f"The losses differ by at most {apart:.1e}.")
+
+# %% [markdown]
+# The curve is the same, as all stages compute the same; nothing but the bytes shows that this was stage 0. Your `check_deepspeed_config` of lab 02 says it
+# before the run.
+#
 # ## The program
 #
 # `labs/lab03_engine/train.py` puts your functions together as a program. In a terminal, in the project's folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 
@@ -26,5 +27,10 @@ def page(template: str, **values) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A plain table in HTML."""
-    return page("table.html", head=head, rows=rows)
+    """A plain table in HTML: figures to the right, words to the left, where a notebook puts all to the right."""
+    figures = [all(FIGURE.fullmatch(row[column]) for row in rows) for column in range(len(head))]
+    return page("table.html", head=head, rows=rows, side=["right" if figure else "left" for figure in figures])
+
+
+FIGURE = re.compile(r"(—|[-+]?[\d.,]+(e[-+]?\d+)?( ?(bytes|[KMGT]i?B|%|×|s|ms))?)?")
+"""A number with its unit, or nothing."""

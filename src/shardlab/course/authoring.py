@@ -13,10 +13,8 @@ from their text sources; `shardlab build --check` fails where the two have drift
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 
 from shardlab.errors import CourseError
 from shardlab.hardware import ROOT
@@ -183,24 +181,9 @@ def table(root: Path = ROOT) -> str:
 
 
 def generated(root: Path = ROOT) -> dict[Path, str]:
-    """What else is made, paths and texts: tables of labs, and what a lab's `generated.py` gives for its folder."""
-    found = {}
-    for page in (root / "README.md", root / "docs" / "instructor-guide.md"):
-        if page.exists():
-            found[page] = TABLE.sub(lambda marks: f"{marks[1]}\n{table(root)}\n{marks[2]}", page.read_text())
-    for lab in catalogue(root):
-        if (maker := lab.answers / "generated.py").exists():
-            made = _module(maker).files(_module(lab.solution))
-            found |= {lab.folder / name: text for name, text in made.items()}
-    return found
-
-
-def _module(path: Path) -> ModuleType:
-    """The module in this file; one that is in no package, and anew each time."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """What else is made, paths and texts: the tables of labs."""
+    pages = [page for page in (root / "README.md", root / "docs" / "instructor-guide.md") if page.exists()]
+    return {page: TABLE.sub(lambda marks: f"{marks[1]}\n{table(root)}\n{marks[2]}", page.read_text()) for page in pages}
 
 
 def executed(root: Path = ROOT) -> dict[Path, Path]:

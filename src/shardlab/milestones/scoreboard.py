@@ -79,7 +79,7 @@ def render(milestones: list[Milestone], width: int = 110) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=io.StringIO(), width=width)
+    console = Console(file=io.StringIO(), width=width, force_jupyter=False)  # in a notebook it would draw all by itself
     for lab in dict.fromkeys(m.lab for m in milestones):
         mine = sorted((m for m in milestones if m.lab == lab), key=lambda m: task_order(m.task))
         table = Table(title=lab, title_justify="left")
