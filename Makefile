@@ -44,7 +44,7 @@ test: setup
 	$(BIN)/pytest -p no:cacheprovider --nbval-lax notebooks
 
 lab: setup
-	PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv" $(BIN)/jupyter lab --ServerApp.root_dir=. README.md
+	PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv" $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.app_settings_dir=src/shardlab/show/jupyter README.md
 
 grade: setup
 	$(BIN)/pytest labs

@@ -302,7 +302,8 @@ for place, count in enumerate(gpus):
     label = f"{count} GPU{'s' if count > 1 else ''}"
     axes[0].barh(heights, [row["samples_per_second"] for row in rows], 0.25, label=label)
     axes[1].barh(heights, [row["held_bytes_per_parameter"] for row in rows], 0.25)
-axes[0].set(xlabel="samples/s", yticks=range(len(rows)), yticklabels=[row["method"] for row in rows])
+axes[0].set(xlabel="samples/s", yticks=range(len(rows)))
+axes[0].set_yticklabels([row["method"] for row in rows])
 axes[0].invert_yaxis()
 axes[1].set(xlabel="held, bytes per parameter")
 axes[0].legend();

@@ -171,19 +171,27 @@ TABLE = re.compile(r"(<!-- labs, made by `shardlab build` from labs/\*/lab.toml 
 """Where a page has a table of the labs."""
 
 
-def table(root: Path = ROOT) -> str:
-    """The labs as a table in Markdown."""
-    rows = [
-        f"| `labs/{lab.stem}` | {f'`notebooks/{lab.lecture}`' if lab.lecture else ''} | {lab.writes} | {lab.minutes} |\n"
-        for lab in catalogue(root)
-    ]
+def table(root: Path = ROOT, to_root: str = "") -> str:
+    """The labs as a table in Markdown, with links to their notebooks.
+
+    Args:
+        to_root: the way from the page's folder to the course's, such as "../".
+    """
+    rows = []
+    for lab in catalogue(root):
+        notebook = f"[`{lab.stem}`]({to_root}labs/{lab.stem}/{lab.stem}.ipynb)"
+        lecture = f"[`{lab.lecture}`]({to_root}notebooks/{lab.lecture}.ipynb)" if lab.lecture else ""
+        rows.append(f"| {notebook} | {lecture} | {lab.writes} | {lab.minutes} |\n")
     return "".join(["| lab | lecture | what you write | minutes |\n| --- | --- | --- | --- |\n", *rows])
 
 
 def generated(root: Path = ROOT) -> dict[Path, str]:
     """What else is made, paths and texts: the tables of labs."""
-    pages = [page for page in (root / "README.md", root / "docs" / "instructor-guide.md") if page.exists()]
-    return {page: TABLE.sub(lambda marks: f"{marks[1]}\n{table(root)}\n{marks[2]}", page.read_text()) for page in pages}
+    found = {}
+    for page, to_root in ((root / "README.md", ""), (root / "docs" / "instructor-guide.md", "../")):
+        if page.exists():
+            found[page] = TABLE.sub(lambda marks, way=to_root: f"{marks[1]}\n{table(root, way)}\n{marks[2]}", page.read_text())
+    return found
 
 
 def executed(root: Path = ROOT) -> dict[Path, Path]:
