@@ -142,3 +142,31 @@ def test_killed_rank_ends_the_others_and_training_resumes(tmp_path):
     done = run(TORCHRUN, "--stage", "1", "--steps", str(newest + 2), "--save-every", "2", "--resume", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["step"] for row in Run.read(folder).metrics()] == [newest + 1, newest + 2]
+
+
+def test_ranks_end_with_the_deepspeed_command(tmp_path):
+    """`kill` of that process alone, as a terminal's Ctrl-C does not do, but a script or a notebook's `!` does."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, pathlib, time\n"
+        "from shardlab.run.ranks import end_with_the_command\n"
+        "end_with_the_command()\n"
+        f"pathlib.Path({str(tmp_path)!r}, os.environ['RANK']).write_text(str(os.getpid()))\n"
+        "time.sleep(300)\n"
+    )
+    command = [str(BIN / "deepspeed"), "--num_gpus", "2", str(program)]
+    launcher = subprocess.Popen(command, env=environment() | {"DS_ACCELERATOR": "cpu"}, stderr=subprocess.DEVNULL)
+    files = [tmp_path / "0", tmp_path / "1"]
+    try:
+        deadline = time.monotonic() + 120
+        while not all(file.exists() and file.read_text() for file in files) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        below = [psutil.Process(int(file.read_text())) for file in files]
+        below += psutil.Process(launcher.pid).children()
+        launcher.terminate()
+        launcher.wait(10)
+        gone, alive = psutil.wait_procs(below, timeout=20)
+        assert len(gone) == 3 and not alive
+    finally:
+        launcher.kill()
+        subprocess.run(["pkill", "-9", "-f", str(program)])

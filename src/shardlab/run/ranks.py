@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -155,6 +156,7 @@ def run_under_launcher(experiment: Experiment, runs: Path | str, *, resume: bool
         # Each rank comes here, and one sentence is enough.
         raise SystemExit(str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else 1) from None
     os.environ.update(ops.environment(where.device))
+    end_with_the_command()
     # deepspeed 0.19.8 calls functions that torch 2.13 is about to rename, on every rank and in every step: a log of nothing else.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import torch
@@ -196,6 +198,26 @@ def run_under_launcher(experiment: Experiment, runs: Path | str, *, resume: bool
         raise
     barrier()
     return Run.read(run.folder)
+
+
+def end_with_the_command() -> None:
+    """End the ranks that `deepspeed` has started when that command itself is ended.
+
+    On one machine it starts a second process, which starts the ranks; it passes no signal on to it (deepspeed 0.19.8, `runner.py`),
+    so that `kill` of the command alone leaves all others at work. Under another launcher this does nothing.
+    """
+    starter = psutil.Process(os.getppid())
+    if "deepspeed.launcher.launch" not in starter.cmdline():
+        return
+    command = starter.ppid()
+
+    def watch() -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while starter.ppid() == command:
+                time.sleep(1)
+            starter.terminate()  # it ends the ranks
+
+    threading.Thread(target=watch, daemon=True, name="end with the command").start()
 
 
 def main(arguments: list[str]) -> int:
