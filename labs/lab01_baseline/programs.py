@@ -120,11 +120,11 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int) -> di
     """Task 1.7: models that do not answer greedily and at full length by themselves.
 
     Returns:
-        `sampling`: answers of one whose own settings say to sample; `ending`: of one that ends each answer after two tokens.
+        `sampling`: answers of one whose own settings say to sample, from several beams; `ending`: of one that ends each answer after two tokens.
     """
     answer = switch.import_exercise("lab01_baseline").generate_answers
     tokenizer, model = load_tokenizer(), load_model()
-    model.generation_config.update(do_sample=True, temperature=9.0, top_k=0)
+    model.generation_config.update(do_sample=True, num_beams=3, temperature=9.0, top_k=0)
     torch.manual_seed(5)
     sampling = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     model, forwards = load_model(), []

@@ -1,9 +1,11 @@
 """Milestones of lab 01. Each checks what must be true on any machine; none looks at a clock."""
 
+import csv
 import json
 
 import pytest
 
+from shardlab.milestones.agreement import agree_as_recorded
 from shardlab.milestones.messages import require, require_equal, require_error
 from shardlab.milestones.small_runs import zero_config
 from shardlab.run.experiment import Experiment
@@ -44,8 +46,9 @@ def test_prompt_has_the_course_format(lab):
     require(
         got == wanted,
         expected="white space around the question and the context stripped",
-        got=got,
+        got=repr(got),
     )
+    agree_as_recorded(lab.format_prompt, __file__, "1.1", "format_prompt{}")
 
 
 @pytest.mark.milestone(task="1.2", points=10, needs=("1.1",))
@@ -98,6 +101,11 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
         ValueError,
         expected=f"ValueError for {length(0) - 1} tokens: the prompt without any context has {length(0)}",
     )
+    agree_as_recorded(encoded_prompt(lab, tokenizer), __file__, "1.2", "encode_prompt{}, the tokenizer left out")
+
+
+def encoded_prompt(of, tokenizer):
+    return lambda *given: of.encode_prompt(tokenizer, *given)
 
 
 @pytest.mark.milestone(task="1.3", points=15, needs=("1.1", "1.2"), section="What the labels say")
@@ -165,6 +173,11 @@ def test_labels_teach_only_the_answer(lab, tokenizer, model):
             expected=f"what encode_prompt gives for {limit} - {len(taught)} tokens, and then the answer: {tokenizer.decode(wanted)!r}",
             got=repr(tokenizer.decode(short["input_ids"])),
         )
+    agree_as_recorded(encoded_example(lab, tokenizer), __file__, "1.3", "encode_example{}, the tokenizer left out")
+
+
+def encoded_example(of, tokenizer):
+    return lambda *given: of.encode_example(tokenizer, *given)
 
 
 @pytest.mark.milestone(task="1.4", points=10, section="Padding")
@@ -214,6 +227,7 @@ def test_batch_is_padded_to_its_longest_example(lab, model):
         expected=f"the loss that the examples have one by one, {mean:.4f}",
         got=f"{together:.4f}",
     )
+    agree_as_recorded(lab.collate, __file__, "1.4", "collate{}")
 
 
 @pytest.mark.milestone(task="1.5", points=10)
@@ -259,12 +273,16 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
             expected="each of the course's settings given to TrainingArguments, also where Trainer has the same today",
             got=f"{', '.join(missing)} left out",
         )
-    mixed = lab.training_arguments(str(tmp_path), precision="bf16")
-    require(
-        mixed.bf16 and not mixed.fp16,
-        expected="bf16 on and fp16 off for precision 'bf16'",
-        got=f"bf16={mixed.bf16}, fp16={mixed.fp16}",
-    )
+    overrides = {"max_steps": 5, "seed": 7, "per_device_train_batch_size": 2, "num_train_epochs": 7, "eval_strategy": "no"}
+    overrides |= {"use_cpu": True, "bf16": False, "report_to": ["tensorboard"]}
+    changed = lab.training_arguments(str(tmp_path), precision="bf16", **overrides)
+    got = {name: getattr(getattr(changed, name), "value", getattr(changed, name)) for name in overrides}
+    require_equal(got, overrides, of=f"training_arguments(…, precision='bf16', **{overrides}), read back")
+    require_equal(changed.per_device_eval_batch_size, 8, of="the same, per_device_eval_batch_size, which nobody changed")
+    for precision in ("bf16", "fp16"):
+        mixed = lab.training_arguments(str(tmp_path), precision=precision)
+        got = {"bf16": mixed.bf16, "fp16": mixed.fp16}
+        require_equal(got, {"bf16": precision == "bf16", "fp16": precision == "fp16"}, of=f"training_arguments(…, {precision!r})")
     require_error(
         lambda: lab.training_arguments(str(tmp_path), precision="fp8"),
         ValueError,
@@ -383,6 +401,8 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
         )
     together = lab.generate_answers(model, tokenizer, prompts, max_new_tokens=8)
     require_equal(together, wanted, of="generate_answers() on the same prompts in one batch")
+    twice = lab.generate_answers(model, tokenizer, [*prompts, prompts[0]], max_new_tokens=8)
+    require_equal(twice, [*wanted, wanted[0]], of="generate_answers() on a batch that has one prompt twice")
     others = lab.observe("labs/lab01_baseline/programs.py:answers_of_other_models", prompts, 8)
     require_equal(others["sampling"], wanted, of="generate_answers() with a model whose generation_config says do_sample=True")
     ends = [greedy(prompt, 2) for prompt in prompts]
@@ -432,6 +452,17 @@ def test_summary_reads_the_log(lab):
         expected="no evaluation: an empty eval_losses, and None samples/s",
         got=without,
     )
+    agree_as_recorded(summarised(lab), __file__, "1.8", "summarise_training{}")
+
+
+def summarised(of):
+    """With the types of the epochs, which are floats."""
+
+    def summary(history: list[dict]) -> dict:
+        found = of.summarise_training(history)
+        return dict(found) | {"eval_losses": sorted([repr(epoch), loss] for epoch, loss in found["eval_losses"].items())}
+
+    return summary
 
 
 @pytest.mark.milestone(task="1.9", points=10, section="Where the memory goes")
@@ -463,3 +494,19 @@ def test_memory_table_keeps_devices_apart(lab, tmp_path):
         mentions=("memory.csv",),
         expected="ValueError for a file without samples",
     )
+    agree_as_recorded(memory_rows(lab, str(tmp_path / "drawn.csv")), __file__, "1.9", "memory_table() of a file with the rows {}")
+
+
+def memory_rows(of, path: str):
+    """Of a file with these devices and bytes, or of one that is empty; an error says whether it names the file."""
+
+    def table(rows: list | None) -> dict | str:
+        with open(path, "w", newline="") as file:
+            written = [] if rows is None else [("seconds", "device", "used_bytes"), *((at, *row) for at, row in enumerate(rows))]
+            csv.writer(file).writerows(written)
+        try:
+            return {name: dict(row) for name, row in of.memory_table(path).items()}
+        except ValueError as error:
+            return f"ValueError that names the file: {path.rpartition('/')[2] in str(error)}"
+
+    return table

@@ -8,6 +8,7 @@ import pytest
 
 from shardlab.hardware import gpu_count
 from shardlab.milestones import small_runs
+from shardlab.milestones.agreement import agree_as_recorded
 from shardlab.milestones.engine_runs import odd_model
 from shardlab.milestones.messages import farthest, require, require_equal, require_error
 from shardlab.milestones.small_runs import zero_config
@@ -204,6 +205,12 @@ def test_configuration_is_what_deepspeed_reads(lab, judge):
             mentions=(name,),
             expected=f"ValueError for {words}",
         )
+    agree_as_recorded(created(lab), __file__, "2.1", "create_deepspeed_config(**…) of {}")
+
+
+def created(of):
+    """As JSON, where True is not 1."""
+    return lambda given: json.dumps(of.create_deepspeed_config(**given), sort_keys=True)
 
 
 SIZED = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}
@@ -281,6 +288,20 @@ def test_bad_configurations_are_refused(lab):
                 expected=f"no error for {json.dumps(config)}",
                 got=f"ValueError: {error}",
             )
+    agree_as_recorded(verdict(lab), __file__, "2.2", "check_deepspeed_config(config, world_size, with_trainer){}")
+
+
+def verdict(of):
+    """Whether a configuration is refused."""
+
+    def refused(config: dict, world_size: int, with_trainer: bool) -> bool:
+        try:
+            of.check_deepspeed_config(config, world_size=world_size, with_trainer=with_trainer)
+        except ValueError:
+            return True
+        return False
+
+    return refused
 
 
 @pytest.mark.milestone(task="2.3", points=5)
@@ -333,6 +354,41 @@ def test_configuration_survives_a_file(lab, tmp_path):
             mentions=names,
             expected=f"ValueError for {broken}",
         )
+    agree_as_recorded(
+        saved(lab, tmp_path), __file__, "2.3 save", "save_config{}, over a file that is there: is it JSON, indented by two"
+    )
+    agree_as_recorded(
+        loaded(lab, tmp_path), __file__, "2.3 load", "load_config() of a file with the text {}; None: there is no file"
+    )
+
+
+def saved(of, folder):
+    """Whether the file is what the docstring says, in a file that held something else before."""
+
+    def written(config: dict) -> bool:
+        path = folder / "drawn.json"
+        path.write_text("x" * 2000)
+        of.save_config(config, str(path))
+        text = path.read_text(encoding="utf-8")
+        return text in [json.dumps(config, indent=2, ensure_ascii=ascii) + "\n" for ascii in (True, False)]
+
+    return written
+
+
+def loaded(of, folder):
+    """What comes back, as JSON; an error says whether it names the file."""
+
+    def from_text(text: str | None) -> str:
+        path = folder / "read it.json"
+        path.unlink(missing_ok=True)
+        if text is not None:
+            path.write_text(text, encoding="utf-8")
+        try:
+            return json.dumps(of.load_config(str(path)), sort_keys=True)
+        except ValueError as error:
+            return f"ValueError that names the file: {'read it.json' in str(error)}"
+
+    return from_text
 
 
 @pytest.mark.milestone(task="2.4", points=15, section="The same mathematics")
@@ -362,6 +418,15 @@ def test_every_stage_trains_to_the_losses_of_ddp(lab, run_experiments):
         got="it was changed",
     )
 
+    settings = {"ranks": 4, "micro_batch": 3, "accumulation": 5, "epochs": 2.0, "steps": 9, "learning_rate": 3e-3, "clipping": 0.25}
+    settings |= {"weight_decay": 0.5, "seed": 8, "precision": "bf16", "max_tokens": 96, "eval_examples": 5, "save_every": 3}
+    settings |= {"random_weights": True, "save": True, "evaluate": True, "options": {"note": 1}}
+    other = text_experiment("Demo-7", **settings)
+    wanted = other.model_copy(update={"name": "Demo-7-offload", "method": "Offload", "deepspeed": zero_config(3)})
+    made = lab.with_deepspeed(other, zero_config(3), "Offload")
+    require_equal(
+        made.model_dump(), wanted.model_dump(), of="with_deepspeed(an experiment with other settings, stage 3, 'Offload')"
+    )
     # What the exercise made is compared and not run: an experiment can name any program.
     own = text_experiment("own").model_copy(update={"name": "own-zero-2", "method": "ZeRO-2", "deepspeed": zero_config(2)})
     made = lab.with_deepspeed(text_experiment("own"), zero_config(2), "ZeRO-2")
@@ -412,6 +477,7 @@ def test_shards_are_padded_as_deepspeed_pads(lab, run_experiments):
             expected=f"{wanted} elements for stage {stage}, groups {groups}, {ranks} ranks: {why}",
             got=got,
         )
+    agree_as_recorded(shard(lab), __file__, "2.5", "shard_elements(stage, groups, ranks){}")
     runs = odd_runs(run_experiments)
     for stage in (1, 2, 3):
         states = runs[f"odd-zero{stage}"].states()
@@ -422,6 +488,11 @@ def test_shards_are_padded_as_deepspeed_pads(lab, run_experiments):
                 expected=f"stage {stage}, rank {rank}: 12 bytes per element make {held['optimizer']} bytes (measured)",
                 got=f"{wanted} bytes (from your shard)",
             )
+
+
+def shard(of):
+    """As text, where 2 is not 2.0."""
+    return lambda *given: json.dumps(of.shard_elements(*given))
 
 
 @pytest.mark.milestone(task="2.6", points=15, section="Who holds what")
@@ -464,6 +535,13 @@ def test_predicted_bytes_are_what_ranks_hold(lab, run_experiments):
     wanted = {"parameters": 4 * 18, "gradients": 4 * 15, "optimizer": 12 * 6}
     got = lab.state_bytes(1, [[7, 5], [3]], 3, "fp32")
     require_equal(got, wanted, of="state_bytes(1, [[7, 5], [3]], 3, 'fp32'), whose shards are 6 elements, padded")
+    lab.replace("shard_elements", lambda stage, groups, ranks: 2 * ranks * len(groups) if stage else sum(map(sum, groups)))
+    agree_as_recorded(predicted(lab), __file__, "2.6", "state_bytes{}, for shards of 2 × ranks × groups elements")
+
+
+def predicted(of):
+    """As text, where 2 is not 2.0."""
+    return lambda *given: json.dumps(of.state_bytes(*given), sort_keys=True)
 
 
 @pytest.mark.milestone(task="2.7", points=10)
@@ -502,6 +580,39 @@ def test_table_row_reads_the_run_folder(lab, tmp_path):
             "predicted": predicted,
         }
         require_equal(got, wanted, of=f"comparison_row() of the run '{name}'")
+    lab.replace("state_bytes", bytes_by_all_arguments)
+    agree_as_recorded(
+        row(lab, tmp_path), __file__, "2.7", "comparison_row() of a run with (held by ranks, steps, zero, precision) {}"
+    )
+
+
+def bytes_by_all_arguments(stage: int, groups: list, ranks: int, precision: str) -> dict[str, int]:
+    """Stands for the formula: another number for each argument."""
+    return {
+        "parameters": 10**6 * (stage + 1),
+        "gradients": 10**4 * ranks + sum(map(sum, groups)),
+        "optimizer": len(groups) * int(precision[-2:]),
+    }
+
+
+def row(of, folder):
+    """The row of a run that is made up."""
+
+    def of_a_run(held: list, steps: list, zero: dict | None, precision: str) -> str:
+        config = None if zero is None else zero_config(zero, precision=precision)
+        if zero is not None and not zero:
+            del config["zero_optimization"]
+        run = Run.create(
+            text_experiment("drawn", ranks=len(held), deepspeed=config, precision=precision, method="A Method"), folder
+        )
+        run.start()
+        for step, (loss, speed) in enumerate(steps, start=1):
+            run.log_step(step=step, loss=float(loss), samples_per_second=float(speed), steps=9)
+        run.write_states({"parameters": 10, "groups": [[7, 2], [1]], "ranks": held})
+        run.finish()
+        return json.dumps(of.comparison_row(Run.read(run.folder)), sort_keys=True)
+
+    return of_a_run
 
 
 @pytest.mark.milestone(task="2.8", points=15, section="Which stage")
@@ -530,3 +641,4 @@ def test_lowest_stage_that_fits_is_chosen(lab):
             mentions=(missing,),
             expected=f"ValueError where {missing} GiB (2**30 bytes) are missing on each, {other // gib} GiB being for other things",
         )
+    agree_as_recorded(lab.choose_stage, __file__, "2.8", "choose_stage(parameters, ranks, device_bytes, other_bytes){}")

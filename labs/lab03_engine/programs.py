@@ -261,7 +261,8 @@ def load_of_other_ranks(ranks: int) -> dict:
     lab = _lab()
     state = {"epoch": 2, "samples": 12, "random": [{"of": number} for number in range(ranks)], "client": {"note": "kept"}}
     engine = SimpleNamespace(load_checkpoint=lambda *args, **kwargs: ("folder", state))
-    with mock.patch.object(lab, "check_checkpoint", lambda folder, ranks: {"ranks": ranks, "universal": True, "files": {}}):
+    facts = {"ranks": ranks, "universal": True, "files": {}}
+    with mock.patch.object(lab, "check_checkpoint", lambda folder, here: facts):
         trainer = lab.DeepSpeedTrainer(engine)
         client = trainer.load_checkpoint("checkpoints", "step-3")
     return {"client": client, "epoch": trainer.epoch, "samples": trainer.samples, "random": trainer.random_state_to_restore}

@@ -1,13 +1,19 @@
 """Hidden milestones of lab 01: the same invariants with other texts and numbers."""
 
-import csv
-
 import pytest
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from test_lab01_baseline import IGNORED, model, tokenizer  # noqa: F401  (fixtures)
+from test_lab01_baseline import (  # noqa: F401  (fixtures)
+    IGNORED,
+    encoded_example,
+    encoded_prompt,
+    memory_rows,
+    model,
+    summarised,
+    tokenizer,
+)
 
 from shardlab.milestones.agreement import agree, solution
 from shardlab.milestones.saved_weights import saved_weights
@@ -28,7 +34,9 @@ TEXTS = st.lists(WORDS, max_size=24).map(" ".join)
 
 @pytest.mark.milestone(task="1.1")
 def test_another_prompt(lab):
-    agree(lab.format_prompt, REFERENCE.format_prompt, st.tuples(TEXTS, TEXTS), first=[("", ""), (" a\n\nb ", "\u00a0c  d\n")])
+    edges = [("", ""), (" a\n\nb ", "\u00a0c  d\n"), ("\tWho  is\nit?\t", "A  b"), ("Who?", ""), ("name the river", "x")]
+    edges += [("What is <context>?", "Context: a")]
+    agree(lab.format_prompt, REFERENCE.format_prompt, st.tuples(TEXTS, TEXTS), first=edges, record="1.1")
     for question, context in ((QUESTION, CONTEXT), ("\tWho?", "Nobody. \n"), ("Is 3 > 2 ?", "It  is.")):
         assert lab.format_prompt(question, context) == f"Question: {question.strip()} Context: {context.strip()} Answer:"
 
@@ -43,11 +51,14 @@ def test_another_long_prompt(lab, tokenizer):  # noqa: F811
         assert text.startswith(f"Question: {QUESTION} Context: The mill") and text.endswith("Answer:")
     whole, bare = (len(tokenizer(REFERENCE.format_prompt(QUESTION, context))["input_ids"]) for context in (CONTEXT, ""))
     exact = [(QUESTION, CONTEXT, budget) for budget in (whole, whole - 1, bare + 1, bare, bare - 1, 0)]
+    lines = CONTEXT.replace(". ", ".\n\n").replace("sisters", "two  sisters,")
     agree(
-        lambda *given: list(lab.encode_prompt(tokenizer, *given)),
-        lambda *given: REFERENCE.encode_prompt(tokenizer, *given),
+        encoded_prompt(lab, tokenizer),
+        encoded_prompt(REFERENCE, tokenizer),
         st.tuples(st.just(QUESTION) | TEXTS, TEXTS, st.integers(4, 90)),
-        first=[*exact, (QUESTION, "", bare), (QUESTION, "one", bare), (QUESTION, " one", bare)],
+        first=[*exact, (QUESTION, "", bare), (QUESTION, "one", bare), (QUESTION, " one", bare)]
+        + [(QUESTION, lines, budget) for budget in range(bare + 2, whole, 3)],
+        record="1.2",
     )
 
 
@@ -58,16 +69,12 @@ def test_another_answer(lab, tokenizer):  # noqa: F811
     taught = [token for token in labels if token != IGNORED]
     assert len(ids) == len(labels) and labels[-len(taught) :] == taught == ids[-len(taught) :]
     assert tokenizer.decode(taught) == f" in 1907{tokenizer.eos_token}"
-    agree(
-        lambda *given: _lists(lab.encode_example(tokenizer, *given)),
-        lambda *given: REFERENCE.encode_example(tokenizer, *given),
-        st.tuples(TEXTS, TEXTS, TEXTS, st.integers(8, 120)),
-        first=[(QUESTION, CONTEXT, "in 1907", len(ids) + more) for more in (1, 0, -1, -2)] + [(QUESTION, CONTEXT, "", 400)],
-    )
-
-
-def _lists(example: dict) -> dict:
-    return {name: list(values) for name, values in example.items()}
+    edges = [(QUESTION, CONTEXT, "in 1907", len(ids) + more) for more in (1, 0, -1, -2)] + [(QUESTION, CONTEXT, "", 400)]
+    answers = ["oak", "1832", " 1832", "the oak", "St. J.", "a\nb", "two sisters", CONTEXT[:90]]
+    edges += [(QUESTION, CONTEXT, answer, limit) for answer in answers for limit in (24, 40, 56, 400)]
+    edges += [(QUESTION, " ".join([CONTEXT] * 16), "oak", 1024)]
+    drawn = st.tuples(TEXTS, TEXTS, TEXTS, st.integers(8, 120))
+    agree(encoded_example(lab, tokenizer), encoded_example(REFERENCE, tokenizer), drawn, first=edges, record="1.3")
 
 
 def equal_tensors(wanted: dict, got: dict) -> bool:
@@ -88,7 +95,19 @@ def test_another_batch(lab):
         lambda pairs: {"input_ids": [a for a, _ in pairs], "labels": [b for _, b in pairs]}
     )
     batches = st.tuples(st.lists(row, min_size=1, max_size=5), st.integers(0, 5))
-    agree(lab.collate, REFERENCE.collate, batches, same=equal_tensors)
+    rows = [
+        [{"input_ids": [9] * n, "labels": [IGNORED] * (n - 1) + [last]} for n in lengths]
+        for lengths in ([600], [3, 2], [1])
+        for last in (2, IGNORED)
+    ]
+    agree(
+        lab.collate,
+        REFERENCE.collate,
+        batches,
+        first=[(row, pad) for row in rows for pad in (0, 3)],
+        same=equal_tensors,
+        record="1.4",
+    )
 
 
 @pytest.mark.milestone(task="1.5")
@@ -166,7 +185,7 @@ def test_another_log(lab):
         last = {"train_runtime": 9.0, "train_samples_per_second": draw(number), "train_loss": 3.0, "epoch": epoch, "step": step}
         return ([*entries, last],)
 
-    agree(lab.summarise_training, REFERENCE.summarise_training, histories())
+    agree(summarised(lab), summarised(REFERENCE), histories(), record="1.8")
 
 
 @pytest.mark.milestone(task="1.9")
@@ -182,15 +201,15 @@ def test_other_samples(lab, tmp_path):
         "gpu1": (9.0, 8.0, 7.0),
         "host": (1000.0, 1000.0, 1000.0),
     }
-    samples = st.tuples(st.sampled_from(["gpu0", "gpu1", "rank0", "a, b"]), st.integers(0, 2**41))
+    samples = st.tuples(st.sampled_from(["gpu0", "GPU1", "rank0", "a, b"]), st.just(0) | st.integers(0, 2**41))
 
-    def read(read_table, as_=dict):
-        def table(rows: list) -> dict:
-            with open(path, "w", newline="") as file:
-                csv.writer(file).writerows([("seconds", "device", "used_bytes"), *((at, *row) for at, row in enumerate(rows))])
-            return {name: as_(row) for name, row in read_table(path).items()}
+    def same(wanted, got) -> bool:
+        return (
+            wanted == got
+            if isinstance(wanted, str)
+            else {name: pytest.approx(row, rel=1e-9) for name, row in wanted.items()} == got
+        )
 
-        return table
-
-    nearly = read(REFERENCE.memory_table, lambda row: pytest.approx(row, rel=1e-9))
-    agree(read(lab.memory_table), nearly, st.tuples(st.lists(samples, max_size=12)), count=30)
+    drawn, edges = st.tuples(st.lists(samples, max_size=12)), [(None,), ([],), ([("rank0", 0)],)]
+    rows = memory_rows(lab, str(path)), memory_rows(REFERENCE, str(path))
+    agree(*rows, drawn, first=edges, count=30, same=same, record="1.9")

@@ -215,7 +215,7 @@ def generate_answers(model, tokenizer, prompts: list[list[int]], max_new_tokens:
     ids = torch.tensor([[tokenizer.pad_token_id] * (longest - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.no_grad():
-        output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False,
+        output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False, num_beams=1,
                                 max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
     return [text.strip() for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
     # END SOLUTION

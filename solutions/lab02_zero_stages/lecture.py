@@ -196,7 +196,8 @@ worst = max(abs(a - b) for run in runs[1:] for a, b in zip(run.losses(), runs[0]
 print("largest difference below 1e-5:", worst < 1e-5)
 
 # %% [markdown]
-# And this is what each rank held, against the formulae:
+# And this is what each rank held, against the formulae. They are those of task 2.6: in your copy of the course the column `predicted` is what your
+# own `state_bytes` says, and empty until it is written.
 
 # %%
 from shardlab.show import report
@@ -211,14 +212,15 @@ for run in runs:
             "gradients": measured.gradients,
             "optimizer": measured.optimizer,
             "measured": measured.device,
-            "predicted": predicted.device,
+            "predicted": predicted and predicted.device,
         }
     )
 table(rows, bytes_columns=("parameters", "gradients", "optimizer", "measured", "predicted"))
 
 # %%
 # NBVAL_CHECK_OUTPUT
-print("all as predicted:", all(row["measured"] == row["predicted"] for row in rows))
+known = [row for row in rows if row["predicted"] is not None]
+print("all as predicted:", all(row["measured"] == row["predicted"] for row in known) if known else "…")
 
 # %% [markdown]
 # ## Which stage

@@ -22,9 +22,11 @@ from shardlab.course.authoring import skeleton, tasks
 from shardlab.errors import CourseError
 from shardlab.hardware import ROOT
 from shardlab.labs import catalogue, named, stems
+from shardlab.milestones.agreement import recording
 from shardlab.milestones.grade import grade
 from shardlab.milestones.markers import files_of, milestones_of
 from shardlab.milestones.messages import known_mistakes
+from shardlab.milestones.scoreboard import task_order
 
 
 class MutantError(CourseError, ValueError):
@@ -143,7 +145,7 @@ def prove(
         labs: stems; all labs by default.
         only: `solutions`, `skeletons`, `mutants`, or a task number, to grade just that.
         record: write anew what the mutants are recognised by (`mistakes.json` of each lab), and that they were caught
-            (`proven.json`); with a task number as `only`, entries of other tasks stay.
+            (`proven.json`), and hashes of the solution's results (`inputs.json`); with a task as `only`, entries of others stay.
         trust_record: of a task that was recorded as proven, and has not changed since, look at the first mutant only.
         say: called with each line as it comes.
     """
@@ -169,6 +171,8 @@ def prove(
         known = proven.recorded(stem, proven.MUTANTS) if trust_record else {}
         recorded: dict[str, str] | None = {} if record else None
         chosen = {task: found for task, found in by_task(stem).items() if only in (None, "mutants", task)}
+        if record and only != "skeletons":
+            _record_inputs(stem, only if only in chosen else None)
         for task, wrong_answers in chosen.items():
             current = _digest(stem, task, wrong_answers)
             begun = len(lines)
@@ -187,6 +191,21 @@ def by_task(stem: str) -> dict[str, list[Mutant]]:
     for mutant in mutants(stem):
         found.setdefault(mutant.task, []).append(mutant)
     return found
+
+
+def _record_inputs(stem: str, task: str | None) -> None:
+    """Note what the solution gives for the inputs that the hidden milestones draw; with a task, entries of others stay."""
+    with recording() as found:
+        grade(stem, exercises=switch.SOLUTIONS, task=task, files=files_of(stem), hidden_too=True)
+    path = named(stem).folder / "inputs.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() and task else {}
+    entries = {name: cases for name, cases in before.items() if name.split()[0] != task} | found
+    ordered = sorted(entries.items(), key=lambda entry: (task_order(entry[0].split()[0]), entry[0]))
+    lines = [
+        f" {json.dumps(name)}: [\n" + ",\n".join(f"  {json.dumps(case)}" for case in cases) + "\n ]" for name, cases in ordered
+    ]
+    if lines:
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def _write_mistakes(stem: str, recorded: dict[str, str], of_others: set[str]) -> None:

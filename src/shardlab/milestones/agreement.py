@@ -1,24 +1,32 @@
 """An exercise and the course's own solution on many inputs.
 
-For hidden milestones: they are the instructor's, so they may know the answer.
+Hidden milestones are the instructor's and know the solution: `agree` compares with it on inputs that it draws. The milestone that a
+learner has does the same without it: `agree_as_recorded` takes inputs and hashes of the solution's results from
+`labs/<lab>/inputs.json`, which `shardlab matrix --record` writes with the `agree` calls of the hidden milestones.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
 import importlib.util
+import json
 import operator
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 
 from shardlab import labs
 from shardlab.milestones.messages import MilestoneFailed
 from shardlab.sandbox.ended import BoxEnded
 
-SEED = 2026
-"""Of all inputs, so that a verdict can be repeated."""
+SEED, RECORDED_SEED = 2026, 5
+"""Of the inputs of hidden milestones, so that a verdict can be repeated; and of those that learners get, which are others."""
+
+_recording: list[dict[str, list] | None] = [None]
 
 
 @cache
@@ -36,6 +44,7 @@ def agree(
     reference: Callable,
     arguments,
     *,
+    record: str = "",
     first: Iterable[tuple] = (),
     count: int = 60,
     same: Callable[[object, object], bool] = operator.eq,
@@ -46,6 +55,7 @@ def agree(
         answer: the exercise.
         reference: the solution.
         arguments: a hypothesis strategy of tuples, the positional arguments.
+        record: the name under which the task's own milestone finds recorded inputs; their arguments are plain values.
         first: tuples that are tried before: the edges.
         count: how many inputs are drawn; a call into a box takes some milliseconds.
         same: whether two returned values are equal.
@@ -53,7 +63,12 @@ def agree(
     from hypothesis import HealthCheck, given, seed, settings
 
     def compare(given_arguments: tuple) -> None:
-        wanted, got = (_outcome(function, given_arguments) for function in (reference, answer))
+        wanted = _outcome(reference, given_arguments)
+        if _recording[0] is not None:
+            if record:
+                _recording[0].setdefault(record, []).append([list(given_arguments), _hash(record, given_arguments, *wanted)])
+            return
+        got = _outcome(answer, given_arguments)
         alike = wanted[0] == got[0] and (wanted[1] == got[1] if wanted[0] == "raised" else _same(same, wanted[1], got[1]))
         if not alike:
             raise MilestoneFailed(f"for {given_arguments!r}:\nexpected  {wanted[0]} {wanted[1]!r}\ngot       {got[0]} {got[1]!r}")
@@ -61,7 +76,43 @@ def agree(
     for edge in first:
         compare(edge)
     quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "report_multiple_bugs": False}
-    seed(SEED)(settings(max_examples=count, **quiet)(given(arguments)(compare)))()
+    drawn = SEED if _recording[0] is None else RECORDED_SEED
+    seed(drawn)(settings(max_examples=count, **quiet)(given(arguments)(compare)))()
+
+
+def agree_as_recorded(answer: Callable, test_file: str, record: str, of: str) -> None:
+    """Fail the milestone unless the exercise gives what the solution gave, on recorded inputs.
+
+    Args:
+        answer: the exercise, called as in the hidden milestone's `agree`.
+        test_file: `__file__` of the milestone: the record lies next to it.
+        record: the name that `agree` has there.
+        of: the call, for the message, such as "collate{}"; the arguments take the place of the braces.
+    """
+    if _recording[0] is not None:
+        return
+    recorded = json.loads(Path(test_file).with_name("inputs.json").read_text(encoding="utf-8"))
+    for arguments, wanted in recorded[record]:
+        how, value = _outcome(answer, tuple(arguments))
+        if _hash(record, arguments, how, value) != wanted:
+            if how == "raised" and _hash(record, arguments, how, "ValueError") != wanted:
+                answer(*copy.deepcopy(arguments))  # no error is due: this one says more of itself
+            shown, got = f"({', '.join(map(repr, arguments))})", f"{how} {value!r}"
+            raise MilestoneFailed(
+                "expected  what the docstring says; the course has another result, kept as a hash: work it out by hand\n"
+                f"got       {got if len(got) <= 400 else got[:400] + ' …'}\nof        {of.format(shown)}",
+                f"{record} {shown} {got}",
+            )
+
+
+@contextlib.contextmanager
+def recording():
+    """While this lasts, `agree` compares nothing and notes inputs and hashes of results, by name."""
+    _recording[0] = {}
+    try:
+        yield _recording[0]
+    finally:
+        _recording[0] = None
 
 
 def _outcome(function: Callable, arguments: tuple) -> tuple[str, object]:
@@ -70,7 +121,7 @@ def _outcome(function: Callable, arguments: tuple) -> tuple[str, object]:
     except (NotImplementedError, BoxEnded):
         raise
     except Exception as error:
-        return "raised", type(error).__name__
+        return "raised", getattr(error, "kind", type(error).__name__)
 
 
 def _same(same: Callable, wanted, got) -> bool:
@@ -78,3 +129,23 @@ def _same(same: Callable, wanted, got) -> bool:
         return bool(same(wanted, got))
     except Exception:  # whatever came, it is nothing that can be compared
         return False
+
+
+def _hash(record: str, arguments, how: str, value) -> str:
+    """Of a result among equals: 1 and 1.0 are one, a list and a tuple too, and fractions count to nine digits."""
+    text = f"{record} {json.dumps(arguments)} {how} {_plain(value)}"
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]
+
+
+def _plain(value) -> str:
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return repr(value)
+    if isinstance(value, int | float):
+        return f"{float(value):.9g}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(sorted(f"{_plain(key)}: {_plain(item)}" for key, item in value.items())) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_plain, value)) + "]"
+    if hasattr(value, "tolist"):
+        return f"{value.dtype} {_plain(value.tolist())}"
+    return repr(value)

@@ -53,12 +53,13 @@ def predicted_states(run: Run) -> States | None:
     if states is None:
         return None
     config, experiment = run.experiment.deepspeed, run.experiment
-    if config is None:
-        return memory_model.ddp_bytes(states["parameters"])
+    engine_bytes = _engine_bytes()
+    if config is None:  # DDP holds fp32 states, whatever it computes in
+        by_learner = engine_bytes is None
+        return _by_the_learner(0, states["groups"], 1, "fp32") if by_learner else memory_model.ddp_bytes(states["parameters"])
     zero = config.get("zero_optimization", {})
     offloads = {part: zero.get(part, {}).get("device", "none") != "none" for part in ("offload_optimizer", "offload_param")}
     sizes = zero.get("stage", 0), states["groups"], experiment.ranks
-    engine_bytes = _engine_bytes()
     if engine_bytes is None:
         return None if any(offloads.values()) else _by_the_learner(*sizes, experiment.precision)
     offloads["nvme"] = zero.get("offload_optimizer", {}).get("device") == "nvme" and zero.get("stage") == 3
