@@ -1,6 +1,7 @@
 """Milestones of lab 04. The judges are DeepSpeed's configuration, the bytes that ranks hold, files on the disk, and real checkpoints."""
 
 import copy
+import json
 import shutil
 from math import ceil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from shardlab.hardware import gpu_count
 from shardlab.milestones import engine_runs, small_runs
+from shardlab.milestones.agreement import agree_as_recorded
 from shardlab.milestones.launches import once, shared_folder, visible_folder
 from shardlab.milestones.messages import farthest, require, require_equal, require_error
 from shardlab.milestones.saved_weights import safely_loaded
@@ -150,6 +152,21 @@ def test_offload_configuration(lab, judge, tmp_path):
         ("largest_parameter",),
         **(both | on_disk | {"param_offload": True}),
     )
+    agree_as_recorded(
+        created(lab, tmp_path), __file__, "4.1", "create_offload_config(**…) of {}; 'here' is a folder, 'file' a file"
+    )
+
+
+def created(of, folder):
+    """As JSON, where True is not 1; paths within the folder are told by their last part."""
+
+    def create(given: dict) -> str:
+        (folder / "file").touch()
+        places = {"here": folder, "absent": folder / "absent", "file": folder / "file"}
+        named = {"nvme_path": str(places[given["nvme_path"]])} if given.get("nvme_path") else {}
+        return json.dumps(of.create_offload_config(**(given | named)), sort_keys=True).replace(str(folder), "here")
+
+    return create
 
 
 WAYS = {"none": (False, False), "optimizer": (True, False), "parameters": (False, True), "both": (True, True)}
@@ -226,6 +243,12 @@ def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
             {"device": held.device, "host": held.host},
             of=f"offload_bytes({stage}, {states}, {shard}, {precision!r}) with offload of: {what}, which rank 0 of 2 held",
         )
+    agree_as_recorded(moved(lab), __file__, "4.2", "offload_bytes(stage, states, shard, precision, **what is offloaded){}")
+
+
+def moved(of):
+    """As JSON, where 2 is not 2.0."""
+    return lambda *given: json.dumps(of.offload_bytes(*given[:-1], **given[-1]), sort_keys=True)
 
 
 @pytest.mark.milestone(task="4.3", points=15, ops=("cpu_adam", "pin_memory", "async_io"), section="On disk")
@@ -273,6 +296,12 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
         expected="1024 + 2048 bytes; the file with _gradient_ in its name is left over from the last step",
         got=lab.bytes_found(tmp_path, 0),
     )
+    agree_as_recorded(swapped(lab), __file__, "4.3", "swapped_bytes(groups, ranks){}")
+
+
+def swapped(of):
+    """As JSON, where 2 is not 2.0."""
+    return lambda *given: json.dumps(of.swapped_bytes(*given))
 
 
 @pytest.mark.milestone(task="4.4", points=10, ops=("cpu_adam",), section="Adam on the host")
@@ -362,6 +391,14 @@ def test_accumulation_pays_for_offload(lab):
             expected=f"None for {share:.0%}: the limit is {plain[0]} / {offloaded[0]} = 80 %, and it is never reached",
             got=got,
         )
+    agree_as_recorded(lab.share_kept, __file__, "4.5 share", "share_kept(accumulation, plain, offloaded){}")
+    agree_as_recorded(accumulation_of(lab), __file__, "4.5 accumulation", "accumulation_for(share, plain, offloaded){}")
+    agree_as_recorded(lab.fit_step_time, __file__, "4.5 fit", "fit_step_time(accumulations, seconds){}")
+
+
+def accumulation_of(of):
+    """As text: 2.0 is no accumulation."""
+    return lambda *given: repr(of.accumulation_for(*given))
 
 
 @pytest.mark.milestone(task="4.6", points=5, section="What fits")
@@ -384,6 +421,19 @@ def test_largest_model_that_fits(lab):
             expected=f"{wanted:,} parameters ({what}; 10,000 bytes per device, 64,000 on the host)",
             got=got,
         )
+    agree_as_recorded(
+        largest(lab), __file__, "4.6", "largest_model() of (device and host bytes per parameter, ranks, room on each) {}"
+    )
+
+
+def largest(of):
+    """As text: 2.0 is no number of parameters."""
+
+    def found(device: int, host: int, ranks: int, device_bytes: int, host_bytes: int) -> str:
+        room = {"ranks": ranks, "device_bytes": device_bytes, "host_bytes": host_bytes}
+        return repr(of.largest_model(lambda n: {"device": device * n, "host": host * n}, **room))
+
+    return found
 
 
 def nvme_experiment(name: str, program: str, workspace: Path, *, options=None, **changes) -> Experiment:

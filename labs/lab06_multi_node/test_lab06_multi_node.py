@@ -10,6 +10,7 @@ import pytest
 
 from shardlab.cluster import batch, slurm
 from shardlab.milestones import jobs
+from shardlab.milestones.agreement import agree_as_recorded
 from shardlab.milestones.messages import farthest, require, require_equal, require_error
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
@@ -73,6 +74,7 @@ def test_node_lists(lab):
             mentions=(f"'{empty}'",),
             expected=f"ValueError for {empty!r}, with an empty part",
         )
+    agree_as_recorded(lab.expand_nodelist, __file__, "6.1", "expand_nodelist{}")
 
 
 def task_variables(**changes) -> dict[str, str]:
@@ -140,6 +142,20 @@ def test_rendezvous(lab):
         expected="two torchruns with these options to start ranks 0 to 3 of 4",
         got=f"ranks {ranks}, statuses {statuses}",
     )
+    agree_as_recorded(rendezvous_of(lab), __file__, "6.2", "rendezvous{}")
+
+
+def rendezvous_of(of):
+    """With the types of its numbers; torchrun reads 1 and 0 for true and false."""
+    same = {"is_host=1": "is_host=true", "is_host=0": "is_host=false"}
+
+    def given(*arguments) -> dict:
+        return {
+            key: same.get(value, value) if isinstance(value, str) else repr(value)
+            for key, value in of.rendezvous(*arguments).items()
+        }
+
+    return given
 
 
 @pytest.mark.milestone(task="6.3", points=5, section="Three launchers")
@@ -179,6 +195,7 @@ def test_hostfile(lab, tmp_path):
             mentions=(bad,),
             expected=f"ValueError for the counts {bad!r}",
         )
+    agree_as_recorded(lab.hostfile, __file__, "6.3", "hostfile{}")
 
 
 NAMED = {"nodes": "2", "ntasks-per-node": "1", "time": "5"}
@@ -367,6 +384,12 @@ def test_shares_of_the_global_batch(lab, run_experiments):
             expected=f"on {run.experiment.ranks} ranks, the gradient of the mean over the global batch of 10, as one rank has it",
             got=f"one that differs by {run.results['difference']:.2g}; weights {run.results['weights']}",
         )
+    agree_as_recorded(share_of(lab), __file__, "6.5 share", "share{}")
+    agree_as_recorded(lab.loss_weight, __file__, "6.5 weight", "loss_weight{}")
+
+
+def share_of(of):
+    return lambda *where: repr(of.share(*where))
 
 
 JOB = (
@@ -421,6 +444,7 @@ def test_reading_a_job(lab, slurm_beside_exercises):
             )
     finally:
         slurm.cancel(waits)
+    agree_as_recorded(lab.read_job, __file__, "6.6", "read_job{}")
 
 
 def made_run(folder, name: str, speeds: list[float], **settings) -> Run:
@@ -471,6 +495,22 @@ def test_scaling(lab, tmp_path):
             ValueError,
             expected=f"ValueError for {len(runs)} run{'s that share nothing' if len(runs) > 1 else ': nothing to compare'}",
         )
+    agree_as_recorded(
+        scaled(lab, tmp_path), __file__, "6.7", "scaling() of runs with (ranks, micro-batch, accumulation, speeds) {}"
+    )
+
+
+def scaled(of, folder):
+    """Of runs that are made up."""
+
+    def with_runs(plans: list) -> dict:
+        runs = []
+        for number, (ranks, micro_batch, accumulation, *speeds) in enumerate(plans):
+            settings = {"ranks": ranks, "micro_batch": micro_batch, "accumulation": accumulation}
+            runs.append(made_run(folder, f"drawn{number}", [1.0, *speeds], **settings))
+        return of.scaling(runs)
+
+    return with_runs
 
 
 @pytest.mark.milestone(task="6.8", points=5, section="A job that ends before its training")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from hypothesis import strategies as st
-from test_lab06_multi_node import JOB, directives, made_run, task_variables
+from test_lab06_multi_node import JOB, directives, made_run, rendezvous_of, scaled, share_of, task_variables
 
 from shardlab.cluster import slurm
 from shardlab.milestones import jobs
@@ -43,8 +43,12 @@ def node_lists(draw) -> str:
 def test_other_node_lists(lab):
     assert lab.expand_nodelist("gpu[08-11]") == ["gpu08", "gpu09", "gpu10", "gpu11"]
     assert lab.expand_nodelist("a1,b[3,7-8],c") == ["a1", "b3", "b7", "b8", "c"]
-    edges = [("n",), ("n[0]",), ("n[9-10]",), ("n[09-10]",), ("n[1-1]",), ("",), (",",), ("n[1-]",), ("n[1]]",), ("n[1-2][3]x",)]
-    agree(lambda given: list(lab.expand_nodelist(given)), REFERENCE.expand_nodelist, st.tuples(node_lists()), first=edges)
+    edges = "n n[0] n[9-10] n[09-10] n[1-1] n[1-] n[1]]".split()
+    edges += "n[1-2][3]x n[7,1-3] n[1,1] n[1-2-3] n[1_0] n[+1] n[a] n[10-9] n[9-08] n]1[".split()
+    edges += "n[01-100] ,a a,,b r[1-2]n[1-2]-ib node.x[1-2] a_b[1-2] a[1][2] [1-2] ok,node[3-1] n[1-٣] n[08,9-11]x,m".split()
+    edges += ["", ",", "n[ 1]", "n[1\n]"]
+    drawn = st.tuples(node_lists())
+    agree(lab.expand_nodelist, REFERENCE.expand_nodelist, drawn, first=[(edge,) for edge in edges], record="6.1")
 
 
 @pytest.mark.milestone(task="6.2")
@@ -64,17 +68,13 @@ def test_another_job(lab):
     missing = st.sampled_from([*names, *[None] * 5])
     given = st.tuples(st.fixed_dictionaries(names), missing)
     variables = given.map(lambda pair: {name: value for name, value in pair[0].items() if name != pair[1]})
-    address = st.sampled_from(["10.0.0.7", "node1", "127.0.0.1", "127.1.2.3", "localhost", "1.127.0.1", "localhost2"])
+    address = st.sampled_from(["10.0.0.7", "node1", "127.0.0.1", "127.1.2.3", "localhost", "1.127.0.1", "127a", "mylocalhost"])
 
-    def plainly(function):
-        return lambda *given: {key: str(value) for key, value in function(*given).items()}
-
-    conf = {"is_host=1": "is_host=true", "is_host=0": "is_host=false"}
-
-    def same(wanted: dict, got: dict) -> bool:
-        return wanted == got | {"rdzv-conf": conf.get(got["rdzv-conf"], got["rdzv-conf"])}
-
-    agree(plainly(lab.rendezvous), plainly(REFERENCE.rendezvous), st.tuples(variables, address, st.integers(1, 8)), same=same)
+    whole = {"SLURM_JOB_ID": "7000", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1"}
+    edges = [(whole, where, 2) for where in ("10.0.0.7", "10.127.0.5", "127.1.1.1", "127a", "mylocalhost", "localhost")]
+    edges += [({name: value for name, value in whole.items() if name != left_out}, "10.0.0.7", 2) for left_out in whole]
+    drawn = st.tuples(variables, address, st.integers(1, 8))
+    agree(rendezvous_of(lab), rendezvous_of(REFERENCE), drawn, first=edges, record="6.2")
 
 
 @pytest.mark.milestone(task="6.3")
@@ -91,10 +91,9 @@ def test_another_hostfile(lab):
         nodes = sum(times for _, times in counts) + draw(st.sampled_from([0] * 8 + [-1, 1]))
         return [f"n{number}" for number in range(nodes)], text
 
-    def lines_of(function):
-        return lambda *given: [line.split() for line in function(*given).splitlines()]
-
-    agree(lines_of(lab.hostfile), lines_of(REFERENCE.hostfile), counted())
+    texts = ["", "4(x1", "4(x12", "4(x2]", "+4", " 4", "4, 3", "0(x2)", "4(x0)", "٤", "0", "4,,4", "x", "4(x2)", "4,4", "4"]
+    edges = [([f"n{number}" for number in range(count)], text) for text in texts for count in (1, 2, 3)]
+    agree(lab.hostfile, REFERENCE.hostfile, counted(), first=edges, record="6.3")
 
 
 @pytest.mark.milestone(task="6.4")
@@ -125,10 +124,10 @@ def test_other_shares(lab):
         wanted = [len(share) * ranks / global_batch for share in shares]
         assert all(abs(a - b) < 1e-12 for a, b in zip(weights, wanted))
     given = st.tuples(st.integers(1, 60), st.integers(0, 15), st.integers(1, 16)).filter(lambda given: given[1] < given[2])
-    edges = [(3, 0, 4), (4, 3, 4), (5, 0, 4), (5, 3, 4), (1, 0, 1)]
-    agree(lambda *where: list(lab.share(*where)), lambda *where: list(REFERENCE.share(*where)), given, first=edges)
+    edges = [(3, 0, 4), (4, 3, 4), (5, 0, 4), (5, 3, 4), (1, 0, 1), (4, 4, 5), (7, 7, 8), (7, 0, 3)]
+    agree(share_of(lab), share_of(REFERENCE), given, first=edges, record="6.5 share")
     shared = given.filter(lambda given: given[2] <= given[0])
-    agree(lab.loss_weight, REFERENCE.loss_weight, shared, same=lambda wanted, got: abs(wanted - got) < 1e-12)
+    agree(lab.loss_weight, REFERENCE.loss_weight, shared, same=lambda wanted, got: abs(wanted - got) < 1e-12, record="6.5 weight")
 
 
 @pytest.mark.milestone(task="6.6")
@@ -148,7 +147,15 @@ def test_another_line(lab):
             "code": st.sampled_from([0, 1, 143]),
         }
     ).map(lambda given: (JOB.format(**given),))
-    agree(lab.read_job, REFERENCE.read_job, lines)
+    plain = {"state": "RUNNING", "reason": "None", "nodes": "node[1-2]", "restarts": 1, "time": "12-00:00:00", "code": 0}
+    changes = [{"reason": reason} for reason in ("(null)", "", "None")] + [{"nodes": nodes} for nodes in ("None", "(null)", "")]
+    changes += [{"code": 127}, {"time": "00:00:07"}, {"restarts": 0}]
+    edges = [JOB.format(**(plain | change)) for change in changes]
+    line = JOB.format(**plain)
+    edges += [line.replace("JobName=my job", f"JobName={name}") for name in ("run lr2=3", "lr=0.1", "two  words", "a=b c=d", "")]
+    edges += [line.replace("NodeList=", "ReqNodeList=(null) ExcNodeList=n9 NodeList="), line.replace(":0 RunTime", ":9 RunTime")]
+    edges += [f"{line} Comment=x RunTime=5-00:00:00 Reason=later JobState=FAILED Restarts=9 NodeList=z"]
+    agree(lab.read_job, REFERENCE.read_job, lines, first=[(edge,) for edge in edges], record="6.6")
 
 
 @pytest.mark.milestone(task="6.7")
@@ -170,24 +177,27 @@ def test_other_speeds(lab, tmp_path):
         assert all(abs(a - b) < 1e-9 for row, values in zip(rows, wanted) for a, b in zip(row, values)), rows
     sizes = st.tuples(st.integers(1, 9), st.sampled_from([4, 8, 12]), st.sampled_from([1, 2, 3]), st.integers(1, 99))
 
-    def scaled(of):
-        def with_runs(plans: list) -> dict:
-            settings = [{"ranks": ranks, "micro_batch": micro, "accumulation": more} for ranks, micro, more, _ in plans]
-            runs = [
-                made_run(tmp_path, f"r{n}", [1.0, plan[3], plan[3]], **given)
-                for n, (plan, given) in enumerate(zip(plans, settings))
-            ]
-            return of.scaling(runs)
-
-        return with_runs
-
     def same(wanted: dict, got: dict) -> bool:
         pairs = zip(wanted["rows"], got["rows"], strict=True)
         return wanted["kind"] == got["kind"] and all(set(a) == set(b) and all(abs(a[k] - b[k]) < 1e-9 for k in a) for a, b in pairs)
 
     several = st.lists(sizes, min_size=1, max_size=3, unique_by=lambda size: size[0])
     weak_or_strong = [([(2, 8, 2, 10), (1, 8, 2, 6)],), ([(4, 4, 1, 9), (2, 8, 1, 5)],), ([(4, 4, 1, 9), (2, 4, 1, 5)],)]
-    agree(scaled(lab), scaled(REFERENCE), st.tuples(several), first=weak_or_strong, count=25, same=same)
+    more = [
+        [(2, 4, 2, 10), (2, 4, 2, 12)],
+        [(1, 4, 4, 10), (4, 4, 1, 9)],
+        [(1, 4, 2, 10), (2, 2, 4, 9)],
+        [(1, 4, 2, 10), (2, 4, 2, 23)],
+    ]
+    more += [[(1, 4, 2, 10), (2, 4, 2, 19), (4, 8, 2, 30)], [(1, 8, 2, 10), (2, 4, 2, 19), (4, 2, 2, 33), (8, 8, 2, 40)]]
+    more += [
+        [(16, 4, 2, 90), (2, 4, 2, 13)],
+        [(1, 4, 1, 7.5, 9.25, 8), (3, 4, 1, 20, 31, 22.75)],
+        [(4, 4, 1, 10), (1, 4, 1, 30)],
+        [(1, 4, 1, 10)],
+    ]
+    edges = weak_or_strong + [(plans,) for plans in more]
+    agree(scaled(lab, tmp_path), scaled(REFERENCE, tmp_path), st.tuples(several), first=edges, count=25, same=same, record="6.7")
 
 
 @pytest.mark.milestone(task="6.8", ranks=3)
