@@ -120,7 +120,8 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int) -> di
     """Task 1.7: models that do not answer greedily and at full length by themselves.
 
     Returns:
-        `sampling`: answers of one whose own settings say to sample, from several beams; `ending`: of one that ends each answer after two tokens.
+        `sampling`: answers of one whose own settings say to sample, from several beams; `ending`: of one that ends each answer after two tokens;
+        `scripted`: of one that says `SCRIPT` to every prompt; `at once`: of one that says nothing.
     """
     answer = switch.import_exercise("lab01_baseline").generate_answers
     tokenizer, model = load_tokenizer(), load_model()
@@ -136,4 +137,25 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int) -> di
         return output
 
     model.register_forward_hook(end_at_the_third)
-    return {"sampling": sampling, "ending": answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)}
+    ending = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    scripted = answer(_says(SCRIPT, tokenizer), tokenizer, prompts, max_new_tokens=32)
+    at_once = answer(_says("", tokenizer), tokenizer, prompts, max_new_tokens=max_new_tokens)
+    return {"sampling": sampling, "ending": ending, "scripted": scripted, "at once": at_once}
+
+
+SCRIPT = " The oak , it is.\n\nQuestion: a Answer: b \n"
+"""White space at both ends, and what might be taken for the end of an answer."""
+
+
+def _says(text: str, tokenizer):
+    """A model that answers every prompt with this text."""
+    model, forwards = load_model(), []
+    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+
+    def say(module, args, output):
+        output.logits[..., ids[min(len(forwards), len(ids) - 1)]] = 1e9
+        forwards.append(1)
+        return output
+
+    model.register_forward_hook(say)
+    return model

@@ -378,6 +378,8 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
         "The Loran bridge was opened in 1832. Put once more: In 1832",
     ]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
+    # One has the padding id among its own, and one is long.
+    prompts += [[*prompts[0][:9], tokenizer.pad_token_id, *prompts[0][9:]], tokenizer(texts[0] * 8)["input_ids"]]
 
     def greedy(ids: list[int], steps: int) -> str:
         start = len(ids)
@@ -406,6 +408,9 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
     others = lab.observe("labs/lab01_baseline/programs.py:answers_of_other_models", prompts, 8)
     require_equal(others["sampling"], wanted, of="generate_answers() with a model whose generation_config says do_sample=True")
     ends = [greedy(prompt, 2) for prompt in prompts]
+    require_equal(others["at once"], [""] * len(prompts), of="generate_answers() with a model that writes </s> at once")
+    said = ["The oak , it is.\n\nQuestion: a Answer: b"] * len(prompts)
+    require_equal(others["scripted"], said, of="generate_answers() with a model that says one text to every prompt")
     require_equal(others["ending"], ends, of="generate_answers() with a model that writes </s> after two tokens")
 
 

@@ -130,11 +130,12 @@ def edges_of_configurations() -> list[tuple]:
     for part in ("offload_param", "offload_optimizer"):
         zeros += [{"stage": 3, part: {"device": "nvme"} | more} for more in ({}, {"nvme_path": ""}, {"nvme_path": None})]
         zeros += [{"stage": 3, part: {"device": "nvme", "nvme_path": path}} for path in ("/mnt/nvme0", "/autofs/x1", "/true")]
+    zeros += [{"stage": 2, "overlap_comm": text} for text in ("true", "false", "False", True)]
     zeros += [{"stage": 3, "reduce_bucket_size": size} for size in ("auto", "5e8", 5e8)]
     configs = [sized | {"zero_optimization": zero} for zero in zeros]
-    for rate in ("5e-5", "-1", "1E5", "1e+5", "+3", ".5", "0x1", "1_000", "nan", 1e-4, "auto"):
+    for rate in ("5e-5", "-1", "1E5", "1e+5", ".5", 1e-4, "auto"):
         configs.append(sized | {"optimizer": {"type": "AdamW", "params": {"lr": rate}}})
-    for switch in ("true", "false", "True", "no", True):
+    for switch in ("true", "false", "True", True):
         configs.append(sized | {"wall_clock_breakdown": switch})
     configs += [sized | {key: {}} for key in ("Zero_Optimization", "gradient_cliping", "_comment", "zero_optimisation")]
     configs += [sized | {"communication_data_type": "fp16"}, sized | {"train_batch_size": 7}, sized | {"train_batch_size": "auto"}]

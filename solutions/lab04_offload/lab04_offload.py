@@ -50,7 +50,8 @@ def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_
         training ends in "Not enough buffers".
 
     Raises:
-        ValueError: a sentence that names what is wrong: an unknown stage; an unknown device; `param_offload` without stage 3;
+        ValueError: a sentence that names the argument and its value (the path, where it is about that; of an offload that the stage
+            does not allow, the stage): an unknown stage; an unknown device; `param_offload` without stage 3;
             `optimizer_offload` at stage 0; and, where something is to be offloaded to "nvme": a stage below 3; no `nvme_path`;
             a path that is no folder, or that cannot be written (try it: root may write where the permissions say no, and
             nobody can on a read-only disk); less room on it than `bytes_on_disk` (`shutil.disk_usage`); a key that is not in

@@ -25,8 +25,9 @@ def format_prompt(question: str, context: str) -> str:
         context: the paragraph that holds the answer.
 
     Returns:
-        "Question: <question> Context: <context> Answer:", on one line. White space around the question and the context
-        is stripped, and there is none after the last colon: the answer brings its own space.
+        "Question: <question> Context: <context> Answer:", the parts between single spaces. White space around the question
+        and the context is stripped, what is within them stays, line breaks too; and there is none after the last colon: the
+        answer brings its own space.
     """
     raise NotImplementedError("Task 1.1: complete format_prompt() in src/exercises/lab01_baseline.py")
 
@@ -67,11 +68,15 @@ def encode_example(tokenizer, question: str, context: str, answer: str, max_toke
         question: the question.
         context: the paragraph.
         answer: the answer's text, without a space in front.
-        max_tokens: the most tokens that the whole example may have. The answer is never cut: the prompt gives way.
+        max_tokens: the most tokens that the whole example may have, end-of-sequence token included. The answer is never cut: the
+            prompt gives way.
 
     Returns:
         `input_ids`: the prompt's ids, the ids of " " + answer, and the end-of-sequence id.
         `labels`: of the same length; `IGNORED` at every token of the prompt, the token itself elsewhere.
+
+    Raises:
+        ValueError: the answer and the prompt without any context have more tokens than `max_tokens`.
     """
     raise NotImplementedError("Task 1.3: complete encode_example() in src/exercises/lab01_baseline.py")
 
@@ -115,7 +120,7 @@ def training_arguments(output_dir: str, *, precision: str = "fp32", **overrides)
         where `Trainer` has the same by default: defaults change from version to version.
 
     Raises:
-        ValueError: an unknown precision.
+        ValueError: an unknown precision; the sentence names it.
     """
     raise NotImplementedError("Task 1.5: complete training_arguments() in src/exercises/lab01_baseline.py")
 

@@ -64,7 +64,8 @@ def create_deepspeed_config(stage: int, *, micro_batch: int | str = "auto", accu
     Raises:
         ValueError: a stage other than the numbers 0 to 3 (True and "2" are none); an unknown precision; a `micro_batch`,
             `accumulation` or `world_size` that is neither "auto" nor a whole number of at least 1; a negative clipping;
-            `offload_param` without stage 3; `offload_optimizer` at stage 0. The sentence names the argument, or holds its value.
+            `offload_param` without stage 3; `offload_optimizer` at stage 0. The sentence names the argument and holds its value;
+            of an offload it says which stage it needs.
     """
     raise NotImplementedError("Task 2.1: complete create_deepspeed_config() in src/exercises/lab02_zero_stages.py")
 
@@ -82,7 +83,8 @@ def check_deepspeed_config(config: dict, *, world_size: int, with_trainer: bool 
 
     Raises:
         ValueError: with a sentence that names the key at fault (the key, not only its value), for
-            whatever DeepSpeed refuses by itself: `deepspeed_refuses(config, world_size)` gives its reason, or "";
+            whatever DeepSpeed refuses by itself: `deepspeed_refuses(config, world_size)` gives its reason, or "". Where it trips
+            over a text that should be a number, its reason does not name the key: look for those first;
             a top-level key that is not in `TOP_LEVEL_KEYS` (`zero_optimisation` would train at stage 0);
             a `zero_optimization` that is no object (true and false are an old form of it);
             a stage that is no whole number (DeepSpeed takes "3" and true);

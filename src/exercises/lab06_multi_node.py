@@ -26,8 +26,8 @@ def expand_nodelist(nodelist: str) -> list[str]:
 
     Raises:
         ValueError: a bracket that is not closed, or closed and not opened; a range that runs backwards or lacks an end; in a
-            bracket, something that is no number in the digits 0 to 9; an empty part. The sentence quotes the part as it was given,
-            such as 'node[3-1]', or the whole list where a part is empty.
+            bracket, something that is no number in the digits 0 to 9; an empty part. The sentence has the part as it was given in
+            single quotes, such as 'node[3-1]', or the whole list where a part is empty.
 
     Source: https://slurm.schedmd.com/scontrol.html, "show hostnames"
     """
@@ -51,12 +51,11 @@ def rendezvous(variables: Mapping[str, str], address: str, ranks_per_node: int) 
     Returns:
         {"nnodes": …, "nproc-per-node": …, "rdzv-backend": "c10d", "rdzv-id": the job's number, "rdzv-endpoint": "address:port",
         "rdzv-conf": "is_host=true" on the node that holds the store, "is_host=false" on the others}; the first two are numbers, the
-        others text. Without is_host, torchrun guesses from host names which node it is on. (It reads 1 and 0 for true and false,
-        too.)
+        others text. Without is_host, torchrun guesses from host names which node it is on.
 
     Raises:
-        ValueError: a variable is missing (the sentence names it); or the address is localhost or begins with 127., where each node
-            would find itself alone.
+        ValueError: a variable is missing; or the address is localhost or begins with 127., where each node would find itself alone.
+            The sentence names the variable, or the address.
 
     Source: https://docs.pytorch.org/docs/stable/elastic/run.html and .../elastic/rendezvous.html
     """
@@ -77,7 +76,7 @@ def hostfile(nodes: Sequence[str], tasks_per_node: str) -> str:
 
     Raises:
         ValueError: there are more or fewer counts than nodes; the sentence names both numbers. Or a count is of neither form, such
-            as "", "x", "4(x1" or "0"; the sentence quotes it.
+            as "", "x", "4(x1" or "0"; the sentence quotes `tasks_per_node`.
     """
     raise NotImplementedError("Task 6.3: complete hostfile() in src/exercises/lab06_multi_node.py")
 
@@ -125,7 +124,7 @@ def share(global_batch: int, rank: int, ranks: int) -> range:
     same step on any number of ranks.
 
     Raises:
-        ValueError: there are more ranks than sequences.
+        ValueError: there are more ranks than sequences; the sentence names both numbers.
     """
     raise NotImplementedError("Task 6.5: complete share() in src/exercises/lab06_multi_node.py")
 
