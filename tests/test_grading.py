@@ -18,7 +18,7 @@ from shardlab.course.matrix import Mutant, MutantError, mutants
 from shardlab.grading.gradebook import tasks_of
 from shardlab.hardware import ROOT
 from shardlab.labs import catalogue, named, stems
-from shardlab.milestones.agreement import solution
+from shardlab.milestones import agreement
 from shardlab.milestones.exercises import Lab
 from shardlab.milestones.grade import grade
 from shardlab.milestones.markers import files_of, milestones_of
@@ -699,7 +699,7 @@ def test_published_numbers_learnt_by_heart_earn_nothing(submission):
     known = {}
     for arguments, _ in inputs:
         with contextlib.suppress(ValueError):
-            known[tuple(arguments)] = solution("lab02_zero_stages").choose_stage(*arguments)
+            known[tuple(arguments)] = agreement.solution("lab02_zero_stages").choose_stage(*arguments)
     path = submission / "exercises" / "lab02_zero_stages.py"
     table = (
         "gib = 2**30\n"
