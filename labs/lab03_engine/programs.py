@@ -40,7 +40,7 @@ def initialize(experiment: Experiment, run: Run) -> dict:
     returned = _lab().initialize_deepspeed(model, config, optimizer, data)
     if not isinstance(returned, tuple) or len(returned) != 4:
         return {"returned": repr(type(returned))}
-    engine, _, loader, scheduler = returned
+    engine, second, loader, scheduler = returned
     stepped = engine.optimizer.optimizer if hasattr(engine.optimizer, "optimizer") else engine.optimizer
     numbers = {tuple(row["input_ids"]): number for number, row in enumerate(rows)}
 
@@ -58,7 +58,8 @@ def initialize(experiment: Experiment, run: Run) -> dict:
         "learning_rate": stepped.param_groups[0]["lr"],
         "parameters": parameter_count(model),
         "stepped": sum(sum(group) for group in held_bytes.parameter_groups(engine.optimizer)),
-        "scheduler": scheduler is not None,
+        "optimizer_is_the_engines": second is engine.optimizer,
+        "scheduler_is_the_engines": scheduler is engine.lr_scheduler,
         "config_changed": config != experiment.deepspeed,
         "seen": by_epoch[0],
         "seen_next": by_epoch[1],
@@ -136,6 +137,9 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
     results["random_wanted"] = fingerprint(state["torch"])
     torch.manual_seed(99)
     results["resumed"] = call(resumed)
+    resumed.epoch, resumed.samples = 1, 0
+    resumed.random_state_to_restore = state
+    results["begun"] = call(resumed)
     resumed.epoch, resumed.samples = 0, len(rows)
     resumed.random_state_to_restore = state
     results["nothing_left"] = call(resumed) | {"random_at_end": fingerprint(torch.get_rng_state())}
@@ -159,15 +163,19 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
 
 
 def masked_rows(experiment: Experiment) -> list[dict]:
-    """Rows with 2 labels and rows with 30, in turns; nothing predicts the first of them. Rank 0's first micro-batch has none."""
+    """Rows with 30, 2 and 17 labels in turns, so that ranks differ in them, and a rank's batches too.
+
+    Nothing predicts the first label of a row; every fourth row has none at its first 5 tokens, as after a prompt. Rank 0's first
+    micro-batch has no labels at all.
+    """
     rows = text_rows(experiment)[0]
     without = [number * experiment.ranks for number in range(experiment.micro_batch)]
 
-    def labels(number: int) -> int:
-        return 0 if number in without else (30, 2)[number % 2]
+    def labelled(number: int) -> range:
+        return range(0) if number in without else range(5 * (number % 4 == 1), (30, 2, 17)[number % 3])
 
     return [
-        row | {"labels": [label if at < labels(number) else -100 for at, label in enumerate(row["labels"])]}
+        row | {"labels": [label if at in labelled(number) else -100 for at, label in enumerate(row["labels"])]}
         for number, row in enumerate(rows)
     ]
 
@@ -203,12 +211,15 @@ def save(experiment: Experiment, run: Run) -> dict:
 
     engine.save_checkpoint = saving
     returned = trainer.save_checkpoint(folder, {"note": [1, "two"], "rank": "any"})
-    complete = gather(manifest.exists())
+    complete, at_first = gather(manifest.exists()), gather(list(complete_at_first))
+    first = trainer.save_checkpoint(str(run.folder / "fresh"), {})
     return {
+        "is_path": isinstance(returned, Path) and isinstance(first, Path),
+        "first": gather(Path(run.folder, "fresh", "step-1", "complete.json").exists()),
         "refused": gather(refused),
         "random": wanted,
         "returned": str(returned),
-        "complete_at_first": gather(complete_at_first),
+        "complete_at_first": at_first,
         "complete_on_return": complete,
     }
 
@@ -217,8 +228,11 @@ def load(experiment: Experiment, run: Run) -> dict:
     """Task 3.6: load with the exercise, and go on without it."""
     lab, options = _lab(), experiment.options
 
+    asked = []
+
     def check(folder, ranks):
         """Stands in for task 3.7."""
+        asked.append(ranks)
         if not Path(folder, "complete.json").exists():
             raise ValueError(f"{folder} is half-written")
         return {"ranks": ranks, "universal": False, "files": {}}
@@ -250,6 +264,7 @@ def load(experiment: Experiment, run: Run) -> dict:
         "client": repr(client)[:300],
         "position": position,
         "restored": restored,
+        "asked": gather(asked),
         "strict": all(strict),
     }
 
