@@ -101,7 +101,13 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
         ValueError,
         expected=f"ValueError for {length(0) - 1} tokens: the prompt without any context has {length(0)}",
     )
+    lab.replace("format_prompt", prompt_as_described)
     agree_as_recorded(encoded_prompt(lab, tokenizer), __file__, "1.2", "encode_prompt{}, the tokenizer left out")
+
+
+def prompt_as_described(question: str, context: str) -> str:
+    """Stands for task 1.1, so that a mistake in it costs nothing here."""
+    return f"Question: {question.strip()} Context: {context.strip()} Answer:"
 
 
 def encoded_prompt(of, tokenizer):
@@ -173,7 +179,17 @@ def test_labels_teach_only_the_answer(lab, tokenizer, model):
             expected=f"what encode_prompt gives for {limit} - {len(taught)} tokens, and then the answer: {tokenizer.decode(wanted)!r}",
             got=repr(tokenizer.decode(short["input_ids"])),
         )
-    agree_as_recorded(encoded_example(lab, tokenizer), __file__, "1.3", "encode_example{}, the tokenizer left out")
+    lab.replace("encode_prompt", first_ids)
+    agree_as_recorded(
+        encoded_example(lab, tokenizer), __file__, "1.3", "encode_example{}, where encode_prompt gives the prompt's first ids"
+    )
+
+
+def first_ids(tokenizer, question: str, context: str, max_tokens: int) -> list[int]:
+    """Stands for task 1.2, so that a mistake in it costs nothing here."""
+    if max_tokens < len(tokenizer(prompt_as_described(question, ""))["input_ids"]):
+        raise ValueError(f"{max_tokens} tokens are too few")
+    return tokenizer(prompt_as_described(question, context))["input_ids"][:max_tokens]
 
 
 def encoded_example(of, tokenizer):

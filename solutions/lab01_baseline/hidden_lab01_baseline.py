@@ -9,8 +9,10 @@ from test_lab01_baseline import (  # noqa: F401  (fixtures)
     IGNORED,
     encoded_example,
     encoded_prompt,
+    first_ids,
     memory_rows,
     model,
+    prompt_as_described,
     summarised,
     tokenizer,
 )
@@ -51,6 +53,7 @@ def test_another_long_prompt(lab, tokenizer):  # noqa: F811
         assert text.startswith(f"Question: {QUESTION} Context: The mill") and text.endswith("Answer:")
     whole, bare = (len(tokenizer(REFERENCE.format_prompt(QUESTION, context))["input_ids"]) for context in (CONTEXT, ""))
     exact = [(QUESTION, CONTEXT, budget) for budget in (whole, whole - 1, bare + 1, bare, bare - 1, 0)]
+    lab.replace("format_prompt", prompt_as_described)
     lines = CONTEXT.replace(". ", ".\n\n").replace("sisters", "two  sisters,")
     agree(
         encoded_prompt(lab, tokenizer),
@@ -74,7 +77,10 @@ def test_another_answer(lab, tokenizer):  # noqa: F811
     edges += [(QUESTION, CONTEXT, answer, limit) for answer in answers for limit in (24, 40, 56, 400)]
     edges += [(QUESTION, " ".join([CONTEXT] * 16), "oak", 1024)]
     drawn = st.tuples(TEXTS, TEXTS, TEXTS, st.integers(8, 120))
-    agree(encoded_example(lab, tokenizer), encoded_example(REFERENCE, tokenizer), drawn, first=edges, record="1.3")
+    lab.replace("encode_prompt", first_ids)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(REFERENCE, "encode_prompt", first_ids)
+        agree(encoded_example(lab, tokenizer), encoded_example(REFERENCE, tokenizer), drawn, first=edges, record="1.3")
 
 
 def equal_tensors(wanted: dict, got: dict) -> bool:
