@@ -102,7 +102,7 @@ print(gpu["hardware"]["gpus"][0], gpu["versions"], gpu["date"])
 
 # %% [markdown]
 # The peak is mostly something else: activations, and the logits. BLOOM's 250,880 words make 8 × 512 × 250,880 of them, 1.9 GiB in bf16 and 3.8 in fp32.
-# It falls by 5.8 to 6.8 GiB where the states fall by 7.3: it is reached in another moment, with DeepSpeed's buffers in it.
+# With ZeRO-2 it falls by 5.8 to 6.8 GiB where the states fall by 7.3: it is reached in another moment, with DeepSpeed's buffers in it.
 #
 # ZeRO-3 on one GPU shards nothing and pays for its hooks and small transfers. It keeps up to 10⁹ parameters gathered (`stage3_max_live_parameters`), all of this
 # model's, so its peak is no lower with the parameters on the host. With both on the host it was a little faster than with the optimizer alone, here and on two GPUs (67.5
@@ -211,7 +211,7 @@ table(
 #
 # Turn the table of "What moves" around. A device of $M$ bytes for states holds $M / 16$ parameters in bf16 without offload on one rank, and $M / 2$ with ZeRO-2 and the
 # optimizer on the host. Then the host is the limit: 16 bytes per parameter **for all its ranks together**, whatever their number, and 18 while micro-batches add
-# up. 128 GiB of host memory end at 7.6 billion parameters, with one GPU or with eight.
+# up. 128 GiB of host memory end at 8.6 billion parameters without accumulation and at 7.6 with it, with one GPU or with eight.
 #
 # ## A checkpoint of states on disk
 #
