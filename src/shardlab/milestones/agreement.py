@@ -132,7 +132,7 @@ def _same(same: Callable, wanted, got) -> bool:
 
 
 def _hash(record: str, arguments, how: str, value) -> str:
-    """Of a result among equals: 1 and 1.0 are one, a list and a tuple too, and fractions count to nine digits."""
+    """Of a result among equals: 1 and 1.0 are one, a list and a tuple too, and fractions count to nine digits and nine places."""
     text = f"{record} {json.dumps(arguments)} {how} {_plain(value)}"
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]
 
@@ -141,7 +141,7 @@ def _plain(value) -> str:
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return repr(value)
     if isinstance(value, int | float):
-        return f"{float(value):.9g}"
+        return f"{round(float(value), 9) + 0.0:.9g}"  # what is 0 on one machine is 1e-17 on another
     if isinstance(value, Mapping):
         return "{" + ", ".join(sorted(f"{_plain(key)}: {_plain(item)}" for key, item in value.items())) + "}"
     if isinstance(value, list | tuple):
