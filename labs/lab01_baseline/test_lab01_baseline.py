@@ -179,17 +179,6 @@ def test_labels_teach_only_the_answer(lab, tokenizer, model):
             expected=f"what encode_prompt gives for {limit} - {len(taught)} tokens, and then the answer: {tokenizer.decode(wanted)!r}",
             got=repr(tokenizer.decode(short["input_ids"])),
         )
-    lab.replace("encode_prompt", first_ids)
-    agree_as_recorded(
-        encoded_example(lab, tokenizer), __file__, "1.3", "encode_example{}, where encode_prompt gives the prompt's first ids"
-    )
-
-
-def first_ids(tokenizer, question: str, context: str, max_tokens: int) -> list[int]:
-    """Stands for task 1.2, so that a mistake in it costs nothing here."""
-    if max_tokens < len(tokenizer(prompt_as_described(question, ""))["input_ids"]):
-        raise ValueError(f"{max_tokens} tokens are too few")
-    return tokenizer(prompt_as_described(question, context))["input_ids"][:max_tokens]
 
 
 def encoded_example(of, tokenizer):
