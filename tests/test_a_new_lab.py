@@ -171,7 +171,8 @@ def test_a_whole_lab_is_two_folders(course, tmp_path):
     assert {name for name in before if after[name] != before[name]} == set()
     assert "Task 97.1: complete mean_over_ranks()" in (course / "src/exercises" / f"{STEM}.py").read_text()
     for page in ("README.md", "docs/instructor-guide.md"):
-        assert f"| `labs/{STEM}` | `notebooks/97_means` | a mean over ranks | 5 |" in (course / page).read_text()
+        row = f"(labs/{STEM}/{STEM}.ipynb) | [`97_means`](notebooks/97_means.ipynb) | a mean over ranks | 5 |"
+        assert row in (course / page).read_text().replace("../", "")
     assert "97.1 passed" in (course / "solutions" / STEM / f"{STEM}.ipynb").read_text()
 
     proven = run(course, *cli, "matrix", "97")

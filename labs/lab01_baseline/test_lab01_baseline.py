@@ -6,6 +6,7 @@ import json
 import pytest
 
 from shardlab.milestones.agreement import agree_as_recorded
+from shardlab.milestones.launches import ranks_come_back
 from shardlab.milestones.messages import require, require_equal, require_error
 from shardlab.milestones.small_runs import zero_config
 from shardlab.run.experiment import Experiment
@@ -299,7 +300,7 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
 @pytest.mark.milestone(task="1.6", points=15, section="Saving")
 def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
     """Plain, and under ZeRO-3, where each rank holds half of every weight."""
-    from shardlab.run.launch import LaunchTimeout, RankError
+    from shardlab.run.launch import RankError
 
     settings = {
         "program": "labs/lab01_baseline/programs.py:save_round_trip",
@@ -315,17 +316,11 @@ def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
     zero3 = zero_config({"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}, precision="bf16")
     lab.save_and_reload  # noqa: B018  (a syntax error shows here, not as a rank's error)
     try:
-        runs = run_experiments(
-            [Experiment(name="plain", **settings), Experiment(name="zero3", deepspeed=zero3, precision="bf16", **settings)],
-            timeout=60,
-        )
-    except LaunchTimeout as error:
-        require(
-            False,
-            expected="both ranks to come back",
-            got="one waits for the other for ever" if error.waiting else f"ranks that compute without end: {error}",
-            likely="" if error.waiting else "an endless loop; or this machine does much else, and a second try will do",
-        )
+        with ranks_come_back():
+            runs = run_experiments(
+                [Experiment(name="plain", **settings), Experiment(name="zero3", deepspeed=zero3, precision="bf16", **settings)],
+                timeout=60,
+            )
     except RankError as error:
         if "from_pretrained" not in error.rank_traceback:
             raise

@@ -8,7 +8,7 @@ import pytest
 
 from shardlab.hardware import gpu_count
 from shardlab.milestones import engine_runs
-from shardlab.milestones.launches import once, shared_folder, visible_folder
+from shardlab.milestones.launches import once, ranks_come_back, shared_folder, visible_folder
 from shardlab.milestones.messages import farthest, require, require_equal, require_error
 from shardlab.milestones.saved_weights import safely_loaded, saved_weights
 from shardlab.milestones.small_runs import text_experiment, zero_config
@@ -365,20 +365,11 @@ def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
     masked_rows = program_of(f"{PROGRAMS}:masked_rows")
 
     lab.DeepSpeedTrainer  # noqa: B018
-    from shardlab.run.launch import LaunchTimeout
-
     # A threshold of 0: every forward pass gathers parameters, and a rank that leaves one out keeps the others waiting.
     gathering = config({"stage": 3, "stage3_param_persistence_threshold": 0})
     plan = experiment("evaluate", f"{PROGRAMS}:evaluate", 3, options={"dropout": 0.3}, deepspeed=gathering)
-    try:
+    with ranks_come_back():
         got = run_experiments([plan], timeout=45)["evaluate"].results
-    except LaunchTimeout as error:
-        require(
-            False,
-            expected="both ranks to come back: in stage 3 every rank takes part in every forward pass, and in the sum at the end",
-            got="one waits for the other for ever" if error.waiting else f"ranks that compute without end: {error}",
-            likely="" if error.waiting else "an endless loop; or this machine does much else, and a second try will do",
-        )
     by_token, by_row = engine_runs.mean_losses(masked_rows(plan))
     mine, other = [losses[0] for losses in got["losses"]]
     require(
@@ -410,20 +401,10 @@ def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
 
 @pytest.mark.milestone(task="3.5", points=15, section="A checkpoint")
 def test_checkpoint_is_complete(lab, run_experiments):
-
     fingerprint = program_of(f"{PROGRAMS}:fingerprint")
-    from shardlab.run.launch import LaunchTimeout
-
     lab.DeepSpeedTrainer  # noqa: B018
-    try:
+    with ranks_come_back():
         runs = run_experiments([experiment(f"save{stage}", f"{PROGRAMS}:save", stage) for stage in (2, 3)], timeout=45)
-    except LaunchTimeout as error:
-        require(
-            False,
-            expected="both ranks to come back",
-            got="one waits for the other for ever" if error.waiting else f"ranks that compute without end: {error}",
-            likely="" if error.waiting else "an endless loop; or this machine does much else, and a second try will do",
-        )
     for stage, run in ((2, runs["save2"]), (3, runs["save3"])):
         got, parent = run.results, run.folder / "checkpoints"
         folder = parent / "step-1"

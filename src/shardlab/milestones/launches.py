@@ -128,3 +128,20 @@ def launched(experiments: list, *, task: str, largest: int, timeout: float = 120
                     pytest.skip(box.troubled)
         _RUNS[key] = [Run.read(folder / experiment.name) for experiment in experiments]
     return {run.name: run for run in _RUNS[key]}
+
+
+@contextlib.contextmanager
+def ranks_come_back():
+    """Around a launch in which one rank may wait for another for ever: the milestone fails and says so."""
+    from shardlab.milestones.messages import require
+    from shardlab.run.launch import LaunchTimeout
+
+    try:
+        yield
+    except LaunchTimeout as error:
+        require(
+            False,
+            expected="both ranks to come back",
+            got="one waits for the other for ever" if error.waiting else f"ranks that compute without end: {error}",
+            likely="" if error.waiting else "an endless loop; or this machine does much else, and a second try will do",
+        )
