@@ -182,7 +182,7 @@ def test_a_whole_lab_is_two_folders(course, tmp_path):
     run(course, *cli, "release", str(released), "--labs", "97")
     assert [path.name for path in (released / "labs").iterdir()] == [STEM]
     assert not [path for path in released.rglob("*") if "hidden" in path.name or "mutants" in path.name]
-    assert f"`labs/{STEM}`" in (released / "README.md").read_text()
+    assert f"[`{STEM}`](labs/{STEM}/{STEM}.ipynb)" in (released / "README.md").read_text()
 
 
 @pytest.mark.timeout(600)
