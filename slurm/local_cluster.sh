@@ -310,6 +310,9 @@ kill | start)
     # A node that comes back before it was missed would leave its jobs waiting for tasks that are gone.
     [ "$1" = kill ] || wait_for 40 "the controller's notice that $2 is gone" is_missed "$2"
     "$1_node" "$2"
+    # Until the controller notices by itself, it would give the node to the next job, or to the same one requeued, which loses it again.
+    # (A site's controller asks each node every 100 s, and a requeued job waits for 120 s.)
+    [ "$1" = start ] || scontrol update NodeName="$2" State=NoResp
     ;;
 -h | --help) sed -n '2,/^set -e/ s/^# \{0,1\}//p' "$0" | sed '$d' ;;
 *) fail "say up, status, kill NODE, start NODE or down; $0 --help tells more" ;;

@@ -224,12 +224,20 @@ def build_all(names: Iterable[str], say=print, device: str | None = None) -> Non
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Kill a build: ninja puts each compiler into a process group of its own."""
+    """Kill a build: ninja puts each compiler into a process group of its own.
+
+    All are stopped first: one that goes on while the others are looked up can start another, which nobody would find any more.
+    """
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
-        builder = psutil.Process(process.pid)
-        for each in [builder, *builder.children(recursive=True)]:
+        builder, stopped = psutil.Process(process.pid), set()
+        while running := {builder, *builder.children(recursive=True)} - stopped:
+            for each in running:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.suspend()
+            stopped |= running
+        for each in stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
                 each.kill()
 
