@@ -126,6 +126,19 @@ write_configuration() {
     } >"$state/slurm.conf"
 }
 
+start_controller() {
+    slurmctld -f "$state/slurm.conf" >"$state/slurmctld.out" 2>&1 9<&- || fail "slurmctld: $(tail -1 "$state/slurmctld.out")"
+}
+
+# What a node did not take while it was away, the controller sends again after a minute: the end of a job's step, say. By then the same
+# job may be at work there again, with the same step number. A controller that starts anew knows its jobs and nodes, and no such message.
+# (At a site, a requeued job starts after two minutes.)
+forget_messages() {
+    end "$state/slurmctld.pid"
+    start_controller
+    wait_for 10 "the controller" scontrol ping
+}
+
 # Each node's processes live below one `unshare`; when its first process ends, the kernel ends all others, as when the power is cut.
 start_node() {
     local node=$1
@@ -250,7 +263,7 @@ up() {
     (umask 077 && head -c 1024 /dev/urandom >"$state/munge.key")
     munged --force --key-file="$state/munge.key" --socket="$state/munge.socket" --pid-file="$state/munged.pid" \
         --log-file="$state/munged.log" --seed-file="$state/munge.seed" >>"$state/munged.log" 2>&1 9<&- || fail "munged: $(tail -1 "$state/munged.log")"
-    slurmctld -f "$SLURM_CONF" >"$state/slurmctld.out" 2>&1 9<&- || fail "slurmctld: $(tail -1 "$state/slurmctld.out")"
+    start_controller
     for node in "${nodes[@]}"; do start_node "$node"; done
     wait_for 30 "the cluster" all_idle
     exec 9<&-
@@ -308,7 +321,10 @@ kill | start)
     known "${2:-}"
     read_state
     # A node that comes back before it was missed would leave its jobs waiting for tasks that are gone.
-    [ "$1" = kill ] || wait_for 40 "the controller's notice that $2 is gone" is_missed "$2"
+    if [ "$1" = start ]; then
+        wait_for 40 "the controller's notice that $2 is gone" is_missed "$2"
+        forget_messages
+    fi
     "$1_node" "$2"
     # Until the controller notices by itself, it would give the node to the next job, or to the same one requeued, which loses it again.
     # (A site's controller asks each node every 100 s, and a requeued job waits for 120 s.)

@@ -478,6 +478,7 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(tmp_path):
         assert run.outcome == "finished"
         assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4] and max(run.losses()) < 50
         assert run.record_json["earlier"][-1]["steps"] == steps_before
+        assert "train_runtime" in run.results["log_history"][-1], "programs read there how training went"
 
 
 # --- a class ----------------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_other_offload_configurations(lab, tmp_path):
         given = {"stage": 3} | move
         edges += [given | {"pin_memory": False}, given | nvme | {"pin_memory": False}, given | nvme | {"aio": {"thread_count": 4}}]
         edges += [given | nvme | {"aio": {"depth": 1}}, given | {"aio": {"depth": 1}}, given | {"nvme_path": "absent"}]
-        edges += [given | nvme | {"nvme_path": path} for path in ("absent", "file", None)] + [
+        edges += [given | nvme | {"nvme_path": path} for path in ("absent", "file", "", None)] + [
             given | nvme | {"bytes_on_disk": 10**18}
         ]
     edges += [{"stage": 1, "offload_device": "nvme"}, {"stage": 1, "offload_device": "nvme", "nvme_path": "absent"}]

@@ -52,10 +52,10 @@ def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_
     Raises:
         ValueError: a sentence that names the argument and its value (the path, where it is about that; of an offload that the stage
             does not allow, the stage): an unknown stage; an unknown device; `param_offload` without stage 3;
-            `optimizer_offload` at stage 0; and, where something is to be offloaded to "nvme": a stage below 3; no `nvme_path`;
-            a path that is no folder, or that cannot be written (try it: root may write where the permissions say no, and
-            nobody can on a read-only disk); less room on it than `bytes_on_disk` (`shutil.disk_usage`); a key that is not in
-            `AIO`; parameters without `largest_parameter`.
+            `optimizer_offload` at stage 0; and, where something is to be offloaded to "nvme": a stage below 3; no `nvme_path`,
+            or an empty one; a path that is no folder, or that cannot be written (try it, and leave nothing behind: root may write
+            where the permissions say no, and nobody can on a read-only disk); less room on it than `bytes_on_disk`
+            (`shutil.disk_usage`); a key that is not in `AIO`; parameters without `largest_parameter`.
 
     Source: https://www.deepspeed.ai/docs/config-json/, and deepspeed 0.19.8, `runtime/zero/offload_config.py`.
     """
@@ -99,7 +99,7 @@ def check_nvme_path(nvme_path: str | Path | None, bytes_on_disk: int) -> None:
         ValueError: no path, no folder, not writable, or less than `bytes_on_disk` free.
     """
     # BEGIN SOLUTION 4.1
-    if nvme_path is None:
+    if not nvme_path:
         raise ValueError("offload_device nvme needs an nvme_path: a folder on the disk")
     if not Path(nvme_path).is_dir():
         raise ValueError(f"nvme_path {nvme_path}: there is no such folder")

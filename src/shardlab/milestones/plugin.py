@@ -69,7 +69,14 @@ def _marker(item):
     return str(marker.kwargs["task"]), 0 if hidden else int(marker.kwargs["points"]), hidden
 
 
+CALLS_ONLY = 60
+"""Seconds for a milestone that starts no ranks and no jobs. Each takes a few; a loop in an exercise may have no end."""
+
+
 def pytest_collection_modifyitems(config, items) -> None:
+    for item in items:
+        if _marker(item) and BOX not in config.stash and not {"run_experiments", "slurm_beside_exercises"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.timeout(min(CALLS_ONLY, config.getoption("--timeout") or CALLS_ONLY)))
     wanted = config.getoption("--task")
     if wanted:
         chosen = [item for item in items if _marker(item) and _marker(item)[0] == wanted]
@@ -294,6 +301,8 @@ def _of_an_error(excinfo, folder) -> str:
             expected, got = "a result of the form that the docstring describes", f"one whose use gives {got}"
     if isinstance(error, BoxEnded):
         got = str(error)
+    elif seconds := re.match(r"Timeout \(>([0-9.]+)s\) from pytest-timeout", str(error)):
+        expected, got = "your function to come to its end", f"no end after {float(seconds[1]):.0f} s"
     elif GPU_TROUBLE.search(got):
         likely = GPU_ADVICE
     elif APART.search(got):

@@ -6,7 +6,6 @@ continues pre-training on the paragraphs. Milestones use it where they judge a D
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import time
@@ -148,9 +147,13 @@ def train(
     started = time.perf_counter()
     if checkpointer and rank() == 0:
         run.keep_steps(trained)  # an earlier life can have come further than its last whole checkpoint
-    # A job can be started again between its last step and its end; the checkpoint is loaded when this is noticed.
-    with contextlib.suppress(NothingLeft):
+    try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except NothingLeft:
+        # A job can be started again between its last step and its end; the checkpoint is loaded when this is noticed. What reads
+        # the log expects the entry that sums training up, as `Trainer` writes it after the last step.
+        nothing = {"train_runtime": 0.0, "train_samples_per_second": 0.0, "train_steps_per_second": 0.0}
+        trainer.state.log_history.append(nothing | {"epoch": trainer.state.epoch, "step": trainer.state.global_step})
     # While this is set, from_pretrained shards every model that it loads; after training, a model is loaded whole again.
     unset_hf_deepspeed_config()
     if checkpointer and checkpointer.stopped:
