@@ -10,6 +10,7 @@ import torch
 
 from shardlab import switch
 from shardlab.data.models import load_model, load_tokenizer
+from shardlab.milestones import engine_runs
 from shardlab.run.collectives import gather, rank
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
@@ -120,12 +121,14 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int) -> di
     """Task 1.7: models that do not answer greedily and at full length by themselves.
 
     Returns:
-        `sampling`: answers of one whose own settings say to sample, from several beams; `ending`: of one that ends each answer after two tokens;
+        `sampling`: answers of one whose own settings say to sample, from several beams, and that is in training mode, with dropout;
+        `ending`: of one that ends each answer after two tokens;
         `scripted`: of one that says `SCRIPT` to every prompt; `at once`: of one that says nothing.
     """
     answer = switch.import_exercise("lab01_baseline").generate_answers
     tokenizer, model = load_tokenizer(), load_model()
     model.generation_config.update(do_sample=True, num_beams=3, temperature=9.0, top_k=0)
+    engine_runs.set_dropout(model.train(), 0.5)
     torch.manual_seed(5)
     sampling = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     model, forwards = load_model(), []

@@ -378,8 +378,8 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
         "The Loran bridge was opened in 1832. Put once more: In 1832",
     ]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
-    # One has the padding id among its own, and one is long.
-    prompts += [[*prompts[0][:9], tokenizer.pad_token_id, *prompts[0][9:]], tokenizer(texts[0] * 8)["input_ids"]]
+    # One has the padding id among its own, where it changes the answer if it is taken for padding; and one is long.
+    prompts += [[*prompts[0][:9], *[tokenizer.pad_token_id] * 3, *prompts[0][9:]], tokenizer(texts[0] * 8)["input_ids"]]
 
     def greedy(ids: list[int], steps: int) -> str:
         start = len(ids)

@@ -68,15 +68,38 @@ def initialize(experiment: Experiment, run: Run) -> dict:
     }
 
 
+PADS = (0, 5, 9)
+
+
+def padded_rows(experiment: Experiment, labelled=lambda number: range(4, 64)) -> list[dict]:
+    """Rows with padding on the left in turns, as for generating, and with labels only where `labelled` has them.
+
+    Args:
+        labelled: the places of a row's labels, by its number and without its padding; by default those after a prompt of 4 tokens.
+    """
+
+    def padded(number: int, row: dict) -> dict:
+        pads = PADS[number % 3]
+        ids, mask, labels = (row[name][: len(row[name]) - pads] for name in ("input_ids", "attention_mask", "labels"))
+        return {
+            "input_ids": [3] * pads + ids,
+            "attention_mask": [0] * pads + mask,
+            "labels": [-100] * pads + [label if at in labelled(number) else -100 for at, label in enumerate(labels)],
+        }
+
+    return [padded(number, row) for number, row in enumerate(text_rows(experiment)[0])]
+
+
 def train_steps(experiment: Experiment, run: Run) -> dict:
     """Task 3.2: losses of the optimizer steps, and what the engine counted."""
-    engine = engine_runs.build(experiment)
+    engine, modes = engine_runs.build(experiment), []
     trainer = _lab().DeepSpeedTrainer(engine)
-    rows, losses, epoch, kind = text_rows(experiment)[0], [], 0, "float"
-    engine.eval()  # as an evaluation may have left it
+    engine.module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    rows, losses, epoch, kind = padded_rows(experiment), [], 0, "float"
     wanted = experiment.steps * experiment.accumulation
     while len(losses) < wanted:
         for batch in engine_runs.epoch_batches(rows, epoch, experiment.micro_batch, world_size(), rank())[: wanted - len(losses)]:
+            engine.eval()  # as an evaluation may have left it
             loss = trainer.train_step(batch)
             kind = type(loss).__name__
             losses.append(float(loss))
@@ -88,16 +111,28 @@ def train_steps(experiment: Experiment, run: Run) -> dict:
         "kind": kind,
         "micro_steps": engine.micro_steps,
         "global_steps": engine.global_steps,
-        "training": engine.module.training,
+        "training": all(modes) and engine.module.training,
     }
+
+
+class Drawing(torch.utils.data.Dataset):
+    """Rows whose reading draws random numbers, as augmenting images does."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = [{key: torch.tensor(value) for key, value in row.items()} for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict:
+        torch.rand(1)
+        return self.rows[number]
 
 
 def train_epochs(experiment: Experiment, run: Run) -> dict:
     """Task 3.3: the rows seen in two epochs, one cut short and one resumed, and the trainer's book-keeping."""
-    from datasets import Dataset
-
     lab, engine, rows = _lab(), engine_runs.build(experiment), text_rows(experiment)[0]
-    loader = engine.deepspeed_io(Dataset.from_list(rows).with_format("torch"), num_local_io_workers=0, pin_memory=False)
+    loader = engine.deepspeed_io(Drawing(rows), num_local_io_workers=0, pin_memory=False)
     numbers = {tuple(row["input_ids"]): number for number, row in enumerate(rows)}
     seen, losses, random_at = [], [], []
 
@@ -147,37 +182,43 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
 
 
 def evaluate(experiment: Experiment, run: Run) -> dict:
-    """Task 3.4: the loss by rank, and whether anything changed."""
+    """Task 3.4: the loss by rank, and whether anything changed; then with a loss that is nan in the last batch."""
     engine, rows, gradients = engine_runs.build(experiment), masked_rows(experiment), []
     engine.module.register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
     engine.train()
     share = rows[rank() :: world_size()]
     batches = [engine_runs.as_batch(share[at : at + experiment.micro_batch]) for at in range(0, len(share), experiment.micro_batch)]
-    losses = [float(_lab().DeepSpeedTrainer(engine).evaluate(batches)) for _ in range(2)]
-    return {
-        "losses": gather(losses),
-        "training": engine.module.training,
-        "micro_steps": engine.micro_steps,
+    losses = [_lab().DeepSpeedTrainer(engine).evaluate(batches) for _ in range(2)]
+    facts = {"training": engine.module.training, "micro_steps": engine.micro_steps, "kind": type(losses[0]).__name__}
+
+    calls = iter(range(len(batches)))
+
+    def diverged(module, given, output):
+        output.loss = output.loss * (math.nan if next(calls) == len(batches) - 1 else 1)
+        return output
+
+    engine.module.register_forward_hook(diverged)
+    lost = float(_lab().DeepSpeedTrainer(engine).evaluate(batches))
+    return facts | {
+        "losses": gather([float(loss) for loss in losses]),
         "gradients": any(gather(any(gradients))),
+        "of_nan": "nan" if math.isnan(lost) else lost,
     }
 
 
 def masked_rows(experiment: Experiment) -> list[dict]:
-    """Rows with 30, 2 and 17 labels in turns, so that ranks differ in them, and a rank's batches too.
+    """Padded rows with up to 30, 2 and 17 labels in turns, so that ranks differ in them, and a rank's batches too.
 
-    Nothing predicts the first label of a row; every fourth row has none at its first 5 tokens, as after a prompt. Rank 0's first
+    Nothing predicts the first label of a row without padding; every fourth row has none at its first 5 tokens. Rank 0's first
     micro-batch has no labels at all.
     """
-    rows = text_rows(experiment)[0]
     without = [number * experiment.ranks for number in range(experiment.micro_batch)]
 
     def labelled(number: int) -> range:
-        return range(0) if number in without else range(5 * (number % 4 == 1), (30, 2, 17)[number % 3])
+        first = 5 if number % 4 == 1 else min(PADS[number % 3], 1)
+        return range(0) if number in without else range(first, (30, 2, 17)[number % 3])
 
-    return [
-        row | {"labels": [label if at in labelled(number) else -100 for at, label in enumerate(row["labels"])]}
-        for number, row in enumerate(rows)
-    ]
+    return padded_rows(experiment, labelled)
 
 
 def save(experiment: Experiment, run: Run) -> dict:

@@ -176,6 +176,7 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
 def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
     from shardlab.run.launch import RankError
 
+    padded_rows = program_of(f"{PROGRAMS}:padded_rows")
     cases = {
         "zero0": {"stage": 0, "accumulation": 4, "clipping": 0.5},
         "zero1": {"stage": 1, "accumulation": 4, "clipping": 0.5},
@@ -207,7 +208,7 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
     for name, case in cases.items():
         accumulation, got = case["accumulation"], runs[name].results
         if plain[accumulation] is None:
-            plain[accumulation] = engine_runs.plain_losses(experiments[name])
+            plain[accumulation] = engine_runs.plain_losses(experiments[name], padded_rows(experiments[name]))
         wanted = plain[accumulation]
         require(
             got["kind"] == "float",
@@ -216,7 +217,7 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
         )
         require(
             got["training"],
-            expected="the model in training mode",
+            expected="the model in training mode in each forward pass, though an evaluation came before",
             got="evaluation mode",
         )
         require(
@@ -347,6 +348,12 @@ def test_epoch_keeps_its_place(lab, run_experiments):
             f"micro-batches of this epoch: {told}",
             got=f"{len(losses)} micro-batches; (loss, samples, optimizer steps): {call['told']}",
         )
+        mean = sum(losses) / len(losses)
+        require(
+            call["returned"] is not None and abs(call["returned"] - mean) < 1e-6,
+            expected=f"the mean loss of the 5 micro-batches, {mean:.5f}, where they are not whole optimizer steps",
+            got=call["returned"],
+        )
     left = got["nothing_left"]
     require(
         left["nan"] and not left["seen"][0] and (left["epoch"], left["samples"]) == (1, 0),
@@ -386,6 +393,16 @@ def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
         abs(mine - by_token) < 1e-4,
         expected=f"the mean over tokens, {by_token:.5f} (the mean over rows would be {by_row:.5f})",
         got=f"{mine:.5f}",
+    )
+    require(
+        got["kind"] == "float",
+        expected="a float",
+        got=got["kind"],
+    )
+    require(
+        got["of_nan"] == "nan",
+        expected="nan where the model's loss of labels is nan: training has diverged, and that is to be seen",
+        got=got["of_nan"],
     )
     require(
         not got["gradients"],
@@ -498,8 +515,9 @@ def test_resumed_training_goes_on_as_if_never_stopped(lab, run_experiments):
                 run_experiments([experiment("killed", program, 2, options=plan, **scheduled(2))], reference=True)
             assert caught.value.rank == 1, "the run must say which rank was killed"
             # A save that did not come to its end, newer than the whole ones.
-            shutil.copytree(killed / "step-4", killed / "step-5")
+            shutil.copytree(killed / "step-2", killed / "step-5")
             (killed / "step-5" / "complete.json").unlink()
+            (killed / "latest").write_text("step-5")  # DeepSpeed writes it before the last rank is done
     plans, wanted = [], {}
     for stage, source, tag, at in ((1, "stage1", "step-2", 2), (2, "killed", None, 4), (3, "stage3", "step-4", 4)):
         options = {
@@ -699,7 +717,7 @@ def test_universal_checkpoint_fits_any_number_of_ranks(lab, run_experiments, wor
     def convert(source, name: str):
         parent = workspace / "engine" / name
         shutil.rmtree(parent, ignore_errors=True)
-        seen = lab.observe(f"{PROGRAMS}:convert", source, parent)
+        seen = lab.observe(f"{PROGRAMS}:convert", str(source), str(parent))
         out = seen["returned"]
         require(
             out == parent / source.name and (out / "complete.json").exists(),

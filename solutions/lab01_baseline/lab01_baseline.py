@@ -212,7 +212,7 @@ def generate_answers(model, tokenizer, prompts: list[list[int]], max_new_tokens:
 
     Returns:
         One text a prompt, in the same order: only the new tokens, without special tokens, stripped of white space.
-        Greedy: no sampling, so the same prompts give the same answers.
+        Greedy: no sampling, and dropout off (`model.eval()`), so the same prompts give the same answers.
     """
     # BEGIN SOLUTION 1.7
     model.eval()

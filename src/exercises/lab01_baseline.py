@@ -162,7 +162,7 @@ def generate_answers(model, tokenizer, prompts: list[list[int]], max_new_tokens:
 
     Returns:
         One text a prompt, in the same order: only the new tokens, without special tokens, stripped of white space.
-        Greedy: no sampling, so the same prompts give the same answers.
+        Greedy: no sampling, and dropout off (`model.eval()`), so the same prompts give the same answers.
     """
     raise NotImplementedError("Task 1.7: complete generate_answers() in src/exercises/lab01_baseline.py")
 

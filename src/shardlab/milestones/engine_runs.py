@@ -175,22 +175,22 @@ def _mean_losses(rows: str) -> tuple[float, float]:
     return total / count, sum(losses) / len(losses)
 
 
-def plain_losses(experiment: Experiment) -> list[float]:
-    """The loss of each optimizer step in plain PyTorch, in this process, on the batches that all ranks would see.
+def plain_losses(experiment: Experiment, rows: list[dict]) -> list[float]:
+    """The loss of each optimizer step in plain PyTorch, in this process, on the batches of `rows` that all ranks would see.
 
     AdamW and clipping come from the experiment's DeepSpeed configuration. Dropout is off.
     """
-    return _plain_losses(experiment.model_dump_json())
+    return _plain_losses(experiment.model_dump_json(), json.dumps(rows))
 
 
 @cache
-def _plain_losses(experiment_json: str) -> list[float]:
+def _plain_losses(experiment_json: str, rows_json: str) -> list[float]:
     experiment = Experiment.model_validate_json(experiment_json)
     config = experiment.deepspeed
     model = load_model(experiment.model, seed=experiment.seed).train()
     settings = {key: value for key, value in config["optimizer"]["params"].items() if key != "torch_adam"}
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
-    rows, found, pending, epoch = text_rows(experiment)[0], [], [], 0
+    rows, found, pending, epoch = json.loads(rows_json), [], [], 0
     while len(found) < experiment.steps:
         shares = [epoch_batches(rows, epoch, experiment.micro_batch, experiment.ranks, r) for r in range(experiment.ranks)]
         for together in zip(*shares):
