@@ -421,7 +421,14 @@ def test_checkpoint_is_complete(lab, run_experiments):
     fingerprint = program_of(f"{PROGRAMS}:fingerprint")
     lab.DeepSpeedTrainer  # noqa: B018
     with ranks_come_back():
-        runs = run_experiments([experiment(f"save{stage}", f"{PROGRAMS}:save", stage) for stage in (2, 3)], timeout=45)
+        plans = [experiment(f"save{stage}", f"{PROGRAMS}:save", stage) for stage in (2, 3)]
+        runs = run_experiments([*plans, experiment("save-alone", f"{PROGRAMS}:save", 2, ranks=1)], timeout=45)
+    alone = runs["save-alone"].folder / "checkpoints" / "step-1" / "complete.json"
+    require(
+        alone.exists() and json.loads(alone.read_text())["ranks"] == 1,
+        expected="complete.json with 1 rank, where one rank trains alone",
+        got=f"{json.loads(alone.read_text())['ranks']} ranks" if alone.exists() else "no complete.json",
+    )
     for stage, run in ((2, runs["save2"]), (3, runs["save3"])):
         got, parent = run.results, run.folder / "checkpoints"
         folder = parent / "step-1"
