@@ -83,14 +83,8 @@ def test_every_task_has_changes(lab):
 
 # --- against the milestones -------------------------------------------------------------------------------------------
 
-OPEN = dict.fromkeys(
-    """
-    1.1 1.2 1.3 1.4 1.5 1.6 1.7 1.8 1.9 2.1 2.2 2.3 2.4 2.5 2.6 2.7 2.8 3.1 3.2 3.3 3.4 3.5 3.6 3.7 3.8 3.9 4.1
-    4.2 4.3 4.4 4.5 4.6 4.7 4.8 6.1 6.2 6.3 6.4 6.5 6.6 6.7 6.8 6.9
-    """.split(),
-    "not judged",
-)
-"""Tasks whose changes have not been judged yet, or of which some survive: how many."""
+OPEN = {"3.1": 2}
+"""Tasks of which changes survive that are not as right as the solution, and how many: no lab freezes a parameter yet."""
 
 
 @pytest.mark.parametrize("lab", catalogue(), ids=lambda lab: lab.stem)
@@ -102,10 +96,7 @@ def test_what_became_of_the_changes_is_known_and_up_to_date(lab):
     stale = [task for task, entry in entries.items() if entry["digest"] != digest(lab.stem, task)]
     assert not stale, f"judge these again: {', '.join(stale)}"
     for task in tasks(lab.solution.read_text()):
-        if task not in entries:
-            assert OPEN.get(task) == "not judged", task
-        else:
-            assert len(entries[task]["survived"]) == OPEN.get(task, 0), entries[task]["survived"]
+        assert len(entries[task]["survived"]) == OPEN.get(task, 0), entries[task]["survived"]
 
 
 @pytest.mark.parametrize("lab", catalogue(), ids=lambda lab: lab.stem)
@@ -122,5 +113,5 @@ def test_a_share_of_the_changes_gets_the_verdict_that_the_record_has(lab):
         if starts_something(lab.stem, task):
             continue
         known = {told for of, told in equivalents(lab.stem) if of == task} | set(entry["survived"])
-        for one in judged(lab.stem, task=task, every=8):
+        for one in judged(lab.stem, task=task, every=20):
             assert one.verdict == "caught" or one.change.told in known, f"{task}, line {one.change.line}: {one.change.told}"

@@ -423,12 +423,6 @@ def test_checkpoint_is_complete(lab, run_experiments):
     with ranks_come_back():
         plans = [experiment(f"save{stage}", f"{PROGRAMS}:save", stage) for stage in (2, 3)]
         runs = run_experiments([*plans, experiment("save-alone", f"{PROGRAMS}:save", 2, ranks=1)], timeout=45)
-    alone = runs["save-alone"].folder / "checkpoints" / "step-1" / "complete.json"
-    require(
-        alone.exists() and json.loads(alone.read_text())["ranks"] == 1,
-        expected="complete.json with 1 rank, where one rank trains alone",
-        got=f"{json.loads(alone.read_text())['ranks']} ranks" if alone.exists() else "no complete.json",
-    )
     for stage, run in ((2, runs["save2"]), (3, runs["save3"])):
         got, parent = run.results, run.folder / "checkpoints"
         folder = parent / "step-1"
@@ -502,6 +496,17 @@ def test_checkpoint_is_complete(lab, run_experiments):
                 if random is None
                 else f"{len(random) if isinstance(random, list) else 'not a list'}; not those of ranks 0 and 1",
             )
+    alone = runs["save-alone"].folder / "checkpoints" / "step-1" / "complete.json"
+    require(
+        alone.exists() and json.loads(alone.read_text())["ranks"] == 1,
+        expected="complete.json with 1 rank, where one rank trains alone",
+        got=f"{json.loads(alone.read_text())['ranks']} ranks" if alone.exists() else "no complete.json",
+    )
+    require(
+        runs["save-alone"].results["complete_at_first"] == [[False]],
+        expected="no complete.json of an earlier life while DeepSpeed saves, where one rank trains alone",
+        got="the old one",
+    )
 
 
 @pytest.mark.milestone(task="3.6", points=10, section="A checkpoint")

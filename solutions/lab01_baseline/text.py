@@ -260,7 +260,13 @@ course = {
 compare(measured, predicted, course, reference_name="course, 2 CPU cores")
 
 # %%
-table([summary])
+table([{name: value for name, value in summary.items() if name != "eval_losses"}])
+table(
+    [
+        {"epoch": round(epoch, 2), "loss on held-out text": round(loss, 3)}
+        for epoch, loss in summary["eval_losses"].items()
+    ]
+)
 table(
     [
         {"device": device, **{name: f"{mib:.0f} MiB" for name, mib in row.items()}}

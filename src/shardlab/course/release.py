@@ -93,7 +93,7 @@ def changed(root: Path = ROOT) -> list[str] | None:
     theirs = {
         name
         for name in files
-        if name.startswith(OWN) and not Path(name).name.startswith(("test_", "programs.py", "mistakes.json", "skeleton.py"))
+        if name.startswith(OWN) and not Path(name).name.startswith(("test_", "programs.py", "mistakes.json", "inputs.json", "skeleton.py"))
     }
     return [
         name for name, was in files.items() if name not in theirs and (not (root / name).is_file() or digest(root / name) != was)
