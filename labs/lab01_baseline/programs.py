@@ -121,16 +121,18 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int) -> di
     """Task 1.7: models that do not answer greedily and at full length by themselves.
 
     Returns:
-        `sampling`: answers of one whose own settings say to sample, from several beams, and that is in training mode, with dropout;
-        `ending`: of one that ends each answer after two tokens;
+        `sampling`: answers of one whose own settings say to sample, from several beams; `training`: of one in training mode, with
+        dropout; `ending`: of one that ends each answer after two tokens;
         `scripted`: of one that says `SCRIPT` to every prompt; `at once`: of one that says nothing.
     """
     answer = switch.import_exercise("lab01_baseline").generate_answers
     tokenizer, model = load_tokenizer(), load_model()
     model.generation_config.update(do_sample=True, num_beams=3, temperature=9.0, top_k=0)
-    engine_runs.set_dropout(model.train(), 0.5)
     torch.manual_seed(5)
     sampling = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    model = load_model().train()
+    engine_runs.set_dropout(model, 0.5)
+    training = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     model, forwards = load_model(), []
 
     def end_at_the_third(module, args, output):
@@ -143,7 +145,7 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int) -> di
     ending = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     scripted = answer(_says(SCRIPT, tokenizer), tokenizer, prompts, max_new_tokens=32)
     at_once = answer(_says("", tokenizer), tokenizer, prompts, max_new_tokens=max_new_tokens)
-    return {"sampling": sampling, "ending": ending, "scripted": scripted, "at once": at_once}
+    return {"sampling": sampling, "training": training, "ending": ending, "scripted": scripted, "at once": at_once}
 
 
 SCRIPT = " The oak , it is.\n\nQuestion: a Answer: b \n"

@@ -407,6 +407,7 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
     require_equal(twice, [*wanted, wanted[0]], of="generate_answers() on a batch that has one prompt twice")
     others = lab.observe("labs/lab01_baseline/programs.py:answers_of_other_models", prompts, 8)
     require_equal(others["sampling"], wanted, of="generate_answers() with a model whose generation_config says do_sample=True")
+    require_equal(others["training"], wanted, of="generate_answers() with a model in training mode, with dropout")
     ends = [greedy(prompt, 2) for prompt in prompts]
     require_equal(others["at once"], [""] * len(prompts), of="generate_answers() with a model that writes </s> at once")
     said = ["The oak , it is.\n\nQuestion: a Answer: b"] * len(prompts)

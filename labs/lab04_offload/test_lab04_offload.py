@@ -360,7 +360,7 @@ def test_two_optimizers_take_the_same_steps(lab):
     wanted = (2 * sum(first["gradients"])).abs().max().item()
     require(
         isinstance(got["largest_difference"], float) and abs(got["largest_difference"] - wanted) < 1e-4,
-        expected=f"the largest absolute difference of the parameters: {wanted:.4f}",
+        expected=f"the largest absolute difference of the parameters, a float: {wanted:.4f}",
         got=got["largest_difference"],
     )
     took, timed = seen["seconds"], {"first_seconds": 1, "second_seconds": 3}

@@ -193,8 +193,9 @@ def bytes_found(nvme_path: str | Path, rank: int) -> int:
 def compare_optimizers(make_first: Callable, make_second: Callable, elements: int, steps: int, seed: int = 0) -> dict[str, float]:
     """Take the same steps with two optimizers, and time them.
 
-    Both begin with the same parameter, of random numbers, in a tensor of its own, and both get the same gradients, new
-    ones for each step. `torch.Generator().manual_seed(seed)` makes numbers that can be drawn again.
+    Both begin with the same parameter, of normally distributed numbers, in a tensor of its own, and both get the same gradients,
+    new ones for each step. `torch.randn(…, generator=torch.Generator().manual_seed(seed))` draws numbers that can be drawn again:
+    for each optimizer, one generator draws the parameter first and then the gradients.
 
     Args:
         make_first, make_second: make an optimizer of a list of parameters, such as `DeepSpeedCPUAdam`.

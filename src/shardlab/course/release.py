@@ -24,6 +24,8 @@ LEFT_OUT = ("__pycache__", "*.pyc", "*.egg-info", ".ipynb_checkpoints")
 NOT_FOR_LEARNERS = ("bench/grading.py", "bench/engine.py", "src/shardlab/zero/engine_model.py")
 OWN = ("src/exercises/", "labs/", "notebooks/")
 """Where a learner works: files there may change, those of milestones excepted."""
+OF_MILESTONES = ("test_", "programs.py", "mistakes.json", "inputs.json", "skeleton.py")
+"""How the names of these begin."""
 
 
 class ReleaseError(CourseError, ValueError):
@@ -90,11 +92,7 @@ def changed(root: Path = ROOT) -> list[str] | None:
     if not path.exists():
         return None
     files = json.loads(path.read_text())["files"]
-    theirs = {
-        name
-        for name in files
-        if name.startswith(OWN) and not Path(name).name.startswith(("test_", "programs.py", "mistakes.json", "inputs.json", "skeleton.py"))
-    }
+    theirs = {name for name in files if name.startswith(OWN) and not Path(name).name.startswith(OF_MILESTONES)}
     return [
         name for name, was in files.items() if name not in theirs and (not (root / name).is_file() or digest(root / name) != was)
     ]
