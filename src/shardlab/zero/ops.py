@@ -246,10 +246,7 @@ def _build_here(op: str) -> None:
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder(OPS[op][0])
-    flags = builder.cxx_args
-    # DeepSpeed asks for debugging information; of torch's headers alone it takes a quarter of the compiler's time.
-    builder.cxx_args = lambda: [*flags(), "-g0"]
-    builder.load(verbose=True)
+    builder.load(verbose=True)  # with DeepSpeed's own flags: with others, each rank that loads the op would compile it anew
 
 
 if __name__ == "__main__":
