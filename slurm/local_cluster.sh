@@ -108,7 +108,7 @@ write_configuration() {
         # A dead node is noticed after 10 s, and may serve again as soon as it answers.
         say "SlurmdTimeout=10"
         say "ReturnToService=2"
-        say "MessageTimeout=5"
+        say "MessageTimeout=10"
         say "KillWait=5"
         # Jobs that have ended stay visible for an hour.
         say "MinJobAge=3600"

@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import cluster_command, cluster_missing
 
@@ -340,6 +342,20 @@ def wait_for_steps(folder: Path, steps: int, seconds: float = 90) -> None:
 
 def agree(losses: list[float], others: list[float]) -> bool:
     return len(losses) == len(others) and max(abs(a - b) for a, b in zip(losses, others)) <= 1e-5
+
+
+def test_a_controller_that_does_not_answer_is_asked_again(slurm_cluster):
+    """Longer than Slurm's commands wait for it; what changes something is refused then, and not repeated."""
+    number = slurm.submit("#!/bin/sh\n")
+    controller = psutil.Process(int((slurm.local_state() / "slurmctld.pid").read_text()))
+    controller.suspend()
+    try:
+        with pytest.raises(slurm.SlurmError, match=slurm.UNHEARD):
+            slurm.command("scontrol", "--oneliner", "show", "job", str(number))
+        threading.Timer(1, controller.resume).start()
+        assert slurm.job(number).number == str(number)
+    finally:
+        controller.resume()
 
 
 @pytest.mark.timeout(300)

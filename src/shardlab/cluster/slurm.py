@@ -24,6 +24,12 @@ PENDING, RUNNING = (
 )
 
 
+UNHEARD = re.compile("timed out|did not answer|Unable to contact slurm controller|Zero Bytes")
+"""What Slurm's commands say where the controller is too busy to answer, or is just being started anew."""
+PATIENCE = 60
+"""Seconds for which a question is asked again until the controller answers."""
+
+
 class SlurmError(CourseError, RuntimeError):
     """Slurm is not there, or refused; the message holds what it said."""
 
@@ -95,6 +101,22 @@ def command(*words: str, seconds: float = 30, text: str | None = None, cwd: Path
         said = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
         raise SlurmError(re.sub(rf"^{words[0]}: (error|fatal): ", "", said[-1] if words[0] != "sbatch" else said[0]))
     return done.stdout
+
+
+def ask(*words: str) -> str:
+    """As `command`, for what changes nothing: where the controller does not answer, it is asked again for `PATIENCE` seconds.
+
+    Raises:
+        SlurmError: as `command`.
+    """
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return command(*words)
+        except SlurmError as error:
+            if not UNHEARD.search(str(error)) or time.monotonic() > until:
+                raise
+        time.sleep(1)
 
 
 def local_cluster(*words: str) -> str:
@@ -208,7 +230,7 @@ def job(number: int | str) -> Job:
     Raises:
         SlurmError: Slurm does not know it, or not any more.
     """
-    line = command("scontrol", "--oneliner", "show", "job", str(number)).splitlines()[0]
+    line = ask("scontrol", "--oneliner", "show", "job", str(number)).splitlines()[0]
 
     def value(key: str) -> str:
         found = re.search(rf"(?:^| ){key}=(.*?)(?= [A-Za-z/:]+=|$)", line)

@@ -52,7 +52,7 @@ def grade_on_cluster(
 
     try:
         while True:
-            over = not slurm.command("squeue", "--noheader", "--jobs", str(number)).strip()
+            over = not slurm.ask("squeue", "--noheader", "--jobs", str(number)).strip()
             for name, result in current().items():
                 if name not in shown:
                     shown[name] = result
