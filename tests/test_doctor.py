@@ -278,11 +278,14 @@ def test_an_op_that_counts_as_built_is_not_built_again_by_a_rank(tmp_path):
 def test_ops_are_built_anew_for_another_installation(monkeypatch):
     """A virtual environment that was made again at the same place has sources that are newer than the ops of the one before."""
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    before = hardware.ops_folder()
-    assert hardware.ops_folder() == before
+    before = hardware.ops_folder("cpu")
+    assert hardware.ops_folder("cpu") == before
     installed = hardware._installed
-    monkeypatch.setattr(hardware, "_installed", lambda package: installed(package) + "1" * (package == "deepspeed"))
-    assert hardware.ops_folder() != before
+    with monkeypatch.context() as patch:
+        patch.setattr(hardware, "_installed", lambda package: installed(package) + "1" * (package == "deepspeed"))
+        assert hardware.ops_folder("cpu") != before
+    monkeypatch.setattr(hardware, "_written", lambda path: 1 if path.name == "extension.h" else path.stat().st_mtime_ns)
+    assert hardware.ops_folder("cpu") != before, "the header that a new release brings is newer"
 
 
 def test_a_stale_lock_fails(ops_folder):

@@ -167,13 +167,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardlab"
 
 
+OP_HEADERS = Path(__file__).parent / "zero" / "headers"
+"""What ops for the CPU include instead of all of torch."""
+
+
 def ops_folder(for_device: str | None = None) -> Path:
     """Where DeepSpeed's compiled ops lie (`TORCH_EXTENSIONS_DIR` wins if it is set).
 
     The ops are compiled with `-march=native`, so a build made on a login node can be wrong for a compute node. The
     folder's name therefore carries the processor, the Python and the torch that it was made with, and the device: DeepSpeed
-    builds one and the same op otherwise for ranks on the CPU than for ranks on GPUs. And it carries when torch and DeepSpeed were
-    installed: their sources are newer than an op that was built before, so each rank would build it again as it loads it.
+    builds one and the same op otherwise for ranks on the CPU than for ranks on GPUs. And it carries when torch, DeepSpeed and
+    our own header were installed: sources newer than an op that was built before make each rank build it again as it loads it.
 
     Args:
         for_device: `cuda` or `cpu`: what the ranks that load the ops compute on; by default what this process does.
@@ -186,7 +190,7 @@ def ops_folder(for_device: str | None = None) -> Path:
         return plain / "cuda" if for_device == "cuda" else plain
     cpu = next((line for line in _cpuinfo() if line.startswith("flags")), platform.processor())
     made_with = f"{platform.machine()}/{cpu}/{sys.version_info[:2]}/{_installed('torch')}/{_installed('deepspeed')}/{sys.prefix}"
-    made_with += "/cuda" if for_device == "cuda" else ""
+    made_with += "/cuda" if for_device == "cuda" else f"/{OP_HEADERS}/{_written(OP_HEADERS / 'torch' / 'extension.h')}"
     return ours / hashlib.sha256(made_with.encode()).hexdigest()[:12]
 
 
@@ -195,7 +199,11 @@ def _installed(package: str) -> str:
     from importlib.metadata import distribution
 
     found = distribution(package)
-    return f"{found.version} {Path(found.locate_file(f'{package}/__init__.py')).stat().st_mtime_ns}"
+    return f"{found.version} {_written(Path(found.locate_file(f'{package}/__init__.py')))}"
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def _cpuinfo() -> list[str]:
