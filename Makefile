@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-PIP_OPTIONS := --quiet --disable-pip-version-check
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 
 .PHONY: help setup demo test lab grade build check clean
 
@@ -17,7 +17,8 @@ help:
 
 setup: $(INSTALLED)
 
-# torch comes first and alone: deepspeed's set-up looks for it. Nothing here downloads weights or data.
+# torch comes first and alone: deepspeed's set-up looks for it. Nothing here downloads weights or data. Byte code is compiled at the end,
+# on all cores: pip takes one.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.11 …"; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -25,6 +26,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP_OPTIONS) $$(grep '^torch==' constraints.txt)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt --no-build-isolation deepspeed
 	$(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt --no-build-isolation -e .
+	@$(BIN)/python -m compileall -qq -j 0 "$(CURDIR)/.venv/lib" || true
 	@touch $@
 
 demo: setup
@@ -40,8 +42,7 @@ test: setup
 	$(BIN)/ruff check
 	$(BIN)/shardlab build --check
 	$(BIN)/shardlab doctor --build-ops >.venv/ops.log 2>&1 & \
-	$(BIN)/pytest tests -n 2 --no-loadscope-reorder --durations=40; status=$$?; wait; cat .venv/ops.log; exit $$status
-	$(BIN)/pytest -p no:cacheprovider --nbval-lax notebooks
+	$(BIN)/pytest tests notebooks --nbval-lax -n 2 --no-loadscope-reorder --durations=40; status=$$?; wait; cat .venv/ops.log; exit $$status
 
 lab: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv" $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.app_settings_dir=src/shardlab/show/jupyter README.md
