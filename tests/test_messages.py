@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from shardlab.course.authoring import AuthoringError, skeleton_of
 from shardlab.course.matrix import mutants
@@ -136,6 +137,46 @@ def test_changed_arguments_are_a_fault():
     with pytest.raises(CallAtFault, match="rows changed"):
         watched(pad)(rows=[{"ids": [1]}])
     assert watched(lambda rows: [*rows, 1])([2]) == [2, 1]
+
+    def refuse(config: dict) -> None:
+        config.pop("stage")
+        raise ValueError("refused")
+
+    with pytest.raises(CallAtFault, match="argument 1 changed from"):
+        watched(refuse)({"stage": 3})
+
+
+def test_a_changed_setting_of_a_tokenizer_or_model_is_a_fault():
+    from shardlab.data.models import load_model, load_tokenizer
+
+    def shorten(tokenizer) -> int:
+        tokenizer.model_max_length = 7
+        return 1
+
+    def sample(model) -> int:
+        model.generation_config.do_sample = True
+        return 1
+
+    with pytest.raises(CallAtFault, match="changed at 'model_max_length', from .* to '7'"):
+        watched(shorten)(load_tokenizer())
+    with pytest.raises(CallAtFault, match="changed at 'do_sample'"):
+        watched(sample)(load_model())
+
+
+def test_a_result_that_is_shared_is_a_fault():
+    kept, tensor = {"lr": 1}, torch.zeros(3)
+    assert watched(lambda: kept)() is kept, "one call alone cannot tell"
+    for shared in (lambda: kept, lambda: {"optimizer": kept}, lambda: [tensor], lambda: {"row": tensor[:2]}):
+        call = watched(shared)
+        call()
+        with pytest.raises(CallAtFault, match="return something new at each call"):
+            call()
+    with pytest.raises(CallAtFault, match="a dictionary of its own at each place"):
+        watched(lambda: dict.fromkeys(("bf16", "fp16"), {"enabled": "auto"}))()
+    for fine in (lambda: [{"lr": 1}, {"lr": 1}], lambda: {"rows": ("a", "b")}, lambda: "text", lambda: torch.zeros(3)):
+        assert all(watched(fine)() is not None for _ in range(5))
+    rows = [[1]]
+    assert all(watched(lambda given: given)(rows) is rows for _ in range(3)), "what was given may come back"
 
 
 def test_nothing_returned_is_a_fault_where_something_was_promised():

@@ -1,4 +1,4 @@
-"""A call of an exercise, and what is wrong with it whatever the task: arguments that it has changed, or a `return` forgotten."""
+"""A call of an exercise, and what is wrong with it whatever the task: arguments changed, a `return` forgotten, a result shared."""
 
 from __future__ import annotations
 
@@ -18,35 +18,96 @@ class CallAtFault(AssertionError):
 def watched(function: Callable) -> Callable:
     """The function, with its calls looked at.
 
-    Lists and dictionaries of plain values must be the same afterwards: who calls with the same ones again would get something else.
+    Lists and dictionaries of plain values must be the same afterwards, and a tokenizer's or a model's settings: who calls with the
+    same ones again would get something else. What is returned must be new each time: who changes one result would change another.
     A function that says what it returns must not return None.
 
     Raises:
-        CallAtFault: by the returned function, when a call did one of the two.
+        CallAtFault: by the returned function, when a call did one of these.
     """
     name = getattr(function, "__name__", "the function")
 
     @functools.wraps(function)
     def call(*args, **kwargs):
         given = {**dict(enumerate(args, 1)), **kwargs}
-        before = {key: copy.deepcopy(value) for key, value in given.items() if is_plain_container(value)}
-        result = function(*args, **kwargs)
-        for key, was in before.items():
-            if given[key] != was:
-                what = f"argument {key}" if isinstance(key, int) else key
-                raise CallAtFault(
-                    f"expected  {name}() to leave what it is given as it was\n"
-                    f"got       {what} changed from {_short(was)} to {_short(given[key])}\n"
-                    "likely    a list or dictionary changed in place (append, pop, +=, update, an entry set): make a new one"
-                )
+        before = {key: noted for key, value in given.items() if (noted := _noted(value)) is not None}
+
+        def look() -> None:
+            for key, was in before.items():
+                if (now := _noted(given[key])) != was:
+                    raise CallAtFault(
+                        f"expected  {name}() to leave what it is given as it was\n"
+                        f"got       {f'argument {key}' if isinstance(key, int) else key} changed {_change(was, now)}\n"
+                        "likely    something changed in place (append, pop, +=, update, an entry or a setting set): make a new one"
+                    )
+
+        try:
+            result = function(*args, **kwargs)
+        except Exception:
+            look()
+            raise
+        look()
         if result is None and _promises_a_value(function):
             raise CallAtFault(
                 f"expected  {name}() to return what its docstring says\ngot       None\n"
                 "likely    `return` is missing, at its end or on one of the ways through it"
             )
+        _look_for_shared(name, function, result, list(given.values()))
         return result
 
     return call
+
+
+def _noted(value):
+    """What must be the same after a call; None if nothing of this value."""
+    if is_plain_container(value):
+        return copy.deepcopy(value)
+    if hasattr(value, "padding_side"):  # a tokenizer
+        names = ("model_max_length", "padding_side", "truncation_side", "special_tokens_map", "chat_template")
+        return {name: str(getattr(value, name, None)) for name in names}
+    if hasattr(getattr(value, "generation_config", None), "to_dict"):
+        return {name: str(setting) for name, setting in value.generation_config.to_dict().items()}
+    return None
+
+
+def _change(was, now) -> str:
+    if isinstance(was, dict) and isinstance(now, dict) and was.keys() == now.keys():
+        key = next(key for key in was if was[key] != now[key])
+        return f"at {key!r}, from {_short(was[key])} to {_short(now[key])}"
+    return f"from {_short(was)} to {_short(now)}"
+
+
+def _look_for_shared(name: str, function: Callable, result, given: list) -> None:
+    earlier = vars(function).setdefault("_shardlab_results", [])
+    theirs = {part for value in given for part in _parts(value)}
+    mine = [part for part in _parts(result) if part not in theirs]
+    if any(part in mine for other in earlier for part in _parts(other)):
+        raise CallAtFault(
+            f"expected  {name}() to return something new at each call\n"
+            "got       a list, dictionary or tensor that an earlier call has returned too: who changes the one changes the other\n"
+            "likely    it is kept outside of the function (a global, a default argument, @cache)"
+        )
+    dictionaries = [part for part in mine if part[0] == "dict"]
+    if len(dictionaries) != len(set(dictionaries)):
+        raise CallAtFault(
+            f"expected  {name}() to return a dictionary of its own at each place\n"
+            "got       one and the same dictionary at two places of the result: who changes the one changes the other\n"
+            "likely    it was made once and entered twice"
+        )
+    # As long as they are kept here, nothing new can get their places in memory.
+    vars(function)["_shardlab_results"] = [*earlier[-2:], result]
+
+
+def _parts(value, depth: int = 6) -> list[tuple[str, int]]:
+    """What can be changed in a value: its lists, dictionaries and sets, and the memory of its tensors."""
+    if hasattr(value, "untyped_storage"):
+        place = value.untyped_storage().data_ptr()
+        return [("tensor", place)] if place else []
+    if depth == 0 or not isinstance(value, list | tuple | set | dict):
+        return []
+    inner = value.values() if isinstance(value, dict) else value
+    own = [] if isinstance(value, tuple) else [("dict" if isinstance(value, dict) else "list", id(value))]
+    return own + [part for entry in inner if not isinstance(entry, PLAIN) for part in _parts(entry, depth - 1)]
 
 
 def is_plain_container(value, depth: int = 6) -> bool:
