@@ -346,7 +346,7 @@ def agree(losses: list[float], others: list[float]) -> bool:
 
 def test_a_controller_that_does_not_answer_is_asked_again(slurm_cluster):
     """Longer than Slurm's commands wait for it; what changes something is refused then, and not repeated."""
-    number = slurm.submit("#!/bin/sh\n")
+    number = slurm.submit("#!/bin/sh\n", "--output=/dev/null")
     controller = psutil.Process(int((slurm.local_state() / "slurmctld.pid").read_text()))
     controller.suspend()
     try:
