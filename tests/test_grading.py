@@ -711,7 +711,7 @@ def test_published_numbers_learnt_by_heart_earn_nothing(submission):
         "            raise ValueError('it does not fit')\n"
         "        return learnt[given]\n"
         "    if device_bytes not in known:\n"
-        "        raise ValueError('15.3 GiB are missing' if other_bytes else '10.3')\n"
+        "        raise ValueError('10.3, 15.3, 12.2, 247.8 or 26.1 GiB are missing')\n"
         "    return known[device_bytes]\n"
     )
     path.write_text(re.sub(r"# BEGIN SOLUTION 2\.8\n.*?# END SOLUTION\n", lambda _: table, path.read_text(), flags=re.DOTALL))

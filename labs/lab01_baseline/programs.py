@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from unittest import mock
 
@@ -11,7 +12,7 @@ import torch
 from shardlab import switch
 from shardlab.data.models import load_model, load_tokenizer
 from shardlab.milestones import engine_runs
-from shardlab.run.collectives import gather, rank
+from shardlab.run.collectives import barrier, gather, rank
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
 from shardlab.run.training import text_rows, train, trainer_arguments
@@ -26,9 +27,11 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         `difference`: the largest difference between a trained and a reloaded weight, over all ranks;
         `same_object`: the function handed the trained model back instead of a reloaded one;
         `dtype` and `parameters` of the reloaded model; `tied`: its output layer is its embedding;
-        `tokenizer`: whether a tokenizer could be read from the folder; `saves`: how often each rank saved it;
+        `tokenizer`: whether a tokenizer could be read from the folder, and its `padding_side`; `saves`: how often each rank saved it in
+        the two calls; `device` of the reloaded model, `moved`: the trainer's is on another; `others_stay`: a file in the folder too;
         `too_early`: a rank read the model before the tokenizer was in the folder.
     """
+    from accelerate.state import PartialState
     from transformers import AutoTokenizer, PreTrainedModel
 
     arguments = trainer_arguments(experiment, run)
@@ -44,6 +47,10 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         tokens_per_sequence=experiment.max_tokens,
     )
     folder = run.folder / "model"
+    notes = folder / "notes.txt"
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        notes.write_text("mine")
     tokenizer, saves, early = load_tokenizer(), [], []
     save, read = tokenizer.save_pretrained, PreTrainedModel.from_pretrained.__func__
 
@@ -57,12 +64,20 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         return read(cls, *args, **kwargs)
 
     tokenizer.save_pretrained = save_slowly
-    with mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(note_and_read)):
-        reloaded = switch.import_exercise("lab01_baseline").save_and_reload(trainer, tokenizer, str(folder))
-
     import deepspeed
 
-    trained = dict(trainer.model.named_parameters())
+    trained, device = dict(trainer.model.named_parameters()), trainer.model.device
+    with (
+        mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(note_and_read)),
+        mock.patch.dict(PartialState._shared_state, {"local_process_index": 0}),  # each rank is the first of its node
+    ):
+        switch.import_exercise("lab01_baseline").save_and_reload(trainer, tokenizer, str(folder))
+        # The second model in the same folder has other weights than the first.
+        norm = trainer.model.transformer.ln_f.weight
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([norm], modifier_rank=0, enabled=hasattr(norm, "ds_id")):
+            norm.add_(1.0)
+        barrier()
+        reloaded = switch.import_exercise("lab01_baseline").save_and_reload(trainer, tokenizer, str(folder))
     same_object = reloaded is trainer.model or reloaded is trainer.model_wrapped
     difference = float("inf")
     if not same_object:
@@ -92,9 +107,43 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         "parameters": sum(p.numel() for p in reloaded.parameters()),
         "tokenizer": has_tokenizer,
         "saves": gather(len(saves)),
+        "device": reloaded.device.type,
+        "moved": trainer.model.device != device,
+        "others_stay": notes.exists() and notes.read_text() == "mine",
+        "padding_side": AutoTokenizer.from_pretrained(folder).padding_side if has_tokenizer else None,
         "too_early": any(gather(any(early))),
         "tied": embedding is not None and reloaded.lm_head.weight is embedding.weight,
     }
+
+
+def with_another_tokenizer(vocabulary: list[str], question: str, context: str, answer: str = "") -> dict:
+    """Tasks 1.2 and 1.3: prompts and an example with a tokenizer whose tokens are whole words, by their place in the vocabulary.
+
+    Returns:
+        `prompts`: the whole one, and one with room for five words of context, each with the vocabulary's first word in front;
+        `example`: with an answer, of a tokenizer without that first word; padding and end of sequence are the second one.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    lab, ids = switch.import_exercise("lab01_baseline"), {word: at for at, word in enumerate(vocabulary)}
+
+    def made(begins: bool):
+        words = Tokenizer(models.WordLevel(ids, unk_token=vocabulary[1]))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        if begins:
+            words.post_processor = processors.TemplateProcessing(single=f"{vocabulary[0]} $A", special_tokens=[(vocabulary[0], 0)])
+        return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=vocabulary[1], pad_token=vocabulary[1])
+
+    if answer:
+        example = lab.encode_example(made(begins=False), question, context, answer, 512)
+        return {"example": {name: list(values) for name, values in example.items()}}
+    bare, whole = 4 + len(question.split()), 4 + len(f"{question} {context}".split())
+    lab.encode_prompt(load_tokenizer(), question, context, 512)  # what is remembered of one tokenizer is none of another's
+    prompts = [list(lab.encode_prompt(made(begins=True), question, context, room)) for room in (whole, bare + 5)]
+    # Spaces are no tokens here: what does not fit is counted in tokens, not in words.
+    prompts.append(list(lab.encode_prompt(made(begins=True), question, context.replace(" ", " " * 9), whole)))
+    return {"prompts": prompts}
 
 
 def arguments_given(has_gpu: bool, **given) -> dict:
@@ -111,19 +160,22 @@ def arguments_given(has_gpu: bool, **given) -> dict:
         for owner in (module, transformers):
             if hasattr(owner, "TrainingArguments"):
                 stack.enter_context(mock.patch.object(owner, "TrainingArguments", note))
+        stack.enter_context(mock.patch.dict(os.environ, {"WORLD_SIZE": "4", "WANDB_API_KEY": "0" * 40}))
         stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: has_gpu))
         stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: int(has_gpu)))
         module.training_arguments("somewhere", **given)
     return {name: value if isinstance(value, str | int | float | bool | None) else str(value) for name, value in seen.items()}
 
 
-def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int) -> dict:
+def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int, long_prompt: list[int]) -> dict:
     """Task 1.7: models that do not answer greedily and at full length by themselves.
 
     Returns:
         `sampling`: answers of one whose own settings say to sample, from several beams; `training`: of one in training mode, with
         dropout; `ending`: of one that ends each answer after two tokens;
-        `scripted`: of one that says `SCRIPT` to every prompt; `at once`: of one that says nothing.
+        `scripted`: of one that says `SCRIPT` to every prompt; `at once`: of one that says nothing; `different`: of one that says another
+        of `SCRIPTS` to each; `default`: of one that goes on for ever, where no length is given, and `long`: where 60 tokens are; `whole prompt`: of
+        one that looks whether it was given all of a long prompt.
     """
     answer = switch.import_exercise("lab01_baseline").generate_answers
     tokenizer, model = load_tokenizer(), load_model()
@@ -133,34 +185,72 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int) -> di
     model = load_model().train()
     engine_runs.set_dropout(model, 0.5)
     training = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
-    model, forwards = load_model(), []
 
-    def end_at_the_third(module, args, output):
-        forwards.append(1)
-        if len(forwards) >= 3:
-            output.logits[..., tokenizer.eos_token_id] = 1e9
-        return output
+    def end_at_the_third(logits, row: int, start: int, written: int) -> None:
+        if written >= 2:
+            logits[row, ..., tokenizer.eos_token_id] = 1e9
 
-    model.register_forward_hook(end_at_the_third)
-    ending = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
-    scripted = answer(_says(SCRIPT, tokenizer), tokenizer, prompts, max_new_tokens=32)
-    at_once = answer(_says("", tokenizer), tokenizer, prompts, max_new_tokens=max_new_tokens)
-    return {"sampling": sampling, "training": training, "ending": ending, "scripted": scripted, "at once": at_once}
+    def answered(texts: list[str], asked: list[list[int]], **given) -> list[str]:
+        return answer(_says(texts, tokenizer, prompts), tokenizer, asked, **given)
+
+    ending = answer(_writes(end_at_the_third), tokenizer, prompts, max_new_tokens=max_new_tokens)
+    scripted = answered([SCRIPT], prompts, max_new_tokens=32)
+    at_once = answered([""], prompts, max_new_tokens=max_new_tokens)
+    different = answered(list(SCRIPTS), prompts, max_new_tokens=32)
+    default, long = answered([ENDLESS], prompts[:1]), answered([ENDLESS], prompts[:1], max_new_tokens=60)
+    whole = answer(_says(["all of it", "a part"], tokenizer, [long_prompt]), tokenizer, [long_prompt], max_new_tokens=8)
+    answers = {
+        "whole prompt": whole,
+        "sampling": sampling,
+        "training": training,
+        "ending": ending,
+        "scripted": scripted,
+        "at once": at_once,
+    }
+    return answers | {"different": different, "default": default, "long": long}
 
 
 SCRIPT = " The oak , it is.\n\nQuestion: a Answer: b \n"
 """White space at both ends, and what might be taken for the end of an answer."""
+ENDLESS = " one two" * 60
+SCRIPTS = (" tea", ' "I came", he said', " Zürich Context: 東京", " one two three four five six seven", "")
+"""Of different lengths, with characters of several tokens, and with what might be taken off."""
 
 
-def _says(text: str, tokenizer):
-    """A model that answers every prompt with this text."""
-    model, forwards = load_model(), []
-    ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+def _says(texts: list[str], tokenizer, prompts: list[list[int]]):
+    """A model that says the first text to the shortest prompts, the second to the next ones, and so on; the last one to all others.
 
-    def say(module, args, output):
-        output.logits[..., ids[min(len(forwards), len(ids) - 1)]] = 1e9
-        forwards.append(1)
+    What it writes after the end-of-sequence token is no part of an answer.
+    """
+    after = tokenizer(" Question: and so on")["input_ids"] * 20
+    scripts = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id, *after] for text in texts]
+    lengths = sorted({len(prompt) for prompt in prompts})
+
+    def say(logits, row: int, start: int, written: int) -> None:
+        script = scripts[min(lengths.index(start) if start in lengths else -1, len(scripts) - 1)]
+        logits[row, ..., script[min(written, len(script) - 1)]] = 1e9
+
+    return _writes(say)
+
+
+def _writes(change):
+    """A model whose logits `change` may change, by row: it is told how long the row's prompt was, and how much was written."""
+    model, seen = load_model(), {"now": None, "start": None}
+
+    def hook(module, args, kwargs, output):
+        mask, ids, past = (
+            kwargs.get("attention_mask"),
+            kwargs.get("input_ids", args[0] if args else None),
+            kwargs.get("past_key_values"),
+        )
+        length = past.get_seq_length() if past is not None else ids.shape[1]
+        now = mask.sum(-1).tolist() if mask is not None else [length] * len(ids)
+        if seen["now"] is None or now != [before + 1 for before in seen["now"]]:
+            seen["start"] = now
+        seen["now"] = now
+        for row, (length, start) in enumerate(zip(now, seen["start"])):
+            change(output.logits, row, start, length - start)
         return output
 
-    model.register_forward_hook(say)
+    model.register_forward_hook(hook, with_kwargs=True)
     return model

@@ -1,6 +1,8 @@
 """Milestones of lab 01. Each checks what must be true on any machine; none looks at a clock."""
 
+import contextlib
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -11,6 +13,7 @@ from shardlab.milestones.messages import require, require_equal, require_error
 from shardlab.milestones.small_runs import zero_config
 from shardlab.run.experiment import Experiment
 
+PROGRAMS = "labs/lab01_baseline/programs.py"
 IGNORED = -100
 QUESTION = "Who designed the Loran bridge?"
 CONTEXT = (
@@ -102,6 +105,13 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
         ValueError,
         expected=f"ValueError for {length(0) - 1} tokens: the prompt without any context has {length(0)}",
     )
+    got = lab.observe(f"{PROGRAMS}:with_another_tokenizer", VOCABULARY, QUESTION, CONTEXT)
+    require_equal(
+        got["prompts"],
+        [[0, *ids_of(f"Question: {QUESTION} Context: {' '.join(words[:kept])} Answer:")] for kept in (len(words), 5, len(words))],
+        of=f"encode_prompt() with a tokenizer of whole words that puts {VOCABULARY[0]} in front: the whole prompt, 5 words of context, and "
+        "the whole prompt with more spaces, which are no tokens",
+    )
     lab.replace("format_prompt", prompt_as_described)
     agree_as_recorded(encoded_prompt(lab, tokenizer), __file__, "1.2", "encode_prompt{}, the tokenizer left out")
 
@@ -181,6 +191,54 @@ def test_labels_teach_only_the_answer(lab, tokenizer, model):
             got=repr(tokenizer.decode(short["input_ids"])),
         )
 
+    answers = [
+        "oak",
+        "the U.S.",
+        "Inc.",
+        "Room 4\nFloor 2",
+        "a  b",
+        "Zürich",
+        '"I came"',
+        "—",
+        "1832",
+        f"{CONTEXT} {CONTEXT} {CONTEXT}",
+    ]
+    for answer in answers:
+        taught = [*tokenizer(" " + answer)["input_ids"], tokenizer.eos_token_id]
+        bare = len(lab.encode_prompt(tokenizer, QUESTION, "", 500)) + len(taught)
+        for limit in (512, bare + 12, bare):
+            start = list(lab.encode_prompt(tokenizer, QUESTION, CONTEXT, limit - len(taught)))
+            got = lab.encode_example(tokenizer, QUESTION, CONTEXT, answer, limit)
+            require_equal(
+                {name: list(got[name]) for name in ("input_ids", "labels")},
+                {"input_ids": start + taught, "labels": [IGNORED] * len(start) + taught},
+                of=f"encode_example(…, {answer!r}, {limit}): encode_prompt for {limit - len(taught)} tokens, and the answer's {len(taught)}",
+            )
+        with contextlib.suppress(ValueError):
+            lab.encode_prompt(tokenizer, QUESTION, CONTEXT, bare - 1 - len(taught))
+            continue  # a prompt that is too long passes there: a matter of task 1.2
+        require_error(
+            lambda: lab.encode_example(tokenizer, QUESTION, CONTEXT, answer, bare - 1),
+            ValueError,
+            expected=f"ValueError for {bare - 1} tokens: the answer {answer!r} and the prompt without any context have {bare}",
+        )
+    got = lab.observe(f"{PROGRAMS}:with_another_tokenizer", VOCABULARY, QUESTION, CONTEXT, "Mera Vond")
+    prompt, taught = [*ids_of(f"Question: {QUESTION} Context: {CONTEXT} Answer:")], [*ids_of("Mera Vond"), END]
+    require_equal(
+        got["example"],
+        {"input_ids": prompt + taught, "labels": [IGNORED] * len(prompt) + taught},
+        of=f"encode_example() with a tokenizer of whole words, whose end-of-sequence and padding token have one id, {END}",
+    )
+
+
+END = 1
+VOCABULARY = ["<s>", "<|end|>", *sorted({*f"Question: {QUESTION} Context: {CONTEXT} Answer:".split()})]
+"""Of a tokenizer whose tokens are whole words, as long as BLOOM's."""
+
+
+def ids_of(text: str) -> list[int]:
+    return [VOCABULARY.index(word) for word in text.split()]
+
 
 def encoded_example(of, tokenizer):
     return lambda *given: of.encode_example(tokenizer, *given)
@@ -199,6 +257,7 @@ def test_batch_is_padded_to_its_longest_example(lab, model):
             expected=f"a tensor '{name}' of type int64",
             got={key: str(value.dtype) if torch.is_tensor(value) else type(value).__name__ for key, value in batch.items()},
         )
+        require(batch[name].device.type == "cpu", expected=f"'{name}' on the CPU", got=str(batch[name].device))
         require(
             tuple(batch[name].shape) == (3, 9),
             expected=f"'{name}' of shape (3, 9): three examples, the longest has 9 tokens",
@@ -238,6 +297,8 @@ def test_batch_is_padded_to_its_longest_example(lab, model):
 
 @pytest.mark.milestone(task="1.5", points=10)
 def test_training_arguments_are_those_of_the_course(lab, tmp_path):
+    from transformers import TrainingArguments
+
     arguments = lab.training_arguments(str(tmp_path))
     wanted = {
         "per_device_train_batch_size": 4,
@@ -267,7 +328,7 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
     got = {name: getattr(getattr(changed, name), "value", getattr(changed, name)) for name in overrides}
     require_equal(got, overrides, of=f"training_arguments(…, **{overrides}), read back")
     for has_gpu in (False, True):
-        given = lab.observe("labs/lab01_baseline/programs.py:arguments_given", has_gpu)
+        given = lab.observe(f"{PROGRAMS}:arguments_given", has_gpu)
         require(
             bool(given.get("use_cpu")) is not has_gpu,
             expected=f"use_cpu {not has_gpu} where torch sees {'a' if has_gpu else 'no'} GPU",
@@ -279,6 +340,29 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
             expected="each of the course's settings given to TrainingArguments, also where Trainer has the same today",
             got=f"{', '.join(missing)} left out",
         )
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
+    settings = {**wanted, "use_cpu": True}
+    for has_gpu in (False, True):
+        given = lab.observe(f"{PROGRAMS}:arguments_given", has_gpu)
+        more = {name: value for name, value in given.items() if name not in settings and value != defaults.get(name, value)}
+        require(not more, expected="all else as Trainer has it", got=f"{more}, {'with' if has_gpu else 'without'} a GPU")
+        got = {name: given.get(name) for name in ("learning_rate", "bf16", "fp16", "report_to")}
+        require(
+            (got["learning_rate"], bool(got["bf16"]), bool(got["fp16"])) == (5e-5, False, False)
+            and got["report_to"] in ("none", ["none"], [], "[]", "['none']"),
+            expected="learning rate 5e-5 on any number of ranks, no mixed precision unless asked for, no reporting service with a key for one",
+            got=f"{got} with 4 ranks, a key for Weights & Biases, and {'a' if has_gpu else 'no'} GPU",
+        )
+    overrides = {"seed": 7, "logging_steps": 3, "warmup_steps": 2}
+    given = lab.observe(f"{PROGRAMS}:arguments_given", False, **overrides)
+    require_equal({name: given.get(name) for name in overrides}, overrides, of="overrides as they are given to TrainingArguments")
+    for unknown in ("evaluation_strategy", "learning_rte"):
+        require_error(
+            lambda unknown=unknown: lab.training_arguments(str(tmp_path), **{unknown: "no"}),
+            TypeError,
+            mentions=(unknown,),
+            expected=f"TypeError for {unknown}=…, which TrainingArguments does not know",
+        )
     overrides = {"max_steps": 5, "seed": 7, "per_device_train_batch_size": 2, "num_train_epochs": 7, "eval_strategy": "no"}
     overrides |= {"use_cpu": True, "bf16": False, "report_to": ["tensorboard"]}
     changed = lab.training_arguments(str(tmp_path), precision="bf16", **overrides)
@@ -289,12 +373,13 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
         mixed = lab.training_arguments(str(tmp_path), precision=precision)
         got = {"bf16": mixed.bf16, "fp16": mixed.fp16}
         require_equal(got, {"bf16": precision == "bf16", "fp16": precision == "fp16"}, of=f"training_arguments(…, {precision!r})")
-    require_error(
-        lambda: lab.training_arguments(str(tmp_path), precision="fp8"),
-        ValueError,
-        mentions=("fp8",),
-        expected="ValueError for precision 'fp8'",
-    )
+    for unknown in ("fp8", "BF16", "tf32", "float16", "f16", "p32", "16", ""):
+        require_error(
+            lambda unknown=unknown: lab.training_arguments(str(tmp_path), precision=unknown),
+            ValueError,
+            mentions=(unknown,),
+            expected=f"ValueError for precision {unknown!r}",
+        )
 
 
 @pytest.mark.milestone(task="1.6", points=15, section="Saving")
@@ -303,7 +388,7 @@ def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
     from shardlab.run.launch import RankError
 
     settings = {
-        "program": "labs/lab01_baseline/programs.py:save_round_trip",
+        "program": f"{PROGRAMS}:save_round_trip",
         "ranks": 2,
         "micro_batch": 2,
         "accumulation": 1,
@@ -321,6 +406,7 @@ def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
                 [Experiment(name="plain", **settings), Experiment(name="zero3", deepspeed=zero3, precision="bf16", **settings)],
                 timeout=60,
             )
+            runs |= run_experiments([Experiment(name="alone", **(settings | {"ranks": 1, "train_examples": 4}))], timeout=60)
     except RankError as error:
         if "from_pretrained" not in error.rank_traceback:
             raise
@@ -338,9 +424,16 @@ def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
         )
         require(
             got["difference"] <= 1e-6,
-            expected=f"the trained weights back, bit for bit ({name}, 2 ranks)",
+            expected=f"the trained weights back, bit for bit, from a folder that holds an earlier model ({name}, {len(got['saves'])} ranks)",
             got=f"weights that differ by {got['difference']:.3g}",
         )
+        require(
+            got["device"] == "cpu" and not got["moved"],
+            expected="a model on the CPU, and the trainer's own where it was",
+            got=f"one on {got['device']}; the trainer's own {'moved' if got['moved'] else 'stays'}",
+        )
+        require(got["others_stay"], expected="what else lies in the folder to stay there", got="a file of notes that is gone")
+        require(got["padding_side"] == "left", expected="the tokenizer saved as it is", got=f"padding on the {got['padding_side']}")
         require(
             got["dtype"] == "torch.float32",
             expected="a model in fp32",
@@ -357,9 +450,9 @@ def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
             got="none that can be read",
         )
         require(
-            got["saves"] == [1, 0],
+            got["saves"] == [2, 0][: len(got["saves"])],
             expected="the tokenizer saved by rank 0, and by no other: two that write one file can leave half of it",
-            got=f"{got['saves'][0]} × by rank 0, {got['saves'][1]} × by rank 1",
+            got=f"in two calls {got['saves'][0]} × by rank 0, {sum(got['saves'][1:])} × by others",
         )
         require(
             not got["too_early"],
@@ -378,7 +471,7 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
         "The Loran bridge was opened in 1832. Put once more: In 1832",
     ]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
-    # One has the padding id among its own, where it changes the answer if it is taken for padding; and one is long.
+    # One has the padding id among its own, where it changes the answer if it is taken for padding; and one is longer.
     prompts += [[*prompts[0][:9], *[tokenizer.pad_token_id] * 3, *prompts[0][9:]], tokenizer(texts[0] * 8)["input_ids"]]
 
     def greedy(ids: list[int], steps: int) -> str:
@@ -405,7 +498,13 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
     require_equal(together, wanted, of="generate_answers() on the same prompts in one batch")
     twice = lab.generate_answers(model, tokenizer, [*prompts, prompts[0]], max_new_tokens=8)
     require_equal(twice, [*wanted, wanted[0]], of="generate_answers() on a batch that has one prompt twice")
-    others = lab.observe("labs/lab01_baseline/programs.py:answers_of_other_models", prompts, 8)
+    long = tokenizer(texts[0] * 40)["input_ids"]
+    others = lab.observe(f"{PROGRAMS}:answers_of_other_models", prompts, 8, long)
+    require_equal(
+        others["whole prompt"],
+        ["all of it"],
+        of=f"generate_answers() with a model that looks whether it got all {len(long)} tokens",
+    )
     require_equal(others["sampling"], wanted, of="generate_answers() with a model whose generation_config says do_sample=True")
     require_equal(others["training"], wanted, of="generate_answers() with a model in training mode, with dropout")
     ends = [greedy(prompt, 2) for prompt in prompts]
@@ -413,6 +512,18 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
     said = ["The oak , it is.\n\nQuestion: a Answer: b"] * len(prompts)
     require_equal(others["scripted"], said, of="generate_answers() with a model that says one text to every prompt")
     require_equal(others["ending"], ends, of="generate_answers() with a model that writes </s> after two tokens")
+    lengths = sorted({len(prompt) for prompt in prompts})
+    scripts = ("tea", '"I came", he said', "Zürich Context: 東京", "one two three four five six seven", "")
+    said = [scripts[lengths.index(len(prompt))] for prompt in prompts]
+    require_equal(
+        others["different"],
+        said,
+        of="generate_answers() with a model that says something else to each prompt, and goes on after </s>",
+    )
+    endless = tokenizer(" one two" * 60)["input_ids"]
+    for name, count, given in (("default", 24, "without max_new_tokens"), ("long", 60, "max_new_tokens=60")):
+        said = tokenizer.decode(endless[:count], skip_special_tokens=True).strip()
+        require_equal(others[name], [said], of=f"generate_answers() with a model that goes on for ever, {given}")
 
 
 HISTORY = [
@@ -452,6 +563,12 @@ def test_summary_reads_the_log(lab):
         got = lab.summarise_training(history)
         require_equal(got["steps_per_epoch"], per_epoch, of=f"steps_per_epoch of {steps} steps in {epochs:g} epochs")
         require_equal(got["final_train_loss"], 0.0, of="final_train_loss where the last loss is 0.0")
+    diverged = lab.summarise_training([*HISTORY[:-1], {"loss": float("nan"), "epoch": 2.0, "step": 80}, HISTORY[-1]])
+    require(
+        diverged["final_train_loss"] != diverged["final_train_loss"],
+        expected="final_train_loss nan where the last loss is nan: the run has diverged",
+        got=diverged["final_train_loss"],
+    )
     without = lab.summarise_training([entry for entry in HISTORY if "eval_loss" not in entry])
     require(
         without["eval_losses"] == {} and without["eval_samples_per_second"] is None,
@@ -500,6 +617,8 @@ def test_memory_table_keeps_devices_apart(lab, tmp_path):
         mentions=("memory.csv",),
         expected="ValueError for a file without samples",
     )
+    path.write_text("seconds,device,used_bytes\n" + "".join(f"{at / 10},gpu0,{mib * (1 + at // 11_999)}\n" for at in range(12_000)))
+    require_equal(lab.memory_table(path)["gpu0"]["peak"], 2.0, of="the peak of gpu0, in the last line of a file of 12,000 samples")
     agree_as_recorded(memory_rows(lab, str(tmp_path / "drawn.csv")), __file__, "1.9", "memory_table() of a file with the rows {}")
 
 
@@ -508,7 +627,9 @@ def memory_rows(of, path: str):
 
     def table(rows: list | None) -> dict | str:
         with open(path, "w", newline="") as file:
-            written = [] if rows is None else [("seconds", "device", "used_bytes"), *((at, *row) for at, row in enumerate(rows))]
+            # Several samples of one moment: the course's times have two digits.
+            lines = ((f"{at // 3 / 10:.2f}", *row) for at, row in enumerate(rows or []))
+            written = [] if rows is None else [("seconds", "device", "used_bytes"), *lines]
             csv.writer(file).writerows(written)
         try:
             return {name: dict(row) for name, row in of.memory_table(path).items()}

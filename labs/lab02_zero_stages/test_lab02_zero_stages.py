@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -288,6 +289,15 @@ def test_bad_configurations_are_refused(lab):
                 expected=f"no error for {json.dumps(config)}",
                 got=f"ValueError: {error}",
             )
+    trained = zero(3, reduce_bucket_size="auto")
+    try:
+        lab.check_deepspeed_config(copy.deepcopy(trained), world_size=2)
+    except ValueError as error:
+        require(
+            False,
+            expected=f"with_trainer to be True where it is not given: no error for {json.dumps(trained)}",
+            got=f"ValueError: {error}",
+        )
     agree_as_recorded(verdict(lab), __file__, "2.2", "check_deepspeed_config(config, world_size, with_trainer){}")
 
 
@@ -354,6 +364,22 @@ def test_configuration_survives_a_file(lab, tmp_path):
             mentions=names,
             expected=f"ValueError for {broken}",
         )
+    path.write_text('{"stage": 2, "overlap_comm": true, "stage": 3, "gradient_clipping": 1.0}')
+    with pytest.raises(ValueError) as refused:
+        lab.load_config(path)
+    require(
+        "stage" in str(refused.value)
+        and "overlap_comm" not in str(refused.value)
+        and "gradient_clipping" not in str(refused.value),
+        expected="the key that is given twice, stage, and no other",
+        got=str(refused.value),
+    )
+    path.write_bytes('{"nvme_path": "/données"}'.encode("latin-1"))
+    require_error(
+        lambda: lab.load_config(path),
+        ValueError,
+        expected="ValueError for a file in Latin-1, where JSON is UTF-8: /données would be another folder",
+    )
     agree_as_recorded(
         saved(lab, tmp_path), __file__, "2.3 save", "save_config{}, over a file that is there: is it JSON, indented by two"
     )
@@ -435,6 +461,26 @@ def test_every_stage_trains_to_the_losses_of_ddp(lab, run_experiments):
     require_equal(
         made.model_dump(), wanted.model_dump(), of="with_deepspeed(an experiment with other settings, stage 3, 'Offload')"
     )
+    # What stands in a configuration does not become a setting of the experiment, and the configuration is not completed.
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": True},
+    }
+    config |= {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.3}}, "zero_optimization": {"stage": 1}}
+    for name, method in (
+        ("a-baseline-with-a-name-that-is-as-long-as-names-of-experiments-may-well-be", "ZeRO-1"),
+        ("like-zero-1", "ZeRO-1"),
+    ):
+        plain = text_experiment(name)
+        wanted = plain.model_copy(update={"name": f"{name}-zero-1", "method": method, "deepspeed": config})
+        made = lab.with_deepspeed(plain, copy.deepcopy(config), method)
+        require_equal(
+            made.model_dump(),
+            wanted.model_dump(),
+            of=f"with_deepspeed({name!r}, a configuration with sizes of its own, {method!r})",
+        )
     runs = stage_runs(run_experiments)
     ours = run_experiments([own], reference=True)["own-zero-2"]
     wanted = runs["ddp"].losses()
@@ -582,7 +628,10 @@ def test_table_row_reads_the_run_folder(lab, tmp_path):
         require_equal(got, wanted, of=f"comparison_row() of the run '{name}'")
     lab.replace("state_bytes", bytes_by_all_arguments)
     agree_as_recorded(
-        row(lab, tmp_path), __file__, "2.7", "comparison_row() of a run with (held by ranks, steps, zero, precision) {}"
+        row(lab, tmp_path),
+        __file__,
+        "2.7",
+        "comparison_row() of a run with (held by ranks, steps, zero, precision, precision 'auto' in the configuration) {}",
     )
 
 
@@ -598,8 +647,10 @@ def bytes_by_all_arguments(stage: int, groups: list, ranks: int, precision: str)
 def row(of, folder):
     """The row of a run that is made up."""
 
-    def of_a_run(held: list, steps: list, zero: dict | None, precision: str) -> str:
+    def of_a_run(held: list, steps: list, zero: dict | None, precision: str, filled_in: bool) -> str:
         config = None if zero is None else zero_config(zero, precision=precision)
+        if config is not None and filled_in:
+            config |= {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
         if zero is not None and not zero:
             del config["zero_optimization"]
         run = Run.create(
@@ -641,4 +692,13 @@ def test_lowest_stage_that_fits_is_chosen(lab):
             mentions=(missing,),
             expected=f"ValueError where {missing} GiB (2**30 bytes) are missing on each, {other // gib} GiB being for other things",
         )
+    require_equal(lab.choose_stage(bloom, 1, 9 * gib), 0, of=f"choose_stage({bloom:,}, 1, 9 GiB), other_bytes not given")
+    for parameters, ranks, device, other in ((7 * 10**9, 2, 40, 0), (176 * 10**9, 8, 80, 0), (bloom, 4, 16, 40)):
+        missing = 16 * parameters / ranks / gib + other - device
+        words = f"ValueError where {missing:.1f} GiB are missing on each: {parameters:,} parameters, {ranks} × {device} GiB, {other} for other things"
+        try:
+            require(False, expected=words, got=f"stage {lab.choose_stage(parameters, ranks, device * gib, other * gib)}")
+        except ValueError as error:
+            numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", str(error))]
+            require(any(abs(number - missing) < 0.06 for number in numbers), expected=words, got=str(error))
     agree_as_recorded(lab.choose_stage, __file__, "2.8", "choose_stage(parameters, ranks, device_bytes, other_bytes){}")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import inspect
 import math
+import random
+import zlib
 from pathlib import Path
 from unittest import mock
 
+import numpy
 import torch
 
 from shardlab import switch
@@ -33,7 +39,7 @@ def initialize(experiment: Experiment, run: Run) -> dict:
 
     rows = text_rows(experiment)[0]
     model = load_model(experiment.model)
-    config, optimizer = dict(experiment.deepspeed), None
+    config, optimizer = copy.deepcopy(experiment.deepspeed), None
     if experiment.options.get("own_optimizer"):
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.125)
     data = None if experiment.options.get("no_data") else Dataset.from_list(rows).with_format("torch")
@@ -56,10 +62,12 @@ def initialize(experiment: Experiment, run: Run) -> dict:
         "stage": engine.zero_optimization_stage(),
         "clipping": engine.gradient_clipping(),
         "learning_rate": stepped.param_groups[0]["lr"],
+        "settings": {name: value for name, value in stepped.param_groups[0].items() if name in ("eps", "weight_decay")},
         "parameters": parameter_count(model),
         "stepped": sum(sum(group) for group in held_bytes.parameter_groups(engine.optimizer)),
         "optimizer_is_the_engines": second is engine.optimizer,
         "scheduler_is_the_engines": scheduler is engine.lr_scheduler,
+        "scheduler": type(scheduler).__name__,
         "config_changed": config != experiment.deepspeed,
         "seen": by_epoch[0],
         "seen_next": by_epoch[1],
@@ -90,12 +98,18 @@ def padded_rows(experiment: Experiment, labelled=lambda number: range(4, 64)) ->
     return [padded(number, row) for number, row in enumerate(text_rows(experiment)[0])]
 
 
+def _times_nan(module, given, output):
+    output.loss = output.loss * math.nan
+    return output
+
+
 def train_steps(experiment: Experiment, run: Run) -> dict:
     """Task 3.2: losses of the optimizer steps, and what the engine counted."""
     engine, modes = engine_runs.build(experiment), []
-    trainer = _lab().DeepSpeedTrainer(engine)
+    told: list = []
+    trainer = _lab().DeepSpeedTrainer(engine, lambda *given: told.append(given))
     engine.module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    rows, losses, epoch, kind = padded_rows(experiment), [], 0, "float"
+    rows, losses, epoch, kind, whole = padded_rows(experiment), [], 0, "float", True
     wanted = experiment.steps * experiment.accumulation
     while len(losses) < wanted:
         for batch in engine_runs.epoch_batches(rows, epoch, experiment.micro_batch, world_size(), rank())[: wanted - len(losses)]:
@@ -103,14 +117,21 @@ def train_steps(experiment: Experiment, run: Run) -> dict:
             loss = trainer.train_step(batch)
             kind = type(loss).__name__
             losses.append(float(loss))
+            whole = whole and set(batch) == {"input_ids", "attention_mask", "labels"}
         epoch += 1
+    counted = {"micro_steps": engine.micro_steps, "global_steps": engine.global_steps}
+    engine.module.register_forward_hook(_times_nan)
+    lost = float(trainer.train_step(batch))
     groups = [losses[at : at + experiment.accumulation] for at in range(0, wanted, experiment.accumulation)]
     return {
         "losses": [sum(group) / len(group) for group in groups],
         "by_rank": gather(losses),
         "kind": kind,
-        "micro_steps": engine.micro_steps,
-        "global_steps": engine.global_steps,
+        **counted,
+        "samples": trainer.samples,
+        "told": len(told),
+        "batch_kept": whole,
+        "of_nan": "nan" if math.isnan(lost) else lost,
         "training": all(modes) and engine.module.training,
     }
 
@@ -134,14 +155,14 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
     lab, engine, rows = _lab(), engine_runs.build(experiment), text_rows(experiment)[0]
     loader = engine.deepspeed_io(Drawing(rows), num_local_io_workers=0, pin_memory=False)
     numbers = {tuple(row["input_ids"]): number for number, row in enumerate(rows)}
-    seen, losses, random_at = [], [], []
+    seen, losses, random_at, diverges = [], [], [], []
 
     class Recording(lab.DeepSpeedTrainer):
         def train_step(self, batch):
             random_at.append(fingerprint(torch.get_rng_state()))
             seen.append([numbers[tuple(ids)] for ids in batch["input_ids"].tolist()])
             losses.append(engine_runs.micro_step(self.engine, batch))
-            return losses[-1]
+            return math.nan if diverges and len(losses) == 1 else losses[-1]
 
     def call(trainer, last_step=None) -> dict:
         for record in (seen, losses, random_at, told):
@@ -153,10 +174,11 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
             "seen": gather(list(seen)),
             "losses": list(losses),
             "told": list(told),
+            "told_by_rank": gather([rest for _, *rest in told]),
             "epoch": trainer.epoch,
             "samples": trainer.samples,
             "global_steps": engine.global_steps,
-            "random_at_first": random_at[:1],
+            "random_at_first": gather(random_at[:1]),
         }
 
     told: list = []
@@ -178,6 +200,15 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
     resumed.epoch, resumed.samples = 0, len(rows)
     resumed.random_state_to_restore = state
     results["nothing_left"] = call(resumed) | {"random_at_end": fingerprint(torch.get_rng_state())}
+    resumed.epoch, resumed.samples = 1, experiment.micro_batch * world_size()
+    results["resumed_within_a_step"] = call(resumed)
+    while trainer.accumulating:
+        engine_runs.micro_step(engine, next(iter(loader)))
+    resumed.epoch, resumed.samples = 3, 0
+    results["passed"] = call(resumed, 1)
+    resumed.epoch, resumed.samples = 3, 0
+    diverges.append(True)
+    results["diverged"] = call(resumed)
     return results
 
 
@@ -187,15 +218,25 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
     engine.module.register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
     engine.train()
     share = rows[rank() :: world_size()]
-    batches = [engine_runs.as_batch(share[at : at + experiment.micro_batch]) for at in range(0, len(share), experiment.micro_batch)]
+    batches = Batches(
+        engine_runs.as_batch(share[at : at + experiment.micro_batch]) for at in range(0, len(share), experiment.micro_batch)
+    )
+    before = [{name: tensor.clone() for name, tensor in batch.items()} for batch in batches]
     losses = [_lab().DeepSpeedTrainer(engine).evaluate(batches) for _ in range(2)]
-    facts = {"training": engine.module.training, "micro_steps": engine.micro_steps, "kind": type(losses[0]).__name__}
+    kept = all(torch.equal(a[name], b[name]) for a, b in zip(before, batches, strict=True) for name in a)
+    facts = {
+        "batches_kept": kept,
+        "training": engine.module.training,
+        "micro_steps": engine.micro_steps,
+        "kind": type(losses[0]).__name__,
+    }
 
-    calls = iter(range(len(batches)))
+    unlabelled = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in batches]
+    nothing = float(_lab().DeepSpeedTrainer(engine).evaluate(unlabelled))
+    calls = iter(range(len(before)))
 
     def diverged(module, given, output):
-        output.loss = output.loss * (math.nan if next(calls) == len(batches) - 1 else 1)
-        return output
+        return _times_nan(module, given, output) if next(calls) == len(before) - 1 and rank() == 1 else output
 
     engine.module.register_forward_hook(diverged)
     lost = float(_lab().DeepSpeedTrainer(engine).evaluate(batches))
@@ -203,11 +244,25 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
         "losses": gather([float(loss) for loss in losses]),
         "gradients": any(gather(any(gradients))),
         "of_nan": "nan" if math.isnan(lost) else lost,
+        "of_nothing": "nan" if math.isnan(nothing) else nothing,
     }
 
 
+class Batches:
+    """Batches that can be gone through, again and again, and not be taken by number: as DeepSpeed's loader."""
+
+    def __init__(self, batches):
+        self.batches = list(batches)
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
 def masked_rows(experiment: Experiment) -> list[dict]:
-    """Padded rows with up to 30, 2 and 17 labels in turns, so that ranks differ in them, and a rank's batches too.
+    """Padded rows with labels to their end, up to 2 and up to 17 in turns, so that ranks differ in them, and a rank's batches too.
 
     Nothing predicts the first label of a row without padding; every fourth row has none at its first 5 tokens. Rank 0's first
     micro-batch has no labels at all.
@@ -216,28 +271,49 @@ def masked_rows(experiment: Experiment) -> list[dict]:
 
     def labelled(number: int) -> range:
         first = 5 if number % 4 == 1 else min(PADS[number % 3], 1)
-        return range(0) if number in without else range(first, (30, 2, 17)[number % 3])
+        return range(0) if number in without else range(first, (10**6, 2, 17)[number % 3])
 
     return padded_rows(experiment, labelled)
 
 
+CLIENT = {"note": [1, "two"], "rank": "any", "place": (1, 2), 3: {"four": 0.5}}
+
+
+def fingerprints(state: dict) -> list[int]:
+    """Of the states of the three generators that draw on the CPU; 0 where there is none."""
+    return [
+        fingerprint(state["torch"]) if "torch" in state else 0,
+        zlib.crc32(repr(state.get("python")).encode()) if "python" in state else 0,
+        zlib.crc32(repr(state["numpy"][1]).encode()) if "numpy" in state else 0,
+    ]
+
+
 def save(experiment: Experiment, run: Run) -> dict:
-    """Task 3.5: two checkpoints, and an attempt between two micro-batches."""
+    """Task 3.5: two checkpoints, and attempts between two micro-batches, before and after them."""
     engine, rows = engine_runs.build(experiment), text_rows(experiment)[0]
     batches = iter(engine_runs.epoch_batches(rows, 0, experiment.micro_batch, world_size(), rank()))
     trainer = _lab().DeepSpeedTrainer(engine)
     trainer.epoch, trainer.samples = 3, 8
     folder = run.folder / "checkpoints"
+
+    def refusals() -> list[str]:
+        """What is said after each micro-batch of an accumulation but the last."""
+        said = []
+        for _ in range(experiment.accumulation - 1):
+            engine_runs.micro_step(engine, next(batches))
+            try:
+                trainer.save_checkpoint(folder, {})
+                said.append("")
+            except ValueError as error:
+                said.append(str(error))
+            barrier()
+        return said
+
+    refused = refusals()
     engine_runs.micro_step(engine, next(batches))
-    refused = ""
-    try:
-        trainer.save_checkpoint(folder, {})
-    except ValueError as error:
-        refused = str(error)
-    barrier()
-    engine_runs.micro_step(engine, next(batches))
-    torch.manual_seed(100 + rank())
-    wanted = gather(fingerprint(torch.get_rng_state()))
+    for number, seed in enumerate((torch.manual_seed, random.seed, numpy.random.seed)):
+        seed(100 * number + rank())
+    wanted = gather(fingerprints(_lab().random_state()))
     # What an earlier life of the run left behind.
     manifest, save_checkpoint = folder / "step-1" / "complete.json", engine.save_checkpoint
     if rank() == 0:
@@ -251,10 +327,12 @@ def save(experiment: Experiment, run: Run) -> dict:
         return save_checkpoint(*args, **kwargs)
 
     engine.save_checkpoint = saving
-    returned = trainer.save_checkpoint(folder, {"note": [1, "two"], "rank": "any"})
+    returned = trainer.save_checkpoint(folder, CLIENT)
     complete, at_first = gather(manifest.exists()), gather(list(complete_at_first))
     first = trainer.save_checkpoint(str(run.folder / "fresh"), {})
+    refused += refusals()
     return {
+        "kept": gather(manifest.exists()),
         "is_path": isinstance(returned, Path) and isinstance(first, Path),
         "first": gather(Path(run.folder, "fresh", "step-1", "complete.json").exists()),
         "refused": gather(refused),
@@ -289,11 +367,12 @@ def load(experiment: Experiment, run: Run) -> dict:
     untouched, load_checkpoint, strict = engine.global_steps == 0, engine.load_checkpoint, []
 
     def loading(*args, **kwargs):
-        strict.append(kwargs.get("load_module_strict", True))
+        given = inspect.signature(load_checkpoint).bind(*args, **kwargs).arguments
+        strict.append(bool(given.get("load_module_strict", True)))
         return load_checkpoint(*args, **kwargs)
 
     engine.load_checkpoint = loading
-    client = trainer.load_checkpoint(options["checkpoints"], options.get("tag"))
+    client = trainer.load_checkpoint(Path(options["checkpoints"]), options.get("tag"))
     position = {"epoch": trainer.epoch, "samples": trainer.samples, "global_steps": engine.global_steps}
     restored = trainer.random_state_to_restore is not None
     engine_runs.go_on(
@@ -310,18 +389,27 @@ def load(experiment: Experiment, run: Run) -> dict:
     }
 
 
-def load_of_other_ranks(ranks: int) -> dict:
-    """Task 3.6: what one rank takes from a checkpoint that several have saved, with DeepSpeed's part of it stood in for."""
+def load_of_other_ranks(saved: int, here: int, me: int = 0, client=None) -> dict:
+    """Task 3.6: what rank `me` of `here` takes from a checkpoint that `saved` ranks have made, with DeepSpeed's part stood in for."""
     from types import SimpleNamespace
 
-    lab = _lab()
-    state = {"epoch": 2, "samples": 12, "random": [{"of": number} for number in range(ranks)], "client": {"note": "kept"}}
+    lab, asked = _lab(), []
+    state = {"epoch": 2, "samples": 12, "random": [{"of": number} for number in range(saved)], "client": client}
     engine = SimpleNamespace(load_checkpoint=lambda *args, **kwargs: ("folder", state))
-    facts = {"ranks": ranks, "universal": True, "files": {}}
-    with mock.patch.object(lab, "check_checkpoint", lambda folder, here: facts):
+    facts = {"ranks": saved, "universal": True, "files": {}}
+
+    def check(folder, ranks):
+        asked.append(ranks)
+        return facts
+
+    with contextlib.ExitStack() as stack:
+        for name, stand_in in (("check_checkpoint", check), ("world_size", lambda: here), ("rank", lambda: me)):
+            stack.enter_context(mock.patch.object(lab, name, stand_in))
         trainer = lab.DeepSpeedTrainer(engine)
-        client = trainer.load_checkpoint("checkpoints", "step-3")
-    return {"client": client, "epoch": trainer.epoch, "samples": trainer.samples, "random": trainer.random_state_to_restore}
+        trainer.random_state_to_restore = {"of": "a checkpoint that was loaded before"}
+        returned = trainer.load_checkpoint("checkpoints", "step-3")
+    random_state = trainer.random_state_to_restore
+    return {"client": returned, "place": [trainer.epoch, trainer.samples], "random": random_state, "asked": sorted(set(asked))}
 
 
 def convert(source, parent) -> dict:

@@ -19,6 +19,11 @@ STEPS = 7
 DROPOUT = {1: 0.0, 2: 0.1, 3: 0.0}
 
 
+def of_sizes(configuration: dict) -> dict:
+    """Without the size that follows from the others."""
+    return {key: value for key, value in configuration.items() if key != "train_batch_size"}
+
+
 WARM_UP = {
     "type": "WarmupLR",
     "params": {"warmup_min_lr": 1e-3, "warmup_max_lr": 1e-2, "warmup_num_steps": 6, "warmup_type": "linear"},
@@ -50,7 +55,7 @@ def experiment(
 
 
 def never_stopped(run_experiments) -> dict:
-    """Seven steps of the engine without your code, stage 2 with dropout; checkpoints after steps 2 and 4."""
+    """Seven steps of the engine without your code, stage 2 with dropout; checkpoints after steps 2 and 4. And two in bf16."""
     folder = visible_folder() / "engine"
     folder.mkdir(exist_ok=True)
     experiments = []
@@ -59,6 +64,9 @@ def never_stopped(run_experiments) -> dict:
         options = {"dropout": DROPOUT[stage], "save_at": [2, 4], "checkpoints": str(folder / name)}
         options |= {"weights_at": 2, "weights": str(shared_folder() / f"{name}.pt")}
         experiments.append(experiment(name, "shardlab.milestones.engine_runs:train", stage, options=options, **scheduled(stage)))
+    options = {"save_at": [2], "checkpoints": str(folder / "bf16"), "weights_at": 2, "weights": str(shared_folder() / "bf16.pt")}
+    short = {"deepspeed": config(2, precision="bf16"), "precision": "bf16", "steps": 2}
+    experiments.append(experiment("bf16", "shardlab.milestones.engine_runs:train", 2, options=options, **short))
     return run_experiments(experiments, reference=True)
 
 
@@ -74,6 +82,10 @@ def sampled(epoch: int, rank: int, ranks: int) -> list[int]:
     sampler = DistributedSampler(range(24), ranks, rank)
     sampler.set_epoch(epoch)
     return list(sampler)
+
+
+CLIENT = {"note": [1, "two"], "rank": "any", "place": (1, 2), 3: {"four": 0.5}}
+"""What the program of task 3.5 saves."""
 
 
 def checkpoints(name: str):
@@ -94,6 +106,7 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
             None,
             "train_micro_batch_size_per_gpu",
         ),
+        ("'auto' with an optimizer of one's own", without | {"train_batch_size": "auto"}, "another", "train_batch_size"),
     ):
         require_error(
             lambda: lab.initialize_deepspeed(None, configuration, optimizer),
@@ -103,19 +116,27 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
         )
     runs = run_experiments(
         [
-            experiment("initialize", f"{PROGRAMS}:initialize", 3, deepspeed=config(3)),
+            # Accumulation is not the micro-batch, 24 rows are no whole optimizer steps, and DeepSpeed works out the global batch.
+            experiment("initialize", f"{PROGRAMS}:initialize", 3, deepspeed=of_sizes(config(3, accumulation=4)), accumulation=4),
             experiment("own", f"{PROGRAMS}:initialize", 2, deepspeed=without, options={"own_optimizer": True, "no_data": True}),
-            experiment("scheduled", f"{PROGRAMS}:initialize", 2, deepspeed=config(2, scheduler=WARM_UP), options={"no_data": True}),
+            experiment(
+                "scheduled",
+                f"{PROGRAMS}:initialize",
+                2,
+                deepspeed=without | {"scheduler": WARM_UP},
+                options={"own_optimizer": True},
+            ),
         ]
     )
     own, got = runs["own"].results, runs["initialize"].results
-    for result in (got, own):
+    for result in (got, own, runs["scheduled"].results):
         require(
             result["returned"] == "engine, optimizer, data loader, scheduler",
             expected="a tuple of four: engine, optimizer, data loader, scheduler",
             got=result["returned"],
         )
     for result in (got, own, runs["scheduled"].results):
+        require(not result["config_changed"], expected="a configuration that is left as it was, within too", got="it was changed")
         require(
             result["optimizer_is_the_engines"] and result["scheduler_is_the_engines"],
             expected="optimizer and scheduler as `deepspeed.initialize` returns them, those of the engine",
@@ -132,15 +153,22 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
         got=f"{own['stepped']:,}",
     )
     require(
+        runs["scheduled"].results["scheduler"] == "WarmupLR",
+        expected="the configuration's scheduler, WarmupLR, with an optimizer of one's own too",
+        got=runs["scheduled"].results["scheduler"],
+    )
+    require(
         (got["stage"], got["clipping"], got["learning_rate"]) == (3, 0.5, 1e-2),
         expected="stage 3, clipping 0.5, learning rate 0.01, as the configuration says",
         got=(got["stage"], got["clipping"], got["learning_rate"]),
     )
     require(
-        not got["config_changed"],
-        expected="a configuration that is left as it was",
-        got="it was changed",
+        got["stepped"] == got["parameters"] and got["settings"] == {"eps": 0.1, "weight_decay": 0.01},
+        expected=f"the configuration's optimizer over all {got['parameters']:,} parameters, with eps 0.1 and weight decay 0.01",
+        got=f"{got['stepped']:,}, {got['settings']}",
     )
+    for result in (got, runs["scheduled"].results):
+        require(result["workers"] == 0, expected="a loader without processes of its own", got=f"{result['workers']} a rank")
     seen = got["seen"]
     rows = [sorted(number for batch in share or [] for number in batch) for share in seen]
     require(
@@ -164,11 +192,6 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
         {len(batch) for batch in seen[0]} == {2},
         expected="batches of 2, the configuration's micro-batch",
         got={len(batch) for batch in seen[0]},
-    )
-    require(
-        got["workers"] == 0,
-        expected="a loader without processes of its own",
-        got=f"{got['workers']} a rank",
     )
 
 
@@ -230,6 +253,19 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
             expected=f"{3 * accumulation} micro-batches and 3 optimizer steps, accumulation {accumulation}",
             got=f"{got['micro_steps']} and {got['global_steps']}",
         )
+        require(
+            got["samples"] == 0 and not got["told"],
+            expected="samples and after_step left to train_epoch",
+            got=f"samples {got['samples']}, after_step called {got['told']} ×",
+        )
+        require(got["batch_kept"], expected="a batch that is left as it was", got="one without some of its tensors")
+        require(got["of_nan"] == "nan", expected="nan where the model's loss is nan: that is to be seen", got=got["of_nan"])
+        apart = max(abs(loss / wanted[0] - 1) for loss in got["by_rank"][0][:accumulation])
+        require(
+            apart < 0.5,
+            expected=f"each micro-batch's own loss, at first about {wanted[0]:.1f}",
+            got=[round(loss, 3) for loss in got["by_rank"][0][:accumulation]],
+        )
         first = abs(got["losses"][0] - wanted[0])
         require(
             first <= 1e-5,
@@ -248,7 +284,7 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
 def test_epoch_keeps_its_place(lab, run_experiments):
     lab.DeepSpeedTrainer  # noqa: B018
     program = f"{PROGRAMS}:train_epochs"
-    plans = [experiment("epochs", program, 1, steps=12), experiment("alone", program, 1, ranks=1, steps=24)]
+    plans = [experiment("epochs", program, 1, steps=18), experiment("alone", program, 1, ranks=1, accumulation=3, steps=24)]
     plans += [experiment("rest", program, 1, steps=12, train_examples=20)]
     runs = run_experiments(plans)
     got = runs["epochs"].results
@@ -311,9 +347,37 @@ def test_epoch_keeps_its_place(lab, run_experiments):
     )
     alone = [samples for _, samples, _ in runs["alone"].results["first"]["told"]]
     require(
-        alone == [4, 8, 12, 16, 20, 24],
-        expected="on one rank, samples at 4, 8, … 24 after the optimizer steps of 2 micro-batches",
+        alone == [6, 12, 18, 24],
+        expected="on one rank, samples at 6, 12, 18, 24 after the optimizer steps of 3 micro-batches of 2",
         got=alone,
+    )
+    left = [number for batch in runs["alone"].results["resumed"]["seen"][0] for number in batch]
+    require(
+        left == sampled(1, 0, 1)[12:],
+        expected=f"on one rank, with epoch 1 and samples 12 of 24: the 12 rows that are left, {sampled(1, 0, 1)[12:]}",
+        got=left,
+    )
+    within, passed = got["resumed_within_a_step"], got["passed"]
+    require(
+        rows(within) == order(1, 0)[2:],
+        expected=f"with epoch 1 and samples 4 of 24, where an accumulation began in the epoch before: {order(1, 0)[2:]}",
+        got=rows(within),
+    )
+    require(
+        rows(cut) == order(2, 0)[:4] and rows(passed) == order(3, 0)[:4],
+        expected=f"orders of their own in the third and fourth epoch, beginning {order(2, 0)[:4]} and {order(3, 0)[:4]}; and with a "
+        "last_step that has been taken already, the next step as the last",
+        got=f"{rows(cut)}, and {rows(passed)}",
+    )
+    require(
+        first["told_by_rank"][0] == first["told_by_rank"][1],
+        expected="after_step called on every rank: a checkpoint is saved by all of them",
+        got=f"{len(first['told_by_rank'][0])} × on rank 0, {len(first['told_by_rank'][1])} × on rank 1",
+    )
+    require(
+        got["diverged"]["nan"] or got["diverged"]["returned"] is None,
+        expected="nan as the mean where the loss of a micro-batch is nan: training has diverged",
+        got=got["diverged"]["returned"],
     )
     require(
         rows(resumed) == order(1, 0)[8:],
@@ -321,12 +385,12 @@ def test_epoch_keeps_its_place(lab, run_experiments):
         got=rows(resumed),
     )
     require(
-        resumed["random_at_first"] == [got["random_wanted"]],
+        resumed["random_at_first"] == [[got["random_wanted"]]] * 2,
         expected="the restored random state at the first step after a checkpoint",
         got="another one",
     )
     require(
-        got["begun"]["random_at_first"] == [got["random_wanted"]],
+        got["begun"]["random_at_first"] == [[got["random_wanted"]]] * 2,
         expected="the restored random state at the first step, where the checkpoint is of an epoch's beginning (samples 0)",
         got="another one",
     )
@@ -405,6 +469,12 @@ def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
         got=got["of_nan"],
     )
     require(
+        got["of_nothing"] == "nan",
+        expected="nan where no rank has a label: the mean of nothing",
+        got=got["of_nothing"],
+    )
+    require(got["batches_kept"], expected="batches that are left as they were", got="others: they were changed in place")
+    require(
         not got["gradients"],
         expected="the model called without gradients (torch.no_grad)",
         got="gradients kept, and the memory of all activations with them",
@@ -418,11 +488,12 @@ def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
 
 @pytest.mark.milestone(task="3.5", points=15, section="A checkpoint")
 def test_checkpoint_is_complete(lab, run_experiments):
-    fingerprint = program_of(f"{PROGRAMS}:fingerprint")
+    fingerprints = program_of(f"{PROGRAMS}:fingerprints")
     lab.DeepSpeedTrainer  # noqa: B018
     with ranks_come_back():
-        plans = [experiment(f"save{stage}", f"{PROGRAMS}:save", stage) for stage in (2, 3)]
-        runs = run_experiments([*plans, experiment("save-alone", f"{PROGRAMS}:save", 2, ranks=1)], timeout=45)
+        plans = [experiment(f"save{stage}", f"{PROGRAMS}:save", stage, accumulation=stage) for stage in (2, 3)]
+        plans.append(experiment("save-alone", f"{PROGRAMS}:save", 2, ranks=1, accumulation=1))
+        runs = run_experiments(plans, timeout=45)
     for stage, run in ((2, runs["save2"]), (3, runs["save3"])):
         got, parent = run.results, run.folder / "checkpoints"
         folder = parent / "step-1"
@@ -437,9 +508,14 @@ def test_checkpoint_is_complete(lab, run_experiments):
             got=f"a Path: {got['is_path']}; complete.json on return: {got['first']}",
         )
         require(
-            all(got["refused"]),
-            expected="ValueError between two micro-batches of one optimizer step",
+            all(said for by_rank in got["refused"] for said in by_rank),
+            expected=f"ValueError after each micro-batch of an optimizer step but the last, of {stage}",
             got="a checkpoint whose gradients are lost",
+        )
+        require(
+            all(got["kept"]),
+            expected="the checkpoint before it left whole by a save that is refused",
+            got="one without its complete.json",
         )
         names = sorted(path.name for path in folder.rglob("*") if path.is_file())
         missing = [rank for rank in (0, 1) if not any(f"zero_pp_rank_{rank}_" in name and "optim" in name for name in names)]
@@ -460,9 +536,9 @@ def test_checkpoint_is_complete(lab, run_experiments):
             if path.is_file() and path.name != "complete.json"
         }
         require(
-            manifest["ranks"] == 2 and manifest["files"] == sizes,
-            expected=f"complete.json with 2 ranks and the {len(sizes)} files in their final sizes",
-            got=f"{manifest['ranks']} ranks, {len(manifest['files'])} files",
+            manifest["ranks"] == 2 and not manifest["universal"] and manifest["files"] == sizes,
+            expected=f"complete.json with 2 ranks, not universal, and the {len(sizes)} files in their final sizes",
+            got=f"{manifest['ranks']} ranks, universal {manifest['universal']}, {len(manifest['files'])} files",
         )
         require(
             got["complete_at_first"] == [[False], [False]],
@@ -483,15 +559,14 @@ def test_checkpoint_is_complete(lab, run_experiments):
                 got=(state.get("epoch"), state.get("samples")),
             )
             require(
-                state.get("client") == {"note": [1, "two"], "rank": "any"},
+                state.get("client") == CLIENT,
                 expected="the caller's client_state under 'client'",
                 got=state.get("client"),
             )
             random = state.get("random")
-            fingerprints = [fingerprint(s["torch"]) for s in random] if isinstance(random, list) else random
             require(
-                fingerprints == got["random"],
-                expected="the random states of both ranks, by rank, under 'random'",
+                isinstance(random, list) and [fingerprints(state) for state in random] == got["random"],
+                expected="what random_state() gives on both ranks, by rank, under 'random'",
                 got="none"
                 if random is None
                 else f"{len(random) if isinstance(random, list) else 'not a list'}; not those of ranks 0 and 1",
@@ -527,16 +602,17 @@ def test_resumed_training_goes_on_as_if_never_stopped(lab, run_experiments):
                 run_experiments([experiment("killed", program, 2, options=plan, **scheduled(2))], reference=True)
             assert caught.value.rank == 1, "the run must say which rank was killed"
             # A save that did not come to its end, newer than the whole ones.
-            shutil.copytree(killed / "step-2", killed / "step-5")
-            (killed / "step-5" / "complete.json").unlink()
-            (killed / "latest").write_text("step-5")  # DeepSpeed writes it before the last rank is done
+            shutil.copytree(killed / "step-2", killed / "step-11")
+            (killed / "step-11" / "complete.json").unlink()
+            (killed / "latest").write_text("step-11")  # DeepSpeed writes it before the last rank is done
+            shutil.move(killed / "step-4", killed / "step-10")  # the newest whole one, and not the last by its name
     plans, wanted = [], {}
     for stage, source, tag, at in ((1, "stage1", "step-2", 2), (2, "killed", None, 4), (3, "stage3", "step-4", 4)):
         options = {
             "dropout": DROPOUT[stage],
             "checkpoints": str(checkpoints(source)),
             "tag": tag,
-            "broken": "step-5" if tag is None else "step-9",
+            "broken": "step-11" if tag is None else "step-9",
         }
         plans.append(experiment(f"resumed-{source}", f"{PROGRAMS}:load", stage, options=options, **scheduled(stage)))
         wanted[f"resumed-{source}"] = (at, runs[f"stage{stage}"].losses()[at:], source)
@@ -587,21 +663,30 @@ def test_resumed_training_goes_on_as_if_never_stopped(lab, run_experiments):
             got=[round(x, 5) for x in run.losses()],
         )
 
-    other = lab.observe(f"{PROGRAMS}:load_of_other_ranks", 3)
-    require_equal(
-        other,
-        {"client": {"note": "kept"}, "epoch": 2, "samples": 12, "random": None},
-        of="load_checkpoint() on 1 rank of what 3 ranks saved, and random_state_to_restore after it",
-    )
+    for saved, here, me, random, client in ((3, 1, 0, None, {"note": "kept"}), (2, 4, 1, None, []), (4, 4, 2, {"of": 2}, 0)):
+        other = lab.observe(f"{PROGRAMS}:load_of_other_ranks", saved, here, me, client)
+        require_equal(
+            other,
+            {"client": client, "place": [2, 12], "random": random, "asked": [here]},
+            of=f"load_checkpoint() on rank {me} of {here}, of a universal checkpoint of {saved} ranks with client_state {client!r}: what it "
+            "returns, epoch and samples, random_state_to_restore, and the ranks that check_checkpoint is asked for",
+        )
 
 
 @pytest.mark.milestone(task="3.7", points=10, section="A checkpoint")
 def test_broken_checkpoints_are_refused(lab, tmp_path):
     whole = tmp_path / "step-4"
     (whole / "zero").mkdir(parents=True)
-    contents = {"mp_rank_00_model_states.pt": b"m" * 100, "zero/fp32.pt": b"z" * 50}
+    contents = {
+        "mp_rank_00_model_states.pt": b"m" * 100,
+        "zero/fp32.pt": b"z" * 50,
+        "zero/a/b/fp32.pt": b"a" * 60,
+        "zero/a/exp.pt": b"e",
+    }
+    (whole / "zero" / "a" / "b").mkdir(parents=True)
     for name, content in contents.items():
         (whole / name).write_bytes(content)
+    (whole / "notes.txt").write_text("a file that complete.json does not list")
     manifest = {"ranks": 2, "universal": False, "files": {name: len(content) for name, content in contents.items()}}
     (whole / "complete.json").write_text(json.dumps(manifest))
     require(
@@ -657,7 +742,26 @@ def test_broken_checkpoints_are_refused(lab, tmp_path):
         ("mp_rank_00_model_states.pt",),
         "ValueError that names a truncated file, the first of two",
     )
-    for saved, ranks in ((2, 3), (2, 1), (7, 13)):
+    for number, (name, content) in enumerate(contents.items()):
+        for size in {0, len(content) - 1}:
+            refused(
+                f"cut-{number}-{size}",
+                lambda folder, name=name, size=size: (folder / name).write_bytes(b"x" * size),
+                2,
+                (name.rpartition("/")[2],),
+                f"ValueError that names {name}, which has {size} of its {len(content)} bytes",
+            )
+    again = tmp_path / "again"
+    shutil.copytree(whole, again)
+    lab.check_checkpoint(again, 2)
+    (again / "zero" / "fp32.pt").write_bytes(b"z")
+    require_error(
+        lambda: lab.check_checkpoint(again, 2),
+        ValueError,
+        mentions=("fp32.pt",),
+        expected="ValueError for a file that was cut after the checkpoint had been checked once",
+    )
+    for saved, ranks in ((2, 3), (2, 1), (7, 13), (2, 4), (1, 3), (6, 2)):
         folder = tmp_path / "ranks"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(whole, folder)
@@ -683,8 +787,16 @@ def test_broken_checkpoints_are_refused(lab, tmp_path):
         ("fp32.pt",),
         "ValueError that names the truncated file of a universal checkpoint",
     )
+    refused(
+        "universal-missing",
+        lambda folder: (folder / "zero" / "a" / "b" / "fp32.pt").unlink(),
+        3,
+        ("fp32.pt",),
+        "ValueError that names the missing file of a universal checkpoint",
+    )
     try:
-        lab.check_checkpoint(whole, 3)
+        found = lab.check_checkpoint(whole, 3)
+        require_equal(found, manifest | {"universal": True}, of="check_checkpoint() of a universal checkpoint of 2 ranks on 3")
     except ValueError as error:
         require(
             False,
@@ -698,12 +810,22 @@ def test_consolidated_model_is_the_engines(lab, run_experiments, tmp_path):
     import math
 
     import torch
+    from transformers import AutoTokenizer
 
     lab.consolidate  # noqa: B018
     never_stopped(run_experiments)
+    # The base model's weights are not here, and its tokenizer is not bloom-tiny's.
+    base = visible_folder() / "engine" / "base"
+    with once("base") as first:
+        if first:
+            shutil.rmtree(base, ignore_errors=True)
+            shutil.copytree(engine_runs.odd_model(), base, ignore=shutil.ignore_patterns("*.safetensors"))
+            settings = json.loads((base / "tokenizer_config.json").read_text())
+            (base / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 77}))
     for stage in (2, 3):
         out = tmp_path / f"model{stage}"
-        returned = lab.consolidate(str(checkpoints(f"stage{stage}") / "step-2"), engine_runs.odd_model(), str(out))
+        folder = checkpoints(f"stage{stage}") / "step-2"
+        returned = lab.consolidate(str(folder) if stage == 2 else folder, str(base), str(out))
         weights = torch.load(shared_folder() / f"stage{stage}.pt", weights_only=True, map_location="cpu")
         found = saved_weights(out, engine_runs.odd_model())
         worst = max((found[name] - weights[name]).abs().max().item() if name in found else math.inf for name in weights)
@@ -713,10 +835,39 @@ def test_consolidated_model_is_the_engines(lab, run_experiments, tmp_path):
             got=f"weights that differ by up to {worst:.3g}",
         )
         require(
-            returned is not None and torch.equal(returned.lm_head.weight.cpu(), weights["transformer.word_embeddings.weight"]),
+            returned is not None
+            and all(torch.equal(weight.cpu(), weights[name]) for name, weight in returned.named_parameters() if name in weights),
             expected="the model returned",
             got="nothing" if returned is None else "a model with other weights",
         )
+        length = AutoTokenizer.from_pretrained(out).model_max_length
+        require(length == 77, expected="the base model's tokenizer, of which model_max_length is 77, in the folder", got=length)
+    out = tmp_path / "model-bf16"
+    lab.consolidate(checkpoints("bf16") / "step-2", str(base), out)
+    found, weights = saved_weights(out, str(base)), torch.load(shared_folder() / "bf16.pt", weights_only=True, map_location="cpu")
+    rounded = {name: weight.float().bfloat16() for name, weight in found.items()}
+    require(
+        all(torch.equal(rounded[name], weights[name].cpu().bfloat16()) for name in weights if name in rounded),
+        expected="the engine's own weights after two steps in bf16, once they are rounded to bf16",
+        got="others",
+    )
+    require(
+        any(not torch.equal(rounded[name].float(), weight.float()) for name, weight in found.items()),
+        expected="after training in bf16, the fp32 master weights of the optimizer's shards",
+        got="weights that were rounded to bf16",
+    )
+    longer = visible_folder() / "engine" / "longer"
+    with once("longer") as first:
+        if first:
+            shutil.rmtree(longer, ignore_errors=True)
+            shutil.copytree(base, longer)
+            shape = json.loads((longer / "config.json").read_text())
+            (longer / "config.json").write_text(json.dumps(shape | {"n_layer": shape["n_layer"] + 1}))
+    require_error(
+        lambda: lab.consolidate(checkpoints("stage2") / "step-2", str(longer), tmp_path / "longer"),
+        RuntimeError,
+        expected="RuntimeError where the base model has a layer more than the checkpoint: it would keep random weights",
+    )
 
 
 @pytest.mark.milestone(task="3.9", points=5, section="Another number of ranks")
@@ -726,16 +877,20 @@ def test_universal_checkpoint_fits_any_number_of_ranks(lab, run_experiments, wor
     lab.convert_to_universal  # noqa: B018
     whole = never_stopped(run_experiments)
 
-    def convert(source, name: str):
+    def convert(source, name: str, end: str = ""):
         parent = workspace / "engine" / name
         shutil.rmtree(parent, ignore_errors=True)
-        seen = lab.observe(f"{PROGRAMS}:convert", str(source), str(parent))
+        other = parent / "step-1" / "complete.json"
+        other.parent.mkdir(parents=True)
+        other.write_text("{}")
+        seen = lab.observe(f"{PROGRAMS}:convert", f"{source}{end}", str(parent))
         out = seen["returned"]
         require(
             out == parent / source.name and (out / "complete.json").exists(),
             expected=f"the folder {source.name} in the given path, with a complete.json, and its path returned",
-            got=f"returned {out}; {sorted(path.name for path in parent.rglob('complete.json'))}",
+            got=f"returned {out}; {sorted(path.parent.name for path in parent.rglob('complete.json'))}",
         )
+        require(other.exists(), expected="other universal checkpoints left where they are", got="step-1 gone")
         manifest = json.loads((out / "complete.json").read_text())
         ranks = json.loads((source / "complete.json").read_text())["ranks"]
         require_equal(
@@ -774,9 +929,10 @@ def test_universal_checkpoint_fits_any_number_of_ranks(lab, run_experiments, wor
         )
         return run_experiments([plan])[name]
 
+    convert(checkpoints("bf16") / "step-2", "universal-bf16")
     for stage in (1, 3):
         wanted = whole[f"stage{stage}"].losses()
-        folder = convert(checkpoints(f"stage{stage}") / "step-4", f"universal{stage}")
+        folder = convert(checkpoints(f"stage{stage}") / "step-4", f"universal{stage}", end="/" if stage == 3 else "")
         single = continued(f"single{stage}", stage, 1, folder, 5)
         require(
             abs(single.losses()[0] - wanted[4]) <= 1e-5,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import time
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -17,14 +19,19 @@ from shardlab.run.run_folder import Run
 from shardlab.zero import ops
 
 
-def configure_offload_with_free_bytes(folder, free: int) -> dict:
-    """Task 4.1: the configuration for states of just so many bytes on a disk where just so many are free, in `folder` alone."""
+def configure_offload_with_free_bytes(folder, free: int, needed: int) -> dict:
+    """Task 4.1: the configuration for states of so many bytes on a disk of which a hundredth is free, in `folder` alone."""
     import shutil
     from types import SimpleNamespace
 
     create = switch.import_exercise("lab04_offload").create_offload_config
-    with mock.patch.object(shutil, "disk_usage", lambda path: SimpleNamespace(free=free if str(path) == str(folder) else 0)):
-        return create(3, optimizer_offload=True, bytes_on_disk=free, offload_device="nvme", nvme_path=folder)
+
+    def usage(path):
+        free_there = free if str(path) == str(folder) else 0
+        return SimpleNamespace(total=100 * free, used=100 * free - free_there, free=free_there)
+
+    with mock.patch.object(shutil, "disk_usage", usage):
+        return create(3, optimizer_offload=True, bytes_on_disk=needed, offload_device="nvme", nvme_path=folder)
 
 
 STEP_SECONDS = (5, 1, 2, 6, 100, 24)
@@ -40,8 +47,10 @@ class Clock:
     @contextlib.contextmanager
     def in_place_of_time(self, module):
         """Let the module's code read this clock, however it asks for the time."""
-        reads = {name: lambda: self.now for name in ("perf_counter", "monotonic", "process_time", "time")}
-        reads |= {f"{name}_ns": lambda: int(1e9 * self.now) for name in reads}
+        reads = {name: lambda: self.now for name in ("perf_counter", "monotonic", "time")}
+        # Processor time: all 16 cores of this machine compute.
+        reads |= {name: lambda: 16 * self.now for name in ("process_time", "thread_time")}
+        reads |= {f"{name}_ns": lambda read=read: int(1e9 * read()) for name, read in reads.items()}
         originals = {getattr(time, name): name for name in reads}
         bound = {key: originals[value] for key, value in vars(module).items() if callable(value) and value in originals.keys()}
         with contextlib.ExitStack() as stack:
@@ -63,6 +72,7 @@ class Sum(torch.optim.Optimizer):
     def step(self, closure=None):
         self.gradients.append(self.parameter.grad.clone())
         self.parameter.data.sub_(self.factor * self.parameter.grad)
+        self.parameter.grad.fill_(7.0)  # as one that decays weights changes its gradient in place
         self.clock.now += self.factor * STEP_SECONDS[len(self.gradients) - 1]
 
 
@@ -111,16 +121,33 @@ def compare_adams(size: int, steps: int) -> dict:
     )
 
 
+FIRST_OF_ITS_NODE = mock.patch.dict(os.environ, {"LOCAL_RANK": "0"})
+"""Each rank on a node of its own, whose disk all see."""
+
+
 def save_offloaded(experiment: Experiment, run: Run) -> dict:
     """Task 4.7: save twice into one place, the second time a step later, and go on; what should be in the files, by rank."""
     lab, folder, engine = switch.import_exercise("lab04_offload"), run.folder / "checkpoints", engine_runs.build(experiment)
-    for step in (1, 2):
+    complete, kept = [], True
+    save = torch.save
+
+    def save_slowly(*args, **kwargs):
+        time.sleep(0.1 * rank())  # a rank that does not wait for the others is seen on any machine
+        return save(*args, **kwargs)
+
+    for step, path in ((1, str(folder)), (2, folder)):
         engine_runs.train_on(engine, experiment, run, step - 1, step)
-        returned = lab.save_offloaded(engine, folder, "last", {"note": "kept", "step": step})
-        complete = gather(sorted(path.name for path in (folder / "last" / "offloaded").glob("*")))
+        client = {"note": "kept", "step": -step}
+        if step == 2:  # one sub-group more than there are now
+            (folder / "last" / "offloaded" / f"rank{rank()}-group99.pt").touch()
+        with mock.patch.object(torch, "save", save_slowly), FIRST_OF_ITS_NODE:
+            returned = lab.save_offloaded(engine, path, "last", client)
+        files = sorted(found.name for found in (folder / "last" / "offloaded").glob("*"))
+        complete.append(gather(files))
+        kept = kept and client == {"note": "kept", "step": -step}
     torch.save(engine_runs.swapped_states(engine), run.folder / f"wanted{rank()}.pt")
     engine_runs.train_on(engine, experiment, run, 2, experiment.steps)
-    return {"returned": str(returned), "files_on_return": complete}
+    return {"returned": repr(returned), "files_on_return": complete, "client_kept": gather(kept)}
 
 
 def load_offloaded(experiment: Experiment, run: Run) -> dict:
@@ -138,7 +165,16 @@ def load_offloaded(experiment: Experiment, run: Run) -> dict:
 
     if "refused" in options:
         return {"refused": gather(refusal(options["refused"])), "global_steps": engine.global_steps}
-    client = lab.load_offloaded(engine, options["checkpoints"], options["tag"])
+    load_checkpoint, whole = engine.load_checkpoint, []
+
+    def loading(*args, **kwargs):
+        given = inspect.signature(load_checkpoint).bind(*args, **kwargs).arguments
+        whole.append(all(given.get(name, True) for name in ("load_lr_scheduler_states", "load_module_strict")))
+        return load_checkpoint(*args, **kwargs)
+
+    engine.load_checkpoint = loading
+    with FIRST_OF_ITS_NODE:
+        client = lab.load_offloaded(engine, Path(options["checkpoints"]), options["tag"])
     states, at = engine_runs.swapped_states(engine), engine.global_steps
     torch.save(states, run.folder / f"loaded{rank()}.pt")
     # DeepSpeed's Adam reads past the end of moments that are not there.
@@ -146,4 +182,5 @@ def load_offloaded(experiment: Experiment, run: Run) -> dict:
         gather(all(state["master"].shape == state[key].shape for state in states.values() for key in ("exp_avg", "exp_avg_sq")))
     ):
         engine_runs.train_on(engine, experiment, run, at, experiment.steps)
-    return {"client": client.get("note") if isinstance(client, dict) else repr(client)[:80], "at": at}
+    kept = [client.get("note"), client.get("seen")] if isinstance(client, dict) else repr(client)[:80]
+    return {"client": gather(kept), "at": at, "whole": all(whole)}

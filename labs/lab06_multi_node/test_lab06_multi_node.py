@@ -198,7 +198,9 @@ def test_hostfile(lab, tmp_path):
     agree_as_recorded(lab.hostfile, __file__, "6.3", "hostfile{}")
 
 
-NAMED = {"nodes": "2", "ntasks-per-node": "1", "time": "5"}
+NAMED = {"nodes": "7", "ntasks-per-node": "1", "time": "5"}
+FIRST_OF_SETUP = "module load python"
+AWKWARD = ["-m", "shardlab.cli", "run", "ada's run", "two words"]
 
 
 def directives(text: str) -> dict[str, str]:
@@ -233,15 +235,37 @@ def check_text(text: str, log: str) -> None:
         got=late[:1],
     )
     require(
-        "set -euo pipefail" in text,
-        expected="set -euo pipefail",
-        got="no such line",
+        "set -euo pipefail" in lines and lines.index("set -euo pipefail") < lines.index(FIRST_OF_SETUP),
+        expected="a line set -euo pipefail, above the lines of setup",
+        got=[line for line in lines if "pipefail" in line] or "no such line",
+    )
+    exported = re.findall(r"^\s*(?:export|declare|readonly|local) .*\$\(.*getent.*", text, re.MULTILINE)
+    require(
+        not exported, expected="a lookup whose status ends the script: that of export address=$(…) is export's", got=exported[:1],
+    )  # fmt: skip
+    named = re.findall(r"--rdzv[-_]id[= ]\S*", text)
+    require(
+        any("SLURM_JOB_ID" in words for words in named),
+        expected="--rdzv-id with the job's number: two jobs can have one port",
+        got=named or "no such option",
+    )
+    counted = re.findall(r"--nnodes[= ]\S*", text)
+    require(
+        any("SLURM_" in words or "=7" in words or " 7" in words for words in counted),
+        expected="--nnodes with the job's nodes, which are 7",
+        got=counted or "no such option",
+    )
+    quoted = shlex.split(text.replace("\\\n", " ")[text.index("srun") :].replace("$", "\\$"), comments=True, posix=True)
+    require(
+        quoted[-len(AWKWARD) :] == AWKWARD,
+        expected=f"the program's words last, quoted as the shell needs them: {shlex.join(AWKWARD)}",
+        got=quoted[-len(AWKWARD) :],
     )
     own = re.findall(r"\b(localhost|127\.0\.\d\.\d)\b", text)
     require(
         not own, expected="the first node's address on the network that all nodes share", got=own[:1],
     )  # fmt: skip
-    fallback = re.findall(r"getent.*\|\|.*", text)
+    fallback = re.findall(r"getent.*\|\|.*|(?:if|while|until|!) .*getent.*|hostname -[IiAf].*", text)
     require(
         not fallback,
         expected="no other address where the lookup fails",
@@ -256,7 +280,7 @@ def check_text(text: str, log: str) -> None:
 def test_batch_script(lab, run_experiments, workspace, slurm_beside_exercises):
     settings = {"name": "shardlab-lab06", "nodes": 2, "ranks_per_node": 2, "minutes": 5}
     check_text(
-        lab.batch_script(**settings, log="/tmp/log.out", setup="true", program=["-m", "shardlab.cli", "run", "my run"]),
+        lab.batch_script(**(settings | {"nodes": 7}), log="/tmp/log.out", setup=f"{FIRST_OF_SETUP}\ntrue", program=AWKWARD),
         "/tmp/log.out",
     )
     site = jobs.site()
@@ -519,7 +543,7 @@ def test_stopping_together(lab, run_experiments):
     program = "labs/lab06_multi_node/programs.py:stop_at_different_steps"
     plans = [
         Experiment(name=f"stop-{first}-{second}", program=program, ranks=2, options={"asked": [first, second], "steps": 8})
-        for first, second in ((3, 5), (5, 3))
+        for first, second in ((3, 5), (5, 3), (3, 3))
     ]
     for run in run_experiments(plans, timeout=60).values():
         first, second = run.experiment.options["asked"]

@@ -141,10 +141,11 @@ def training_arguments(output_dir: str, *, precision: str = "fp32", **overrides)
         Arguments with: 4 sequences per device in training, and 8 in evaluation; accumulation over 4 batches; 3 epochs;
         learning rate 5e-5; weight decay 0.01; evaluation and saving after each epoch, keeping one checkpoint; no
         reporting service (`report_to`), no push to the hub; `use_cpu` where torch sees no GPU. All of these are written out, also
-        where `Trainer` has the same by default: defaults change from version to version.
+        where `Trainer` has the same by default: defaults change from version to version. All else stays as `Trainer` has it.
 
     Raises:
         ValueError: an unknown precision; the sentence names it.
+        TypeError: an override that `TrainingArguments` does not know, as it says itself.
     """
     # BEGIN SOLUTION 1.5
     if precision not in ("fp32", "bf16", "fp16"):
@@ -182,7 +183,7 @@ def save_and_reload(trainer: Trainer, tokenizer, folder: str):
     Args:
         trainer: after training.
         tokenizer: goes into the folder too, or nobody can use the model.
-        folder: where to save.
+        folder: where to save; a model that was saved there before is replaced, and what else lies there stays.
 
     Returns:
         A new model in fp32 on the CPU, read from the folder.
@@ -211,7 +212,8 @@ def generate_answers(model, tokenizer, prompts: list[list[int]], max_new_tokens:
         max_new_tokens: the longest answer.
 
     Returns:
-        One text a prompt, in the same order: only the new tokens, without special tokens, stripped of white space.
+        One text a prompt, in the same order: only the new tokens up to the end-of-sequence token, without special tokens, stripped
+        of white space.
         Greedy: no sampling, and dropout off (`model.eval()`), so the same prompts give the same answers.
     """
     # BEGIN SOLUTION 1.7
@@ -252,7 +254,7 @@ def summarise_training(log_history: list[dict]) -> dict:
     total = next(entry for entry in reversed(log_history) if "train_runtime" in entry)
     return {
         "final_train_loss": steps[-1]["loss"],
-        "eval_losses": {entry["epoch"]: entry["eval_loss"] for entry in evaluations},
+        "eval_losses": {float(entry["epoch"]): entry["eval_loss"] for entry in evaluations},
         "train_samples_per_second": total["train_samples_per_second"],
         "eval_samples_per_second": evaluations[-1]["eval_samples_per_second"] if evaluations else None,
         "steps_per_epoch": round(total["step"] / total["epoch"]),

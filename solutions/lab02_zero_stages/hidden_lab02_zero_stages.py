@@ -15,7 +15,9 @@ from shardlab.run.run_folder import Run
 from shardlab.zero.engine_model import sharded_elements
 
 REFERENCE = solution("lab02_zero_stages")
-GROUPS = st.lists(st.lists(st.integers(1, 5000), max_size=5), min_size=1, max_size=3)
+SIZE = st.integers(1, 5000) | st.integers(1, 2 * 10**9)
+GROUPS = st.lists(st.lists(SIZE, max_size=5), min_size=1, max_size=6)
+RANKS = st.integers(1, 9) | st.sampled_from([16, 24, 64, 512])
 
 
 def numbers(task: str) -> random.Random:
@@ -38,7 +40,7 @@ def test_configuration_follows_its_arguments(lab):
     for bad in ({"stage": -1}, {"stage": 7}, {"stage": 2, "precision": "int8"}, {"stage": 2, "micro_batch": -3}):
         with pytest.raises(ValueError):
             lab.create_deepspeed_config(**bad)
-    names, size = ("micro_batch", "accumulation", "world_size"), st.sampled_from([1, 2, 7, "auto"])
+    names, size = ("micro_batch", "accumulation", "world_size"), st.sampled_from([1, 2, 7, 1024, "auto"])
     valid = st.fixed_dictionaries(
         {"stage": st.integers(0, 3)},
         optional={
@@ -46,13 +48,14 @@ def test_configuration_follows_its_arguments(lab):
             "precision": st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
             "optimizer": st.sampled_from([None, "AdamW"]),
             "learning_rate": st.sampled_from(["auto", 1e-3, 0.0]),
-            "clipping": st.sampled_from(["auto", 0, 0.0, 0.5]),
+            "clipping": st.sampled_from(["auto", 0, 0.0, 0.5, 1e-5]),
             **dict.fromkeys(("offload_optimizer", "offload_param"), st.booleans()),
         },
     )
     bad = [{"stage": stage} for stage in (-1, 4, "2", True, False, 2.5)]
-    bad += [{name: value} for name in names for value in (0, -1, 2.5, "2", True)]
-    bad += [{"precision": "fp8"}, {"precision": ""}, {"clipping": -1e-9}, {"clipping": -0.5}, {"clipping": -1}]
+    bad += [{name: value} for name in names for value in (0, -1, 2.5, "2", True, None)]
+    bad += [{"precision": name} for name in ("fp8", "", "BF16", "Fp16", "FP32", "Auto", "float16", "16")]
+    bad += [{"clipping": -1e-9}, {"clipping": -0.5}, {"clipping": -1}]
     edges = [({"stage": 2} | one,) for one in bad]
     edges += [
         ({"stage": stage, "offload_optimizer": moved, "offload_param": too, "optimizer": optimizer, "learning_rate": rate},)
@@ -60,7 +63,7 @@ def test_configuration_follows_its_arguments(lab):
         for moved in (False, True)
         for too in (False, True)
         for optimizer in (None, "AdamW")
-        for rate in ("auto", 1)
+        for rate in ("auto", 1, 0.0)
     ]
     sizes = [dict(zip(names, (m, a, w))) for m in (3, "auto") for a in (5, "auto") for w in (7, "auto")]
     edges += [({"stage": 1} | one,) for one in sizes]
@@ -133,9 +136,9 @@ def edges_of_configurations() -> list[tuple]:
     zeros += [{"stage": 2, "overlap_comm": text} for text in ("true", "false", "False", True)]
     zeros += [{"stage": 3, "reduce_bucket_size": size} for size in ("auto", "5e8", 5e8)]
     configs = [sized | {"zero_optimization": zero} for zero in zeros]
-    for rate in ("5e-5", "-1", "1E5", "1e+5", ".5", 1e-4, "auto"):
+    for rate in ("5e-5", "-1", "1E5", "1e+5", ".5", "1.e-5", "8.", " 5e-5", "5e-5 ", 1e-4, "auto"):
         configs.append(sized | {"optimizer": {"type": "AdamW", "params": {"lr": rate}}})
-    for switch in ("true", "false", "True", True):
+    for switch in ("true", "false", "True", "TRUE", "FALSE", "tRUE", True):
         configs.append(sized | {"wall_clock_breakdown": switch})
     configs += [sized | {key: {}} for key in ("Zero_Optimization", "gradient_cliping", "_comment", "zero_optimisation")]
     configs += [sized | {"communication_data_type": "fp16"}, sized | {"train_batch_size": 7}, sized | {"train_batch_size": "auto"}]
@@ -143,7 +146,17 @@ def edges_of_configurations() -> list[tuple]:
     configs += [sized | {"tensorboard": {"job_name": "run 3", "enabled": False}}]
     configs += [sized | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": steps}}} for steps in (10, "10", "auto")]
     configs += [sized | {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, inner]}}} for inner in (0.95, "0.95", ["auto"])]
+    zeros = [{"stage": 3, part: value} for part in ("offload_param", "offload_optimizer") for value in ("cpu", True, ["cpu"])]
+    zeros += [{"stage": "auto"}, {"stage": 1, "offload_optimizer": {"device": "nvme"}}, {"stage": 1, "offload_optimizer": {}}]
+    configs += [sized | {"zero_optimization": zero} for zero in zeros]
+    for value in (8, "8", "auto"):
+        configs += [sized | {"aio": {"queue_depth": value}}, sized | {"flops_profiler": {"profile_step": value}}]
+        configs += [
+            sized | {"data_efficiency": {"data_sampling": {"curriculum_learning": {"curriculum_metrics": {"a": {"b": value}}}}}}
+        ]
     others = [(sized, 3, True), (sized, 3, False)]
+    for batch in (64, 24, 32):
+        others += [(sized | {"train_batch_size": batch}, 8, with_trainer) for with_trainer in (True, False)]
     return [(config, 2, with_trainer) for config in configs for with_trainer in (True, False)] + others
 
 
@@ -153,12 +166,19 @@ def test_another_configuration_survives_a_file(lab, tmp_path):
     lab.save_config(config, tmp_path / "other name.json")
     assert json.loads((tmp_path / "other name.json").read_text()) == config
     assert lab.load_config(tmp_path / "other name.json") == config
-    plain = st.none() | st.booleans() | st.integers() | st.sampled_from([0.5, "auto", "naïve", "a\nb"])
+    plain = st.none() | st.booleans() | st.integers() | st.sampled_from([0.5, 1e-8, 2.5e-7, 123456.789, "auto", "naïve", "a\nb"])
     inner = st.recursive(plain, lambda values: st.lists(values, max_size=3) | st.dictionaries(st.sampled_from("abc"), values))
 
     plans = st.tuples(st.dictionaries(st.sampled_from(["stage", "ü"]), inner))
     agree(public.saved(lab, tmp_path), public.saved(REFERENCE, tmp_path), plans, first=[({},)], count=25, record="2.3 save")
     texts = [None, "\ufeff{}", "", "[]", "null", "3", '"{}"', "{", "{}", '{"a": 1}\n\n', '{"a": 1} 2', "hello", "[1,2,]"]
+    texts += [
+        '{"zero_optimization": null}',
+        '{"_comment": "x", "a": {"b": null, "_c": 1}}',
+        '{"lr": 2.5e-7, "eps": 1e-8}',
+        '# a\n{"a": 1}',
+    ]
+    texts += ['{"a": 1}\n# b', '{"a": 1,\n# b\n"c": 2}', '{"stage": 2, "stage": 3, "overlap_comm": true}']
     texts += ['{"a": 1, "a": 1}', '[{"a": 1, "a": 2}]', '{"a": 1, "b": 2, "a": 3}', '{"a": 1, "A": 2}', '{"path": "/données"}']
     read = public.loaded(lab, tmp_path), public.loaded(REFERENCE, tmp_path)
     agree(*read, st.tuples(inner.map(json.dumps)), first=[(text,) for text in texts], count=25, record="2.3 load")
@@ -196,7 +216,8 @@ def test_shards_of_other_sizes(lab):
         assert lab.shard_elements(stage, groups, ranks) == wanted, f"{groups} on {ranks} ranks, stage {stage}"
     several = ([[7, 5], [3]], [[4], []], [[9], [2], [1]])
     edges = [(stage, groups, ranks) for stage in range(4) for groups in several for ranks in (1, 3, 4)]
-    drawn = st.tuples(st.integers(0, 3), GROUPS, st.integers(1, 9))
+    edges += [(1, [[500_000_001]], 2), (1, [[129]], 64), (2, [[33]], 16), (3, [[100_001]], 2), (1, [[1], [2], [3], [4], [5]], 3)]
+    drawn = st.tuples(st.integers(0, 3), GROUPS, RANKS)
     agree(public.shard(lab), public.shard(REFERENCE), drawn, first=edges, record="2.5")
 
 
@@ -214,9 +235,10 @@ def test_bytes_that_three_ranks_hold(lab, run_experiments):
         for held in states["ranks"]:
             got = lab.state_bytes(stage, states["groups"], 3, "fp32")
             assert got == {kind: held[kind] for kind in ("parameters", "gradients", "optimizer")}, f"stage {stage}"
-    arguments = st.tuples(st.integers(0, 3), GROUPS, st.integers(1, 9), st.sampled_from(["fp32", "bf16", "fp16"]))
+    arguments = st.tuples(st.integers(0, 3), GROUPS, RANKS, st.sampled_from(["fp32", "bf16", "fp16"]))
     precisions, groups = ("fp32", "bf16", "fp16"), [[7, 5], [3]]
-    edges = [(stage, groups, ranks, precision) for stage in range(4) for ranks in (1, 2, 3) for precision in precisions]
+    edges = [(stage, groups, ranks, precision) for stage in range(4) for ranks in (1, 2, 3, 64) for precision in precisions]
+    edges += [(stage, [[at + 1, 10**9 + at] for at in range(24)], 8, "bf16") for stage in range(4)]
     stand_in = lambda stage, groups, ranks: 2 * ranks * len(groups) if stage else sum(map(sum, groups))
     lab.replace("shard_elements", stand_in)
     with pytest.MonkeyPatch.context() as patch:
@@ -242,9 +264,11 @@ def test_row_of_another_run(lab, tmp_path):
     assert (got["measured"], got["predicted"]) == (14, 26)
     assert got["samples_per_second"] == run.samples_per_second()
     kinds = st.fixed_dictionaries(dict.fromkeys(("parameters", "gradients", "optimizer"), st.integers(0, 20)))
-    steps = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 99)), min_size=2, max_size=6)
+    loss, speed = st.integers(1, 9999).map(lambda number: number / 1000), st.integers(1, 9999).map(lambda number: number / 100)
+    steps = st.lists(st.tuples(loss, speed), min_size=2, max_size=6)
     zero = st.none() | st.fixed_dictionaries({}, optional={"stage": st.integers(0, 3)})
-    drawn = st.tuples(st.lists(kinds, min_size=1, max_size=4), steps, zero, st.sampled_from(["fp32", "bf16"]))
+    held = st.lists(kinds, min_size=1, max_size=4) | st.lists(kinds, min_size=12, max_size=17)
+    drawn = st.tuples(held, steps, zero, st.sampled_from(["fp32", "bf16", "fp16"]), st.booleans())
 
     lab.replace("state_bytes", public.bytes_by_all_arguments)
     with pytest.MonkeyPatch.context() as patch:
@@ -273,14 +297,20 @@ def test_other_models_and_devices(lab):
 
     @st.composite
     def models(draw) -> tuple:
-        ranks = draw(st.integers(1, 64))
+        ranks = draw(st.integers(1, 64) | st.sampled_from([128, 512]))
         parameters = ranks * draw(st.integers(1, 10**8))
         other = draw(st.sampled_from([0, 1, parameters, 3 * 2**30]))
         at_the_limit = int(bytes_of(draw(st.integers(0, 3)), parameters, ranks)) + other + draw(st.sampled_from([-1, 0, 1]))
         return parameters, ranks, draw(st.just(at_the_limit) | st.integers(1, 20 * parameters)), other
 
     agree(lab.choose_stage, REFERENCE.choose_stage, models(), count=80, record="2.8")
-    for parameters, ranks, device, other in ((10**10, 4, 10**10, 7 * 2**30), (3 * 10**10, 8, 2**34, 0)):
+    cases = [
+        (10**10, 4, 10**10, 7 * 2**30),
+        (3 * 10**10, 8, 2**34, 0),
+        (7 * 10**9, 2, 40 * 2**30, 0),
+        (176 * 10**9, 8, 80 * 2**30, 0),
+    ]
+    for parameters, ranks, device, other in [*cases, (10**10, 4, 16 * 2**30, 40 * 2**30)]:
         with pytest.raises(ValueError) as refused:
             lab.choose_stage(parameters, ranks, device, other)
         missing = (bytes_of(3, parameters, ranks) + other - device) / 2**30

@@ -59,9 +59,8 @@ def initialize_deepspeed(model, config: dict, optimizer=None, training_data: Dat
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if config.get(key) == "auto":
             raise ValueError(f"{key} is 'auto', which only Trainer fills in; write a number")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, optimizer, _, scheduler = deepspeed.initialize(
-        model=model, model_parameters=trained, optimizer=optimizer, config=config)
+        model=model, model_parameters=model.parameters(), optimizer=optimizer, config=config)
     loader = None
     if training_data is not None:
         loader = engine.deepspeed_io(training_data, num_local_io_workers=0, pin_memory=torch.cuda.is_available())
@@ -173,7 +172,8 @@ class DeepSpeedTrainer:
 
         Args:
             dataloader: what `initialize_deepspeed` returned; its batches are on the CPU, and `train_step` moves them.
-            last_step: the optimizer step, counted from the beginning of the training, after which to return.
+            last_step: the optimizer step, counted from the beginning of the training, after which to return. Where it has been
+                taken already, the next one is the last.
 
         Returns:
             The mean loss of the micro-batches that were trained on; nan if none was left.
@@ -192,7 +192,7 @@ class DeepSpeedTrainer:
             if not self.accumulating:
                 step = losses[-accumulation:]
                 self.after_step(self, sum(step) / len(step))
-                if self.engine.global_steps == last_step:
+                if last_step is not None and self.engine.global_steps >= last_step:
                     return sum(losses) / len(losses)
         self.restore_random_state()
         self.epoch, self.samples = self.epoch + 1, 0
@@ -367,6 +367,9 @@ def consolidate(folder: str | Path, base_model: str, out: str | Path):
 
     Returns:
         The model, on the CPU.
+
+    Raises:
+        RuntimeError: the base model has other parameters than the checkpoint, as `load_state_dict` says by itself.
     """
     # BEGIN SOLUTION 3.8
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

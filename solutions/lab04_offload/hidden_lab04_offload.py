@@ -46,7 +46,8 @@ def test_other_offload_configurations(lab, tmp_path):
             **dict.fromkeys(("optimizer_offload", "param_offload", "pin_memory"), st.booleans()),
             "offload_device": st.sampled_from(["cpu", "nvme", "nvme", "disk"]),
             "nvme_path": st.sampled_from(["here"] * 4 + ["absent", "file", None]),
-            "aio": st.sampled_from([None, {}, {"block_size": 4096}, {"queue_depth": 1, "thread_count": 2}, {"blocks": 1}]),
+            "aio": st.sampled_from([None, {}, {"block_size": 4096}, {"queue_depth": 1, "thread_count": 2}, {"blocks": 1}])
+            | st.sampled_from([{"overlap_events": False}, {"queue_depth": 32, "thread_count": 4}, {"block_size": 1, "blocks": 1}]),
             "largest_parameter": st.sampled_from([77, 1, None]),
             "bytes_on_disk": st.sampled_from([0, 1, 10**18]),
         },
@@ -62,6 +63,10 @@ def test_other_offload_configurations(lab, tmp_path):
         edges += [given | nvme | {"nvme_path": path} for path in ("absent", "file", "", None)] + [
             given | nvme | {"bytes_on_disk": 10**18}
         ]
+    nvme_optimizer = {"stage": 3, "optimizer_offload": True} | nvme
+    edges += [
+        nvme_optimizer | {"aio": aio} for aio in ({"overlap_events": False}, {"single_submit": True}, {"block_size": 1, "x": 1})
+    ]
     edges += [{"stage": 1, "offload_device": "nvme"}, {"stage": 1, "offload_device": "nvme", "nvme_path": "absent"}]
     drawn = st.tuples(arguments)
     agree(created(lab, tmp_path), created(REFERENCE, tmp_path), drawn, first=[(edge,) for edge in edges], count=60, record="4.1")
@@ -82,7 +87,7 @@ def test_bytes_of_other_sizes(lab):
         got = lab.offload_bytes(stage, states, sharded_elements(groups, ranks, stage), precision, **what)
         assert got == {"device": model.device, "host": model.host}, (stage, groups, ranks, precision, what)
     ways = st.fixed_dictionaries({}, optional={"optimizer_offload": st.booleans(), "param_offload": st.booleans()})
-    number = st.integers(0, 10**6)
+    number = st.integers(0, 10**6) | st.integers(10**9, 10**12)
     held = st.fixed_dictionaries({"parameters": number, "gradients": number, "optimizer": number})
     arguments = st.tuples(st.integers(1, 3), held, number, st.sampled_from(["fp32", "bf16", "fp16"]), ways)
     states, precisions = {"parameters": 4000, "gradients": 3000, "optimizer": 12000}, ("fp32", "bf16", "fp16")
@@ -105,6 +110,7 @@ def test_other_bytes_on_disk(lab):
     size = st.sampled_from([2**18 + more for more in (-1, 0, 1, 255, 256, 257)]) | st.integers(1, 2**19)
     groups = st.lists(st.lists(size, max_size=3), max_size=3)
     edges = [([[size]], ranks) for size in (2**18, 400_000, 786_431, 786_433, 1_000_001) for ranks in (1, 2, 3, 4)]
+    edges += [([[10**9]], 1), ([[10**9], [7, 10**9]], 8), ([[262_145] * 130], 128), ([[10**9 + at for at in range(9)]], 512)]
     agree(swapped(lab), swapped(REFERENCE), st.tuples(groups, st.integers(1, 4)), first=edges, record="4.3")
 
 
@@ -141,11 +147,20 @@ def test_other_step_times(lab):
     near = lambda wanted, got: abs(wanted - got) <= 1e-9
     agree(lab.share_kept, REFERENCE.share_kept, st.tuples(st.integers(1, 200), line, line), same=near, record="4.5 share")
     edges = [(0.5, (1.0, 1.0), (2.0, 4.0)), (0.5, (1.0, 0.0), (1.0, 4096.0)), (0.99, (1.0, 0.0), (1.0, 64.0))]
+    edges += [
+        (0.999, (1.0, 0.0), (1.0, 64.0)),
+        (0.75, (0.1, 0.0), (0.1, 0.1)),
+        (0.1, (0.1, 0.0), (0.1, 1.8)),
+        (0.4, (0.1, 0.0), (0.1, 1.5)),
+        (0.6, (0.601, 0.0), (1.0, 1.0)),
+        (0.5, (1, 0), (1, 1)),
+    ]
     agree(accumulation_of(lab), accumulation_of(REFERENCE), lines(), first=edges, record="4.5 accumulation")
 
     @st.composite
     def times(draw) -> tuple:
-        accumulations = draw(st.lists(st.integers(1, 32), min_size=2, max_size=6, unique=True))
+        accumulations = draw(st.lists(st.integers(1, 32), min_size=2, max_size=8, unique=True))
+        accumulations = draw(st.permutations(accumulations * draw(st.integers(1, 2))))
         return accumulations, [draw(st.integers(1, 400)) / 8 for _ in accumulations]
 
     def both_near(wanted: tuple, got: tuple) -> bool:
@@ -168,6 +183,8 @@ def test_other_limits(lab):
         (16, 1, 1, 10, 10),
         (1, 1, 4, 300, 7),
         (1, 2, 3, 300, 100),
+        (1, 1, 1, 10**11, 10**12),
+        (16, 1, 8, 80 * 2**30, 2**40),
     ]
     drawn = st.tuples(per_parameter, per_parameter, st.integers(1, 4), room, room)
     agree(largest(lab), largest(REFERENCE), drawn, first=edges, count=20, record="4.6")

@@ -267,7 +267,10 @@ def accumulation_for(share: float, plain: tuple[float, float], offloaded: tuple[
     if share_kept(1, plain, offloaded) >= share:
         return 1
     gained = plain[0] - share * offloaded[0]
-    return math.ceil((share * offloaded[1] - plain[1]) / gained) if gained > 0 else None
+    if gained <= 0:
+        return None
+    found = math.ceil((share * offloaded[1] - plain[1]) / gained)
+    return found - 1 if share_kept(found - 1, plain, offloaded) >= share else found  # the division rounds
     # END SOLUTION
 
 
@@ -311,7 +314,7 @@ def save_offloaded(engine, path: str | Path, tag: str, client_state: dict) -> Pa
     sub-groups, so that only one must fit into memory: `path/tag/offloaded/rank<rank>-group<number>.pt`, in which
     `torch.save` has put {"master": …, "step": …, "exp_avg": …, "exp_avg_sq": …}. They are tensors on the CPU, on a machine
     with GPUs too. Saving a view saves the whole buffer behind it; `clone` what you save. No rank returns before all have
-    written (`barrier`). A second save into the same place replaces the first.
+    written (`barrier`). A second save into the same place replaces the first: each rank removes its old files.
 
     Args:
         engine: DeepSpeed's, between two optimizer steps, after at least one.
@@ -327,6 +330,8 @@ def save_offloaded(engine, path: str | Path, tag: str, client_state: dict) -> Pa
         engine.save_checkpoint(str(path), tag=tag, client_state=client_state)
     folder = Path(path, tag, "offloaded")
     folder.mkdir(exist_ok=True)
+    for old in folder.glob(f"rank{rank()}-*.pt"):
+        old.unlink()
     for number, master, state in swapped_groups(engine):
         saved = {"master": master.detach().clone(), "step": state["step"]}
         saved |= {key: state[key].clone() for key in ("exp_avg", "exp_avg_sq")}

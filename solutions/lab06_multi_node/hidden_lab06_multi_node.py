@@ -46,7 +46,7 @@ def test_other_node_lists(lab):
     edges = "n n[0] n[9-10] n[09-10] n[1-1] n[1-] n[1]]".split()
     edges += "n[1-2][3]x n[7,1-3] n[1,1] n[1-2-3] n[1_0] n[+1] n[a] n[10-9] n[9-08] n]1[".split()
     edges += "n[01-100] ,a a,,b r[1-2]n[1-2]-ib node.x[1-2] a_b[1-2] a[1][2] [1-2] ok,node[3-1] n[1-٣] n[08,9-11]x,m".split()
-    edges += ["", ",", "n[ 1]", "n[1\n]"]
+    edges += ["", ",", "n[ 1]", "n[1\n]", "nid[000998-001001]", "node[1020-1024]", "a[1-2]b[1]c[1]d[1-2]", "n[99998-100001,7]"]
     drawn = st.tuples(node_lists())
     agree(lab.expand_nodelist, REFERENCE.expand_nodelist, drawn, first=[(edge,) for edge in edges], record="6.1")
 
@@ -63,15 +63,21 @@ def test_another_job(lab):
         "rdzv-endpoint": f"192.168.7.9:{12000 + 98765 % 10000}",
         "rdzv-conf": "is_host=false",
     }
-    number = st.integers(0, 3).map(str)
+    number = (st.integers(0, 3) | st.integers(4, 128)).map(str)
     names = {"SLURM_JOB_ID": st.integers(1, 10**7).map(str), "SLURM_JOB_NUM_NODES": number, "SLURM_NODEID": number}
     missing = st.sampled_from([*names, *[None] * 5])
     given = st.tuples(st.fixed_dictionaries(names), missing)
     variables = given.map(lambda pair: {name: value for name, value in pair[0].items() if name != pair[1]})
-    address = st.sampled_from(["10.0.0.7", "node1", "127.0.0.1", "127.1.2.3", "localhost", "1.127.0.1", "127a", "mylocalhost"])
+    address = st.sampled_from(
+        ["10.0.0.7", "node1", "127.1", "127.0.0.1", "127.1.2.3", "localhost", "1.127.0.1", "127a", "mylocalhost"]
+    )
 
     whole = {"SLURM_JOB_ID": "7000", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1"}
-    edges = [(whole, where, 2) for where in ("10.0.0.7", "10.127.0.5", "127.1.1.1", "127a", "mylocalhost", "localhost")]
+    edges = [(whole | {"SLURM_NODEID": node, "SLURM_JOB_NUM_NODES": "21"}, "10.0.0.7", 8) for node in ("0", "10", "20", "1")]
+    edges += [
+        (whole, where, 2)
+        for where in ("127.1", "127.0.0.1.", "10.0.0.7", "10.127.0.5", "127.1.1.1", "127a", "mylocalhost", "localhost")
+    ]
     edges += [({name: value for name, value in whole.items() if name != left_out}, "10.0.0.7", 2) for left_out in whole]
     drawn = st.tuples(variables, address, st.integers(1, 8))
     agree(rendezvous_of(lab), rendezvous_of(REFERENCE), drawn, first=edges, record="6.2")
@@ -91,8 +97,36 @@ def test_another_hostfile(lab):
         nodes = sum(times for _, times in counts) + draw(st.sampled_from([0] * 8 + [-1, 1]))
         return [f"n{number}" for number in range(nodes)], text
 
-    texts = ["", "4(x1", "4(x12", "4(x2]", "+4", " 4", "4, 3", "0(x2)", "4(x0)", "٤", "0", "4,,4", "x", "4(x2)", "4,4", "4"]
-    edges = [([f"n{number}" for number in range(count)], text) for text in texts for count in (1, 2, 3)]
+    texts = [
+        "4(x2))",
+        "4(x 2)",
+        "4(x+2)",
+        "4(x1_0)",
+        "4,3,",
+        ",4,3",
+        "4(x2),",
+        "4(x02)",
+        "4 (x2)",
+        "4(x2)(x2)",
+        "",
+        "4(x1",
+        "4(x12",
+        "4(x2]",
+        "+4",
+        " 4",
+        "4, 3",
+        "0(x2)",
+        "4(x0)",
+        "٤",
+        "0",
+        "4,,4",
+        "x",
+        "4(x2)",
+        "4,4",
+        "4",
+    ]
+    edges = [([f"n{number}" for number in range(count)], text) for text in texts for count in (1, 2, 3, 10)]
+    edges += [([f"n{number}" for number in range(128)], "4(x128)"), ([f"n{number}" for number in range(130)], "128(x128),4(x2)")]
     agree(lab.hostfile, REFERENCE.hostfile, counted(), first=edges, record="6.3")
 
 
@@ -124,7 +158,20 @@ def test_other_shares(lab):
         wanted = [len(share) * ranks / global_batch for share in shares]
         assert all(abs(a - b) < 1e-12 for a, b in zip(weights, wanted))
     given = st.tuples(st.integers(1, 60), st.integers(0, 15), st.integers(1, 16)).filter(lambda given: given[1] < given[2])
-    edges = [(3, 0, 4), (4, 3, 4), (5, 0, 4), (5, 3, 4), (1, 0, 1), (4, 4, 5), (7, 7, 8), (7, 0, 3)]
+    edges = [
+        (4096, 1023, 1024),
+        (4096, 1000, 1001),
+        (512, 3, 4),
+        (70_000, 6, 7),
+        (3, 0, 4),
+        (4, 3, 4),
+        (5, 0, 4),
+        (5, 3, 4),
+        (1, 0, 1),
+        (4, 4, 5),
+        (7, 7, 8),
+        (7, 0, 3),
+    ]
     agree(share_of(lab), share_of(REFERENCE), given, first=edges, record="6.5 share")
     shared = given.filter(lambda given: given[2] <= given[0])
     agree(lab.loss_weight, REFERENCE.loss_weight, shared, same=lambda wanted, got: abs(wanted - got) < 1e-12, record="6.5 weight")
@@ -154,6 +201,15 @@ def test_another_line(lab):
     line = JOB.format(**plain)
     edges += [line.replace("JobName=my job", f"JobName={name}") for name in ("run lr2=3", "lr=0.1", "two  words", "a=b c=d", "")]
     edges += [line.replace("NodeList=", "ReqNodeList=(null) ExcNodeList=n9 NodeList="), line.replace(":0 RunTime", ":9 RunTime")]
+    edges += [
+        line.replace("JobName=my job", f"JobName={name}") for name in ("MaxRestarts=3", "a ExitCode:9", "x Restarts", "JobState")
+    ]
+    edges += [line.replace(" UserId=ada(1000) GroupId=ada(1000)", ""), line.replace("MCS_label=N/A", "Socks/Node=2 A:B=1")]
+    edges += [line.replace("ExitCode=", "DerivedExitCode=9:0 ExitCode="), f"{line} Comment=it ended with ExitCode=9:0"]
+    edges += [
+        f"{line} {key}=z JobState=FAILED Restarts=9 ExitCode=9:0" for key in ("AdminComment", "SystemComment", "Comment", "Extra")
+    ]
+    edges += [line.replace("WorkDir=/home/ada/my course", "WorkDir=/home/ada/run JobState=FAILED RunTime=1-00:00:00")]
     edges += [f"{line} Comment=x RunTime=5-00:00:00 Reason=later JobState=FAILED Restarts=9 NodeList=z"]
     agree(lab.read_job, REFERENCE.read_job, lines, first=[(edge,) for edge in edges], record="6.6")
 
@@ -196,6 +252,8 @@ def test_other_speeds(lab, tmp_path):
         [(4, 4, 1, 10), (1, 4, 1, 30)],
         [(1, 4, 1, 10)],
     ]
+    more += [[(4, 4, 2, 40), (4, 4, 2, 44), (2, 4, 2, 23)], [(1, 8, 1, 9), (2, 4, 1, 8), (4, 4, 1, 7)], []]
+    more += [[(4, 16, 1, 9), (6, 11, 1, 9)], [(1, 64, 1, 9), (2, 33, 1, 9)], [(512, 4, 2, 9000), (8, 4, 2, 200)]]
     edges = weak_or_strong + [(plans,) for plans in more]
     agree(scaled(lab, tmp_path), scaled(REFERENCE, tmp_path), st.tuples(several), first=edges, count=25, same=same, record="6.7")
 

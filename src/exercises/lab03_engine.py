@@ -154,7 +154,8 @@ class DeepSpeedTrainer:
 
         Args:
             dataloader: what `initialize_deepspeed` returned; its batches are on the CPU, and `train_step` moves them.
-            last_step: the optimizer step, counted from the beginning of the training, after which to return.
+            last_step: the optimizer step, counted from the beginning of the training, after which to return. Where it has been
+                taken already, the next one is the last.
 
         Returns:
             The mean loss of the micro-batches that were trained on; nan if none was left.
@@ -280,6 +281,9 @@ def consolidate(folder: str | Path, base_model: str, out: str | Path):
 
     Returns:
         The model, on the CPU.
+
+    Raises:
+        RuntimeError: the base model has other parameters than the checkpoint, as `load_state_dict` says by itself.
     """
     raise NotImplementedError("Task 3.8: complete consolidate() in src/exercises/lab03_engine.py")
 

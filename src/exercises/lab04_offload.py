@@ -213,7 +213,7 @@ def save_offloaded(engine, path: str | Path, tag: str, client_state: dict) -> Pa
     sub-groups, so that only one must fit into memory: `path/tag/offloaded/rank<rank>-group<number>.pt`, in which
     `torch.save` has put {"master": …, "step": …, "exp_avg": …, "exp_avg_sq": …}. They are tensors on the CPU, on a machine
     with GPUs too. Saving a view saves the whole buffer behind it; `clone` what you save. No rank returns before all have
-    written (`barrier`). A second save into the same place replaces the first.
+    written (`barrier`). A second save into the same place replaces the first: each rank removes its old files.
 
     Args:
         engine: DeepSpeed's, between two optimizer steps, after at least one.

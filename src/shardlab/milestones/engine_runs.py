@@ -235,7 +235,7 @@ def train_nvme(experiment: Experiment, run: Run) -> dict:
     if "save_at" in experiment.options:
         folder = Path(experiment.options["checkpoints"], f"step-{engine.global_steps}", "offloaded")
         with without_its_nvme_part(engine):
-            engine.save_checkpoint(str(folder.parents[1]), tag=folder.parent.name, client_state={"note": "kept"})
+            engine.save_checkpoint(str(folder.parents[1]), tag=folder.parent.name, client_state={"note": "kept", "seen": [1, 2]})
         folder.mkdir(exist_ok=True)
         for number, state in swapped_states(engine).items():
             torch.save(state, folder / f"rank{rank()}-group{number}.pt")
