@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
-PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
+PIP_OPTIONS := --quiet --disable-pip-version-check
 
 .PHONY: help setup demo test lab grade build check clean
 
@@ -17,8 +17,7 @@ help:
 
 setup: $(INSTALLED)
 
-# torch comes first and alone: deepspeed's set-up looks for it. Nothing here downloads weights or data. Byte code is compiled at the end,
-# on all cores: pip takes one.
+# torch comes first and alone: deepspeed's set-up looks for it. Nothing here downloads weights or data.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.11 …"; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -26,7 +25,6 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install $(PIP_OPTIONS) $$(grep '^torch==' constraints.txt)
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt --no-build-isolation deepspeed
 	$(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt --no-build-isolation -e .
-	@$(BIN)/python -m compileall -qq -j 0 "$(CURDIR)/.venv/lib" || true
 	@touch $@
 
 demo: setup
