@@ -156,8 +156,9 @@ def build(op: str, say=print, device: str | None = None) -> float:
             lock.unlink()
         say(f"{op}: compiling once ({OPS[op][1]}; about {OPS[op][2]:g} min on two cores) …")
         started = time.monotonic()
-        code, output = _compile(op, device, say, _short_headers(device))
-        if code > 0:  # its sources may use more of torch than before
+        headers = _short_headers(device)
+        code, output = _compile(op, device, say, headers)
+        if code > 0 and headers:  # its sources may use more of torch than before
             code, output = _compile(op, device, say, {})
         if code != 0 or not library(op, device).exists():
             lines = output.strip().splitlines()
