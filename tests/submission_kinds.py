@@ -210,14 +210,10 @@ def with_dead_notebook(folder: Path) -> Path:
 
 FORK_BOMB = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
 MEMORY = "import numpy\nhog = numpy.ones(50 * 10**9 // 8)"
-# In large pages, or it takes a loaded machine longer than a call may.
-MEMORY_IN_CHILDREN = """import mmap, os, time
+MEMORY_IN_CHILDREN = """import os, time
 for _ in range(30):
     if os.fork() == 0:
-        hog = mmap.mmap(-1, 2**30)
-        hog.madvise(mmap.MADV_HUGEPAGE)
-        for at in range(0, len(hog), 4096):
-            hog[at] = 1
+        hog = bytes(range(256)) * 2**22
         time.sleep(600)
 time.sleep(600)"""
 FULL_DISK = """import os
