@@ -1,10 +1,5 @@
 # shardlab. Two commands matter: `make demo` and `make test`. PYTHON=python3.12 chooses another interpreter.
-PYTHON ?= python3
-BIN := .venv/bin
-INSTALLED := .venv/installed
-PIP_OPTIONS := --quiet --disable-pip-version-check
-
-.PHONY: help setup demo test lab grade build check clean
+.PHONY: help demo test lab grade build check clean
 
 help:
 	@echo "make demo    set up, then fine-tune BLOOM with five methods on two ranks, and report"
@@ -15,17 +10,7 @@ help:
 	@echo "make build   write skeletons and notebooks again from solutions/"
 	@echo "make clean   remove runs/ and the virtual environment"
 
-setup: $(INSTALLED)
-
-# torch comes first and alone: deepspeed's set-up looks for it. Nothing here downloads weights or data.
-$(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.11 …"; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt setuptools wheel
-	$(BIN)/python -m pip install $(PIP_OPTIONS) $$(grep '^torch==' constraints.txt)
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt --no-build-isolation deepspeed
-	$(BIN)/python -m pip install $(PIP_OPTIONS) -c constraints.txt --no-build-isolation -e .
-	@touch $@
+include install.mk
 
 demo: setup
 	$(BIN)/shardlab demo

@@ -109,6 +109,8 @@ write_configuration() {
         say "SlurmdTimeout=10"
         say "ReturnToService=2"
         say "MessageTimeout=10"
+        # As on a cluster that has been in use for a while: more jobs than a port number has room for.
+        say "FirstJobId=70001"
         say "KillWait=5"
         # Jobs that have ended stay visible for an hour.
         say "MinJobAge=3600"

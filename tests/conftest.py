@@ -80,8 +80,13 @@ def pytest_sessionstart(session):
 
 def pytest_collection_modifyitems(items):
     """What takes long comes first, so that at the end of `pytest -n 2` no process is alone with it."""
-    slow_first = ("jobs", "ranks", "boxes")
-    items.sort(key=lambda item: next((at for at, mark in enumerate(slow_first) if item.get_closest_marker(mark)), len(slow_first)))
+    slow_first = ("jobs", "ranks", "boxes", "notebook")
+
+    def rank(item) -> int:
+        marks = {mark.name for mark in item.iter_markers()} | ({"notebook"} if item.path.suffix == ".ipynb" else set())
+        return next((at for at, mark in enumerate(slow_first) if mark in marks), len(slow_first))
+
+    items.sort(key=rank)
 
 
 def pytest_xdist_make_scheduler(config, log):

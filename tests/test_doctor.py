@@ -319,6 +319,22 @@ def test_building_clears_a_stale_lock(monkeypatch, ops_folder):
     assert toolchain.check_op(op).state == "works"
 
 
+@pytest.mark.skipif(hardware.gpu_count() > 0, reason="with a GPU, ops are compiled with all of torch's headers")
+@pytest.mark.parametrize("op", ops.needed_on("cpu"))
+def test_each_file_of_an_op_compiles_with_the_short_header(op):
+    """One that does not is compiled again with all of torch's headers: it works, and takes three times as long."""
+    if op == "async_io" and toolchain.check_libaio().state != "works":
+        pytest.skip("libaio is not installed")
+    ops.build(op, device="cpu")
+    told = subprocess.check_output(
+        ["ninja", "-t", "deps"], cwd=ops.library(op, "cpu").parent, env=os.environ | ops.environment("cpu"), text=True
+    )
+    # ninja names the headers of a file, but for those of the system, which torch's count to.
+    read = [each.splitlines()[1:] for each in told.strip().split("\n\n")]
+    of_torch = [paths for paths in read if any("torch/extension.h" in Path(path.strip()).read_text() for path in paths)]
+    assert of_torch and all(f"{hardware.OP_HEADERS}/torch/extension.h" in map(str.strip, paths) for paths in of_torch), told
+
+
 def test_a_library_that_does_not_load_fails(ops_folder):
     """As one does whose link was cut short, or that was made against another torch."""
     ops.library("cpu_adam").parent.mkdir(parents=True)

@@ -243,6 +243,7 @@ BAD = [
     ("a number as text", SIZED | {"gradient_accumulation_steps": "2"}, True, "gradient_accumulation_steps"),
     ("a number as text", zero(2, reduce_bucket_size="5e8"), True, "reduce_bucket_size"),
     ("a boolean as text", SIZED | {"bf16": {"enabled": "true"}}, True, "enabled"),
+    ("a boolean as text", SIZED | {"wall_clock_breakdown": "FALSE"}, True, "wall_clock_breakdown"),
     ("a number as text in a list", SIZED | {"optimizer": {"type": "AdamW", "params": {"betas": [0.9, "0.95"]}}}, True, "betas"),
     ("offload_param at stage 2", zero(2, offload_param={"device": "cpu"}), True, "offload_param"),
     ("offload_param at stage 2", zero(2, offload_param={"device": "nvme", "nvme_path": "/scratch"}), True, "offload_param"),

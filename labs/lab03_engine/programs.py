@@ -82,6 +82,8 @@ PADS = (0, 5, 9)
 def padded_rows(experiment: Experiment, labelled=lambda number: range(4, 64)) -> list[dict]:
     """Rows with padding on the left in turns, as for generating, and with labels only where `labelled` has them.
 
+    Where a row has labels, the last token of its padding has one too: an end-of-text that is also the padding is such a token.
+
     Args:
         labelled: the places of a row's labels, by its number and without its padding; by default those after a prompt of 4 tokens.
     """
@@ -92,7 +94,9 @@ def padded_rows(experiment: Experiment, labelled=lambda number: range(4, 64)) ->
         return {
             "input_ids": [3] * pads + ids,
             "attention_mask": [0] * pads + mask,
-            "labels": [-100] * pads + [label if at in labelled(number) else -100 for at, label in enumerate(labels)],
+            "labels": [-100] * (pads - 1)
+            + [3 if labelled(number) else -100] * min(pads, 1)
+            + [label if at in labelled(number) else -100 for at, label in enumerate(labels)],
         }
 
     return [padded(number, row) for number, row in enumerate(text_rows(experiment)[0])]

@@ -67,7 +67,20 @@ def never_stopped(run_experiments) -> dict:
     options = {"save_at": [2], "checkpoints": str(folder / "bf16"), "weights_at": 2, "weights": str(shared_folder() / "bf16.pt")}
     short = {"deepspeed": config(2, precision="bf16"), "precision": "bf16", "steps": 2}
     experiments.append(experiment("bf16", "shardlab.milestones.engine_runs:train", 2, options=options, **short))
+    for name, model, frozen in OTHER_MODELS:
+        options = {
+            "save_at": [1],
+            "checkpoints": str(folder / name),
+            "weights_at": 1,
+            "weights": str(shared_folder() / f"{name}.pt"),
+        }
+        other = {"model": model or engine_runs.odd_model(tied=False), "steps": 1, "options": options | {"frozen": frozen}}
+        experiments.append(experiment(name, "shardlab.milestones.engine_runs:train", 2, **other))
     return run_experiments(experiments, reference=True)
+
+
+OTHER_MODELS = (("untied", "", "transformer.ln_f"), ("by-name", "bloom-tiny", "transformer.word_embeddings_layernorm"))
+"""Name, model (the odd one, with an output layer of its own, where it is empty), and how the names of its frozen parameters begin."""
 
 
 def scheduled(stage: int) -> dict:
@@ -126,6 +139,7 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
                 deepspeed=without | {"scheduler": WARM_UP},
                 options={"own_optimizer": True},
             ),
+            experiment("alone", f"{PROGRAMS}:initialize", 1, ranks=1),
         ]
     )
     own, got = runs["own"].results, runs["initialize"].results
@@ -183,6 +197,12 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
             expected=f"rows shuffled anew for each epoch; rank {number}: {sampled(0, number, 2)}, and then {sampled(1, number, 2)}",
             got=f"{first}, and then {second}",
         )
+    alone = [number for batch in runs["alone"].results.get("seen", [None])[0] or [] for number in batch]
+    require(
+        alone == sampled(0, 0, 1),
+        expected=f"all 24 rows where one rank trains alone, as the sampler has them: {sampled(0, 0, 1)}",
+        got=alone,
+    )
     require(
         not got["pinned"] or gpu_count(),
         expected="memory pinned only where there is a GPU",
@@ -205,14 +225,16 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
         "zero1": {"stage": 1, "accumulation": 4, "clipping": 0.5},
         "zero2": {"stage": 2, "accumulation": 1, "clipping": 0.0},
         "zero3": {"stage": 3, "accumulation": 4, "clipping": 0.5},
+        "alone": {"stage": 1, "accumulation": 4, "clipping": 0.5, "ranks": 1},
     }
     experiments = {
         name: experiment(
             name,
             f"{PROGRAMS}:train_steps",
             case["stage"],
+            ranks=case.get("ranks", 2),
             accumulation=case["accumulation"],
-            deepspeed=config(case["stage"], accumulation=case["accumulation"], clipping=case["clipping"]),
+            deepspeed=config(**case),
             steps=3,
         )
         for name, case in cases.items()
@@ -227,12 +249,12 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
             got=f"rank {error.rank}, {error.experiment}: {error.error}",
         )
         raise
-    plain = {accumulation: None for accumulation in (4, 1)}
+    plain: dict[tuple, list[float]] = {}
     for name, case in cases.items():
-        accumulation, got = case["accumulation"], runs[name].results
-        if plain[accumulation] is None:
-            plain[accumulation] = engine_runs.plain_losses(experiments[name], padded_rows(experiments[name]))
-        wanted = plain[accumulation]
+        accumulation, ranks, got = case["accumulation"], case.get("ranks", 2), runs[name].results
+        if (accumulation, ranks) not in plain:
+            plain[accumulation, ranks] = engine_runs.plain_losses(experiments[name], padded_rows(experiments[name]))
+        wanted = plain[accumulation, ranks]
         require(
             got["kind"] == "float",
             expected="a float",
@@ -244,9 +266,9 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
             got="evaluation mode",
         )
         require(
-            got["by_rank"][0] == got["by_rank"][1],
+            got["by_rank"][0] == got["by_rank"][-1],
             expected="the same loss on both ranks: the mean over them",
-            got=f"first micro-batch: {got['by_rank'][0][0]:.4f} on rank 0, {got['by_rank'][1][0]:.4f} on rank 1",
+            got=f"first micro-batch: {got['by_rank'][0][0]:.4f} on rank 0, {got['by_rank'][-1][0]:.4f} on rank 1",
         )
         require(
             got["micro_steps"] == 3 * accumulation and got["global_steps"] == 3,
@@ -269,13 +291,14 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
         first = abs(got["losses"][0] - wanted[0])
         require(
             first <= 1e-5,
-            expected=f"the model's loss before the first step, {wanted[0]:.5f} (stage {case['stage']}, accumulation {accumulation})",
+            expected=f"the model's loss before the first step, {wanted[0]:.5f} (stage {case['stage']}, accumulation {accumulation}, ranks {ranks})",
             got=f"{got['losses'][0]:.5f}",
         )
         worst = farthest(got["losses"], wanted)
         require(
             worst <= 1e-5,
-            expected=f"stage {case['stage']}, accumulation {accumulation}: plain PyTorch's losses to 1e-5, {[round(x, 5) for x in wanted]}",
+            expected=f"stage {case['stage']}, accumulation {accumulation}, ranks {ranks}: plain PyTorch's losses to 1e-5, "
+            f"{[round(x, 5) for x in wanted]}",
             got=[round(x, 5) for x in got["losses"]],
         )
 
@@ -285,7 +308,7 @@ def test_epoch_keeps_its_place(lab, run_experiments):
     lab.DeepSpeedTrainer  # noqa: B018
     program = f"{PROGRAMS}:train_epochs"
     plans = [experiment("epochs", program, 1, steps=18), experiment("alone", program, 1, ranks=1, accumulation=3, steps=24)]
-    plans += [experiment("rest", program, 1, steps=12, train_examples=20)]
+    plans += [experiment("rest", program, 1, steps=12, train_examples=18)]
     runs = run_experiments(plans)
     got = runs["epochs"].results
 
@@ -394,7 +417,7 @@ def test_epoch_keeps_its_place(lab, run_experiments):
         expected="the restored random state at the first step, where the checkpoint is of an epoch's beginning (samples 0)",
         got="another one",
     )
-    # 5 micro-batches with accumulation 2: the last one waits for the next epoch's first.
+    # 5 micro-batches with accumulation 2: the last one, of one row, waits for the next epoch's first.
     for words in ("first", "second"):
         call, steps = runs["rest"].results[words], {"first": [(0, 2), (2, 4)], "second": [(0, 1), (1, 3), (3, 5)]}[words]
         losses, begun = call["losses"], {"first": 0, "second": 2}[words]
@@ -408,7 +431,7 @@ def test_epoch_keeps_its_place(lab, run_experiments):
         )
         require(
             same,
-            expected=f"20 rows, the {words} epoch: 5 micro-batches, and after_step after each optimizer step, with the mean loss of its "
+            expected=f"18 rows, the {words} epoch: 5 micro-batches, the last of one row, and after_step after each optimizer step, with the mean loss of its "
             f"micro-batches of this epoch: {told}",
             got=f"{len(losses)} micro-batches; (loss, samples, optimizer steps): {call['told']}",
         )
@@ -842,6 +865,17 @@ def test_consolidated_model_is_the_engines(lab, run_experiments, tmp_path):
         )
         length = AutoTokenizer.from_pretrained(out).model_max_length
         require(length == 77, expected="the base model's tokenizer, of which model_max_length is 77, in the folder", got=length)
+    for name, model, frozen in OTHER_MODELS:
+        base_model, out = model or engine_runs.odd_model(tied=False), tmp_path / f"model-{name}"
+        lab.consolidate(checkpoints(name) / "step-1", base_model, out)
+        weights = torch.load(shared_folder() / f"{name}.pt", weights_only=True, map_location="cpu")
+        found = saved_weights(out, base_model)
+        wrong = [key for key in weights if key not in found or not torch.equal(found[key].float(), weights[key])]
+        require(
+            not wrong,
+            expected=f"the engine's own weights of {model or 'a model whose output layer is not tied'}, of which {frozen} is frozen",
+            got=f"others in {', '.join(wrong)}",
+        )
     out = tmp_path / "model-bf16"
     lab.consolidate(checkpoints("bf16") / "step-2", str(base), out)
     found, weights = saved_weights(out, str(base)), torch.load(shared_folder() / "bf16.pt", weights_only=True, map_location="cpu")
@@ -883,6 +917,9 @@ def test_universal_checkpoint_fits_any_number_of_ranks(lab, run_experiments, wor
         other = parent / "step-1" / "complete.json"
         other.parent.mkdir(parents=True)
         other.write_text("{}")
+        earlier = parent / source.name / "complete.json"  # of a checkpoint that had the same name
+        earlier.parent.mkdir()
+        earlier.write_text('{"ranks": 2, "universal": true, "files": {}}')
         seen = lab.observe(f"{PROGRAMS}:convert", f"{source}{end}", str(parent))
         out = seen["returned"]
         require(

@@ -11,7 +11,8 @@
 `localhost slots=2`. With a hostfile the launcher asks each machine through ssh, without a password; with `--no_ssh` you start
 the command on each machine yourself, with its `--node_rank` and the address of the first.
 
-The exercises are those in `src/exercises`; SHARDLAB_EXERCISES=solutions in front of the command takes the reference solutions.
+The exercises are those in `src/exercises`. In the course itself, not in a release, SHARDLAB_EXERCISES=solutions in front of the
+command takes the reference solutions.
 """
 
 from __future__ import annotations

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
+import errno
 import inspect
+import io
 import os
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -32,6 +36,50 @@ def configure_offload_with_free_bytes(folder, free: int, needed: int) -> dict:
 
     with mock.patch.object(shutil, "disk_usage", usage):
         return create(3, optimizer_offload=True, bytes_on_disk=needed, offload_device="nvme", nvme_path=folder)
+
+
+_opened: list[str] | None = None
+
+
+def _note_opened(event: str, arguments: tuple) -> None:
+    if _opened is not None and event in ("open", "os.mkdir"):
+        _opened.append(str(arguments[0]))
+
+
+def files_overwritten(folder) -> list[str]:
+    """Task 4.1: which files of a user's own are lost if they have the names that trying a folder uses."""
+    global _opened
+    create = switch.import_exercise("lab04_offload").create_offload_config
+    given = {"optimizer_offload": True, "offload_device": "nvme", "nvme_path": folder}
+    sys.addaudithook(_note_opened)
+    _opened = []
+    create(3, **given)
+    own, _opened = [path for path in map(Path, _opened) if path.parent == Path(folder)], None
+    for path in own:
+        path.write_text("a user's own")
+    create(3, **given)
+    lost = [path.name for path in own if not path.exists() or path.read_text() != "a user's own"]
+    for path in own:
+        path.unlink(missing_ok=True)
+    return lost
+
+
+def configure_offload_on_a_read_only_disk(folder) -> dict:
+    """Task 4.1: where each attempt to make a file or a folder ends in the kernel's EROFS."""
+    create = switch.import_exercise("lab04_offload").create_offload_config
+
+    def refusing(call):
+        def refused(path, *args, **kwargs):
+            if str(path).startswith(str(folder)):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return call(path, *args, **kwargs)
+
+        return refused
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((os, "open"), (os, "mkdir"), (builtins, "open"), (io, "open")):
+            stack.enter_context(mock.patch.object(owner, name, refusing(getattr(owner, name))))
+        return create(3, optimizer_offload=True, offload_device="nvme", nvme_path=folder)
 
 
 STEP_SECONDS = (5, 1, 2, 6, 100, 24)
@@ -129,9 +177,15 @@ def save_offloaded(experiment: Experiment, run: Run) -> dict:
     """Task 4.7: save twice into one place, the second time a step later, and go on; what should be in the files, by rank."""
     lab, folder, engine = switch.import_exercise("lab04_offload"), run.folder / "checkpoints", engine_runs.build(experiment)
     complete, kept = [], True
-    save = torch.save
+    save, groups, events = torch.save, lab.swapped_groups, []
+
+    def noting(engine):
+        for group in groups(engine):
+            events.append("read")
+            yield group
 
     def save_slowly(*args, **kwargs):
+        events.append("saved")
         time.sleep(0.1 * rank())  # a rank that does not wait for the others is seen on any machine
         return save(*args, **kwargs)
 
@@ -140,14 +194,21 @@ def save_offloaded(experiment: Experiment, run: Run) -> dict:
         client = {"note": "kept", "step": -step}
         if step == 2:  # one sub-group more than there are now
             (folder / "last" / "offloaded" / f"rank{rank()}-group99.pt").touch()
-        with mock.patch.object(torch, "save", save_slowly), FIRST_OF_ITS_NODE:
+        engine.global_steps += engine_runs.STEPS_SKIPPED
+        with mock.patch.object(torch, "save", save_slowly), mock.patch.object(lab, "swapped_groups", noting), FIRST_OF_ITS_NODE:
             returned = lab.save_offloaded(engine, path, "last", client)
+        engine.global_steps -= engine_runs.STEPS_SKIPPED
         files = sorted(found.name for found in (folder / "last" / "offloaded").glob("*"))
         complete.append(gather(files))
         kept = kept and client == {"note": "kept", "step": -step}
     torch.save(engine_runs.swapped_states(engine), run.folder / f"wanted{rank()}.pt")
     engine_runs.train_on(engine, experiment, run, 2, experiment.steps)
-    return {"returned": repr(returned), "files_on_return": complete, "client_kept": gather(kept)}
+    return {
+        "returned": repr(returned),
+        "files_on_return": complete,
+        "client_kept": gather(kept),
+        "two_in_memory": ("read", "read") in zip(events, events[1:]),
+    }
 
 
 def load_offloaded(experiment: Experiment, run: Run) -> dict:
@@ -181,6 +242,6 @@ def load_offloaded(experiment: Experiment, run: Run) -> dict:
     if all(
         gather(all(state["master"].shape == state[key].shape for state in states.values() for key in ("exp_avg", "exp_avg_sq")))
     ):
-        engine_runs.train_on(engine, experiment, run, at, experiment.steps)
+        engine_runs.train_on(engine, experiment, run, at - engine_runs.STEPS_SKIPPED, experiment.steps)
     kept = [client.get("note"), client.get("seen")] if isinstance(client, dict) else repr(client)[:80]
     return {"client": gather(kept), "at": at, "whole": all(whole)}

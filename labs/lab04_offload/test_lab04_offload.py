@@ -165,6 +165,14 @@ def test_offload_configuration(lab, judge, tmp_path):
         ValueError,
         expected="ValueError where 1000 bytes are free of a disk of 100,000, and 1001 are needed",
     )
+    require_error(
+        lambda: lab.observe(f"{PROGRAMS}:configure_offload_on_a_read_only_disk", tmp_path),
+        ValueError,
+        mentions=(str(tmp_path),),
+        expected="ValueError that names the path on a read-only disk",
+    )
+    lost = lab.observe(f"{PROGRAMS}:files_overwritten", tmp_path)
+    require(not lost, expected="files that are in the nvme_path to stay as they are, whatever their names", got=f"{lost} lost")
     # Only the folder's own disk counts.
     try:
         lab.observe(f"{PROGRAMS}:configure_offload_with_free_bytes", tmp_path, 1000, 1000)
@@ -556,13 +564,18 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
         expected="the caller's client_state left as it was",
         got="it was changed",
     )
+    require(
+        not run.results["two_in_memory"],
+        expected="each sub-group saved before the next one is read: only one must fit into memory",
+        got="two read and none saved in between",
+    )
     for rank in (0, 1):
         for number, state in wanted[rank].items():
             file = folder / "last" / "offloaded" / f"rank{rank}-group{number}.pt"
             found = torch.load(file, weights_only=True)
             require(
                 set(found) == set(state) and found["step"] == 2,
-                expected=f"master, step, exp_avg and exp_avg_sq in {file.name}, step 2",
+                expected=f"master, step, exp_avg and exp_avg_sq in {file.name}, Adam's step 2 (the engine counts skipped steps too)",
                 got=f"{sorted(found)}, step {found.get('step')}",
             )
             wrong = [key for key in ("master", "exp_avg", "exp_avg_sq") if not torch.equal(found[key], state[key])]
@@ -620,30 +633,31 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
             shutil.rmtree(no_folder, ignore_errors=True)
             shutil.copytree(reference / "step-2", no_folder / "plain", ignore=shutil.ignore_patterns("offloaded"))
             shutil.copytree(reference / "step-2", no_folder / "lacking")
-            for rank in (0, 1):
-                (no_folder / "lacking" / "offloaded" / f"rank{rank}-group1.pt").unlink()
-    refusals = [
+            (no_folder / "lacking" / "offloaded" / "rank1-group1.pt").unlink()
+    plain, lacking = (
         nvme_experiment(
-            f"nvme-{tag}",
-            f"{PROGRAMS}:load_offloaded",
-            workspace,
-            options={"checkpoints": str(no_folder), "refused": tag},
-            seed=11,
+            f"nvme-{tag}", f"{PROGRAMS}:load_offloaded", workspace, options=options | {"checkpoints": str(no_folder)}, seed=11
         )
-        for tag in ("plain", "lacking")
-    ]
+        for tag, options in (("plain", {"refused": "plain"}), ("lacking", {"tag": "lacking"}))
+    )
     # A launch each: an engine keeps its pages locked, and an ordinary account may lock 8 MiB a process (ulimit -l).
-    runs = {name: run for plan in (loaded, *refusals) for name, run in run_experiments([plan]).items()}
-    for tag, mentions in (
-        ("plain", "offloaded"),
-        ("lacking", "group1.pt"),
-    ):
-        results = runs[f"nvme-{tag}"].results
-        require(
-            all(mentions in said and not said.startswith("FileNotFoundError") for said in results["refused"]),
-            expected=f"ValueError that names what is missing ({mentions})",
-            got=results["refused"][0],
-        )
+    runs = {name: run for plan in (loaded, plain) for name, run in run_experiments([plan]).items()}
+    refused = runs["nvme-plain"].results["refused"]
+    require(
+        all("offloaded" in said and not said.startswith("FileNotFoundError") for said in refused),
+        expected="ValueError that names the folder that is missing",
+        got=refused[0],
+    )
+    try:
+        run_experiments([lacking])
+        said = "no error"
+    except RankError as error:
+        said = error.error
+    require(
+        said.startswith("ValueError") and "rank1-group1.pt" in said,
+        expected="ValueError that names the file that is missing, where it is one of rank 1's alone: rank1-group1.pt",
+        got=said,
+    )
     require(
         runs["nvme-plain"].results["global_steps"] == 0,
         expected="nothing loaded where the folder is missing: optimizer step 0",
@@ -651,8 +665,8 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
     )
     run = runs["nvme-loaded"]
     require(
-        (run.results["at"], run.results["client"]) == (2, [["kept", [1, 2]]] * 2),
-        expected="optimizer step 2, and on each rank the client state with its note 'kept' and [1, 2] as seen",
+        (run.results["at"], run.results["client"]) == (2 + engine_runs.STEPS_SKIPPED, [["kept", [1, 2]]] * 2),
+        expected=f"optimizer step {2 + engine_runs.STEPS_SKIPPED}, as the engine counts, and on each rank the client state with its note 'kept' and [1, 2] as seen",
         got=f"step {run.results['at']}, note and seen {run.results['client']!r}",
     )
     require(

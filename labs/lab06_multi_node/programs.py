@@ -8,6 +8,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -55,6 +56,13 @@ def stop_at_different_steps(experiment: Experiment, run: Run) -> dict:
         if answer and stopped == options["steps"]:
             stopped = step
     return {"stopped": gather(stopped), "asked": gather(mine), "kinds": gather(kinds[0])}
+
+
+def rendezvous_within_a_job(variables: dict, address: str, ranks_per_node: int) -> dict:
+    """Task 6.2: in a process that is itself a task of another job, as JupyterLab on a compute node is."""
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "9", "SLURM_NODEID": "3", "SLURM_PROCID": "3"}
+    with mock.patch.dict(os.environ, job):
+        return switch.import_exercise("lab06_multi_node").rendezvous(variables, address, ranks_per_node)
 
 
 @cache

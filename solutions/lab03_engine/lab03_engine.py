@@ -399,7 +399,7 @@ def convert_to_universal(folder: str | Path, path: str | Path) -> Path:
     Args:
         folder: of one checkpoint of ZeRO stages 1 to 3.
         path: the folder of universal checkpoints; the new one goes into `path/<name of folder>`, with a `complete.json` that
-            says `universal`, and the number of ranks that saved the original.
+            says `universal`, and the number of ranks that saved the original. One of that name from before is written anew.
 
     Returns:
         The new checkpoint's folder.

@@ -53,7 +53,7 @@ def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_
         ValueError: a sentence that names the argument and its value (the path, where it is about that; of an offload that the stage
             does not allow, the stage): an unknown stage; an unknown device; `param_offload` without stage 3;
             `optimizer_offload` at stage 0; and, where something is to be offloaded to "nvme": a stage below 3; no `nvme_path`,
-            or an empty one; a path that is no folder, or that cannot be written (try it, and leave nothing behind: root may write
+            or an empty one; a path that is no folder, or that cannot be written (try it, and leave all as it was: root may write
             where the permissions say no, and nobody can on a read-only disk); less room on it than `bytes_on_disk`
             (`shutil.disk_usage`); a key that is not in `AIO`; parameters without `largest_parameter`.
 
@@ -211,9 +211,10 @@ def save_offloaded(engine, path: str | Path, tag: str, client_state: dict) -> Pa
 
     The engine saves all but the swapped tensors itself: `without_its_nvme_part`. Each rank saves those, a file for each of its
     sub-groups, so that only one must fit into memory: `path/tag/offloaded/rank<rank>-group<number>.pt`, in which
-    `torch.save` has put {"master": …, "step": …, "exp_avg": …, "exp_avg_sq": …}. They are tensors on the CPU, on a machine
-    with GPUs too. Saving a view saves the whole buffer behind it; `clone` what you save. No rank returns before all have
-    written (`barrier`). A second save into the same place replaces the first: each rank removes its old files.
+    `torch.save` has put {"master": …, "step": …, "exp_avg": …, "exp_avg_sq": …}. The step is Adam's own count (the engine's has
+    steps in it that fp16 skipped), and the others are tensors on the CPU, on a machine with GPUs too. Saving a view saves the
+    whole buffer behind it; `clone` what you save. No rank returns before all have written (`barrier`). A second save into the
+    same place replaces the first: each rank removes its old files.
 
     Args:
         engine: DeepSpeed's, between two optimizer steps, after at least one.

@@ -19,7 +19,16 @@ from shardlab.pages import page
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-KEPT = ("constraints.txt", "environment.yml", "pyproject.toml", "docs/site-guide.md", "src/shardlab", "slurm", "bench")
+KEPT = (
+    "constraints.txt",
+    "environment.yml",
+    "install.mk",
+    "pyproject.toml",
+    "docs/site-guide.md",
+    "src/shardlab",
+    "slurm",
+    "bench",
+)
 LEFT_OUT = ("__pycache__", "*.pyc", "*.egg-info", ".ipynb_checkpoints")
 NOT_FOR_LEARNERS = ("bench/grading.py", "bench/engine.py", "src/shardlab/zero/engine_model.py")
 OWN = ("src/exercises/", "labs/", "notebooks/")

@@ -20,18 +20,22 @@ from shardlab.run.training import text_rows
 from shardlab.zero.nvme import swapped_groups, without_its_nvme_part
 
 
-def odd_model() -> str:
+def odd_model(*, tied: bool = True) -> str:
     """The folder of a small BLOOM whose sizes divide by nothing, so that every shard is padded.
 
     Its weights are drawn wide, so that one token's loss differs from another's.
+
+    Args:
+        tied: whether the output layer is the embedding, as BLOOM has it.
     """
     from transformers import BloomConfig, BloomForCausalLM, set_seed
 
-    folder = visible_folder() / "odd-model"
-    with once("odd-model") as first:
+    name = "odd-model" if tied else "untied-model"
+    folder = visible_folder() / name
+    with once(name) as first:
         if first:
             set_seed(0)
-            sizes = {"vocab_size": 1031, "hidden_size": 33, "n_layer": 1, "n_head": 3}
+            sizes = {"vocab_size": 1031, "hidden_size": 33, "n_layer": 1, "n_head": 3, "tie_word_embeddings": tied}
             config = BloomConfig(**sizes, initializer_range=0.2, bos_token_id=1, eos_token_id=2, pad_token_id=3)
             load_tokenizer().save_pretrained(folder)
             BloomForCausalLM(config).save_pretrained(folder)
@@ -46,10 +50,12 @@ def set_dropout(model, probability: float) -> None:
 
 
 def build(experiment: Experiment):
-    """The experiment's model in an engine; `options["dropout"]` is its dropout."""
+    """The experiment's model in an engine; `options` may have `dropout`, and `frozen`, with which untrained names begin."""
     import deepspeed
 
     model = load_model(experiment.model, seed=experiment.seed)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(experiment.options.get("frozen", "nothing")))
     set_dropout(model, experiment.options.get("dropout", 0.0))
     torch.manual_seed(experiment.seed + rank())  # dropout then differs from rank to rank
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=experiment.deepspeed)[0]
@@ -104,7 +110,8 @@ def full_weights(engine) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     named = engine.module.named_parameters()
-    return {name: safe_get_full_fp32_param(parameter).detach().cpu().clone() for name, parameter in named}
+    whole = {name: safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter for name, parameter in named}
+    return {name: tensor.detach().float().cpu().clone() for name, tensor in whole.items()}
 
 
 def go_on(engine, experiment: Experiment, run: Run, *, epoch: int = 0, samples: int = 0, before_first=lambda: None) -> None:
@@ -215,6 +222,10 @@ def _plain_losses(experiment_json: str, rows_json: str) -> list[float]:
 # --- the optimizer on NVMe ----------------------------------------------------------------------------------------------
 
 
+STEPS_SKIPPED = 3
+"""By how much the engine's count of steps in the saved checkpoint is above Adam's, as after overflows in fp16."""
+
+
 def swapped_states(engine) -> dict[int, dict]:
     """This rank's swapped states, copied into memory, by sub-group, as the exercises save them."""
     none = torch.empty(0)
@@ -235,7 +246,9 @@ def train_nvme(experiment: Experiment, run: Run) -> dict:
     if "save_at" in experiment.options:
         folder = Path(experiment.options["checkpoints"], f"step-{engine.global_steps}", "offloaded")
         with without_its_nvme_part(engine):
+            engine.global_steps += STEPS_SKIPPED
             engine.save_checkpoint(str(folder.parents[1]), tag=folder.parent.name, client_state={"note": "kept", "seen": [1, 2]})
+            engine.global_steps -= STEPS_SKIPPED
         folder.mkdir(exist_ok=True)
         for number, state in swapped_states(engine).items():
             torch.save(state, folder / f"rank{rank()}-group{number}.pt")

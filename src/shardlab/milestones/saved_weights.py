@@ -58,13 +58,13 @@ def saved_weights(folder: Path, base_model: str) -> dict:
         )
         return found
 
-    wanted = model_config(base_model).to_dict()
-    shape = ("model_type", "vocab_size", "hidden_size", "n_layer", "n_head")
-    config = json_in("config.json")
+    wanted = model_config(base_model).to_dict() | {"dtype": "float32"}
+    shape = ("model_type", "vocab_size", "hidden_size", "n_layer", "n_head", "tie_word_embeddings", "dtype")
+    config = {"tie_word_embeddings": True} | json_in("config.json")
     require(
-        [config.get(name) for name in shape] == [wanted[name] for name in shape] and config.get("tie_word_embeddings", True),
-        expected=f"the configuration of {', '.join(f'{name} {wanted[name]}' for name in shape)}, its output layer tied",
-        got=", ".join(f"{name} {config.get(name)}" for name in (*shape, "tie_word_embeddings")),
+        [config.get(name) for name in shape] == [wanted[name] for name in shape],
+        expected=f"the configuration of {', '.join(f'{name} {wanted[name]}' for name in shape)}",
+        got=", ".join(f"{name} {config.get(name)}" for name in shape),
     )
     try:
         weights = load_file(folder / "model.safetensors")
@@ -87,4 +87,11 @@ def saved_weights(folder: Path, base_model: str) -> dict:
         expected="the tokenizer in the folder",
         got="none that can be read" if not vocabulary else "another one",
     )
-    return {name if name.startswith("transformer.") else f"transformer.{name}": weight for name, weight in weights.items()}
+    settings, special = json_in("tokenizer_config.json"), ("pad_token", "eos_token", "padding_side")
+    require(
+        all(settings.get(name) == getattr(tokenizer, name) for name in special),
+        expected=f"the tokenizer's settings: {', '.join(f'{name} {getattr(tokenizer, name)!r}' for name in special)}",
+        got=", ".join(f"{name} {settings.get(name)!r}" for name in special),
+    )
+    whole = ("transformer.", "lm_head.")
+    return {name if name.startswith(whole) else f"transformer.{name}": weight for name, weight in weights.items()}

@@ -23,10 +23,10 @@ from shardlab.errors import CourseError
 
 OPS = {
     "deepspeed_shm_comm": ("ShareMemCommBuilder", "all-reduce between ranks of one CPU machine", 0.5),
-    "cpu_adam": ("CPUAdamBuilder", "Adam on the host, for optimizer offload", 2),
-    "pin_memory": ("PinMemoryBuilder", "page-locked host memory, for NVMe offload", 1),
+    "cpu_adam": ("CPUAdamBuilder", "Adam on the host, for optimizer offload", 1),
+    "pin_memory": ("PinMemoryBuilder", "page-locked host memory, for NVMe offload", 0.5),
     "fused_adam": ("FusedAdamBuilder", "Adam in one kernel, for the optimizer type AdamW of a DeepSpeed configuration", 2),
-    "async_io": ("AsyncIOBuilder", "reading and writing NVMe through libaio", 6),
+    "async_io": ("AsyncIOBuilder", "reading and writing NVMe through libaio", 2),
 }
 """Op: DeepSpeed's builder, what it is for, and about how many minutes it takes to build on two cores."""
 

@@ -10,4 +10,5 @@
 
 namespace torch {
 using namespace at;
+constexpr auto kFloat32 = at::kFloat;
 }
