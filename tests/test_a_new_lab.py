@@ -20,6 +20,7 @@ COURSE = (
     "README.md",
     "bench",
     "constraints.txt",
+    "install.mk",
     "docs",
     "environment.yml",
     "labs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import time
 from unittest import mock
@@ -47,10 +48,11 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         tokens_per_sequence=experiment.max_tokens,
     )
     folder = run.folder / "model"
-    notes = folder / "notes.txt"
+    notes = [folder / name for name in ("notes.txt", "results.json", "vocabulary.bin")]
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        notes.write_text("mine")
+        for path in notes:
+            path.write_text("mine")
     tokenizer, saves, early = load_tokenizer(), [], []
     save, read = tokenizer.save_pretrained, PreTrainedModel.from_pretrained.__func__
 
@@ -72,9 +74,12 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
     with (
         mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(note_and_read)),
         mock.patch.dict(PartialState._shared_state, {"local_process_index": 0}),  # each rank is the first of its node
+        mock.patch.dict(os.environ, {"LOCAL_RANK": "0"}),
         mock.patch.object(time, "sleep", lambda seconds: None),  # no time that is slept is long enough for every disk
     ):
         switch.import_exercise("lab01_baseline").save_and_reload(trainer, tokenizer, str(folder))
+        fresh = run.folder / "not" / "there yet"
+        switch.import_exercise("lab01_baseline").save_and_reload(trainer, load_tokenizer(), str(fresh))
         # The second model in the same folder has other weights than the first.
         norm = trainer.model.transformer.ln_f.weight
         with torch.no_grad(), deepspeed.zero.GatheredParameters([norm], modifier_rank=0, enabled=hasattr(norm, "ds_id")):
@@ -112,7 +117,7 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         "saves": gather(len(saves)),
         "device": reloaded.device.type,
         "moved": trainer.model.device != device,
-        "others_stay": notes.exists() and notes.read_text() == "mine",
+        "others_stay": all(path.exists() and path.read_text() == "mine" for path in notes),
         "padding_side": AutoTokenizer.from_pretrained(folder).padding_side if has_tokenizer else None,
         "too_early": any(gather(any(early))),
         "tied": embedding is not None and reloaded.lm_head.weight is embedding.weight,
@@ -124,16 +129,18 @@ def with_another_tokenizer(vocabulary: list[str], question: str, context: str, a
 
     Returns:
         `prompts`: the whole one, and one with room for five words of context, each with the vocabulary's first word in front;
-        `example`: with an answer, of a tokenizer without that first word; padding and end of sequence are the second one.
+        `without`: the whole one without the first word in front; `example`: with an answer, likewise. Padding and end of sequence are
+        the vocabulary's second word, and the third stands for those that are not in it.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     lab, ids = switch.import_exercise("lab01_baseline"), {word: at for at, word in enumerate(vocabulary)}
 
     def made(begins: bool):
-        words = Tokenizer(models.WordLevel(ids, unk_token=vocabulary[1]))
+        words = Tokenizer(models.WordLevel(ids, unk_token=vocabulary[2]))
         words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        words.decoder = decoders.Fuse()  # what is decoded is not the text that was encoded, as with many tokenizers
         if begins:
             words.post_processor = processors.TemplateProcessing(single=f"{vocabulary[0]} $A", special_tokens=[(vocabulary[0], 0)])
         return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=vocabulary[1], pad_token=vocabulary[1])
@@ -146,7 +153,8 @@ def with_another_tokenizer(vocabulary: list[str], question: str, context: str, a
     prompts = [list(lab.encode_prompt(made(begins=True), question, context, room)) for room in (whole, bare + 5)]
     # Spaces are no tokens here: what does not fit is counted in tokens, not in words.
     prompts.append(list(lab.encode_prompt(made(begins=True), question, context.replace(" ", " " * 9), whole)))
-    return {"prompts": prompts}
+    without = list(lab.encode_prompt(made(begins=False), question, context, whole))
+    return {"prompts": prompts, "without": without}
 
 
 def arguments_given(has_gpu: bool, **given) -> dict:
@@ -163,7 +171,8 @@ def arguments_given(has_gpu: bool, **given) -> dict:
         for owner in (module, transformers):
             if hasattr(owner, "TrainingArguments"):
                 stack.enter_context(mock.patch.object(owner, "TrainingArguments", note))
-        stack.enter_context(mock.patch.dict(os.environ, {"WORLD_SIZE": "4", "WANDB_API_KEY": "0" * 40}))
+        stack.enter_context(mock.patch.dict(os.environ, {"WORLD_SIZE": "4", "RANK": "1", "WANDB_API_KEY": "0" * 40}))
+        stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: False))
         stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: has_gpu))
         stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: int(has_gpu)))
         module.training_arguments("somewhere", **given)
@@ -177,8 +186,9 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int, long_
         `sampling`: answers of one whose own settings say to sample, from several beams; `training`: of one in training mode, with
         dropout; `ending`: of one that ends each answer after two tokens;
         `scripted`: of one that says `SCRIPT` to every prompt; `at once`: of one that says nothing; `different`: of one that says another
-        of `SCRIPTS` to each; `default`: of one that goes on for ever, where no length is given, and `long`: where 60 tokens are; `whole prompt`: of
-        one that looks whether it was given all of a long prompt.
+        of `SCRIPTS` to each; `default`: of one that goes on for ever, where no length is given, and `long`: where 100 tokens are;
+        `whole prompt`: of one that looks whether it was given all of a long prompt; `changed`: of one whose weights are others than at
+        the call before, and `changed_wanted`, of a copy of it.
     """
     answer = switch.import_exercise("lab01_baseline").generate_answers
     tokenizer, model = load_tokenizer(), load_model()
@@ -200,9 +210,17 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int, long_
     scripted = answered([SCRIPT], prompts, max_new_tokens=32)
     at_once = answered([""], prompts, max_new_tokens=max_new_tokens)
     different = answered(list(SCRIPTS), prompts, max_new_tokens=32)
-    default, long = answered([ENDLESS], prompts[:1]), answered([ENDLESS], prompts[:1], max_new_tokens=60)
+    default, long = answered([ENDLESS], prompts[:1]), answered([ENDLESS], prompts[:1], max_new_tokens=100)
     whole = answer(_says(["all of it", "a part"], tokenizer, [long_prompt]), tokenizer, [long_prompt], max_new_tokens=8)
+    model = load_model()
+    answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.copy_(model.transformer.ln_f.weight.flip(0))
+    changed = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    changed_wanted = [answer(copy.deepcopy(model), tokenizer, [prompt], max_new_tokens=max_new_tokens)[0] for prompt in prompts]
     answers = {
+        "changed": changed,
+        "changed_wanted": changed_wanted,
         "whole prompt": whole,
         "sampling": sampling,
         "training": training,
@@ -216,7 +234,7 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int, long_
 SCRIPT = " The oak , it is.\n\nQuestion: a Answer: b \n"
 """White space at both ends, and what might be taken for the end of an answer."""
 ENDLESS = " one two" * 60
-SCRIPTS = (" tea", ' "I came", he said', " Zürich Context: 東京", " one two three four five six seven", "")
+SCRIPTS = (" tea <unk> oak", ' "I came", he said', " Zürich Context: 東京", " one two three four five six seven", "")
 """Of different lengths, with characters of several tokens, and with what might be taken off."""
 
 
@@ -237,8 +255,12 @@ def _says(texts: list[str], tokenizer, prompts: list[list[int]]):
 
 
 def _writes(change):
-    """A model whose logits `change` may change, by row: it is told how long the row's prompt was, and how much was written."""
+    """A model whose logits `change` may change, by row: it is told how long the row's prompt was, and how much was written.
+
+    Its own settings do not say which token ends a text: the tokenizer knows.
+    """
     model, seen = load_model(), {"now": None, "start": None}
+    model.generation_config.update(eos_token_id=None, pad_token_id=None)
 
     def hook(module, args, kwargs, output):
         mask, ids, past = (

@@ -112,6 +112,11 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
         of=f"encode_prompt() with a tokenizer of whole words that puts {VOCABULARY[0]} in front: the whole prompt, 5 words of context, and "
         "the whole prompt with more spaces, which are no tokens",
     )
+    require_equal(
+        got["without"],
+        ids_of(f"Question: {QUESTION} Context: {CONTEXT} Answer:"),
+        of="encode_prompt() with a tokenizer of the same name that puts nothing in front",
+    )
     lab.replace("format_prompt", prompt_as_described)
     agree_as_recorded(encoded_prompt(lab, tokenizer), __file__, "1.2", "encode_prompt{}, the tokenizer left out")
 
@@ -201,12 +206,13 @@ def test_labels_teach_only_the_answer(lab, tokenizer, model):
         '"I came"',
         "—",
         "1832",
-        f"{CONTEXT} {CONTEXT} {CONTEXT}",
+        "the <unk> there",
+        " ".join(["oak"] * 900),
     ]
     for answer in answers:
         taught = [*tokenizer(" " + answer)["input_ids"], tokenizer.eos_token_id]
         bare = len(lab.encode_prompt(tokenizer, QUESTION, "", 500)) + len(taught)
-        for limit in (512, bare + 12, bare):
+        for limit in (bare + 400, bare + 12, bare):
             start = list(lab.encode_prompt(tokenizer, QUESTION, CONTEXT, limit - len(taught)))
             got = lab.encode_example(tokenizer, QUESTION, CONTEXT, answer, limit)
             require_equal(
@@ -222,17 +228,24 @@ def test_labels_teach_only_the_answer(lab, tokenizer, model):
             ValueError,
             expected=f"ValueError for {bare - 1} tokens: the answer {answer!r} and the prompt without any context have {bare}",
         )
-    got = lab.observe(f"{PROGRAMS}:with_another_tokenizer", VOCABULARY, QUESTION, CONTEXT, "Mera Vond")
-    prompt, taught = [*ids_of(f"Question: {QUESTION} Context: {CONTEXT} Answer:")], [*ids_of("Mera Vond"), END]
+    articles = " ".join([CONTEXT] * 60)  # longer than the tokenizer's model_max_length, which BLOOM does not know
+    start, taught = list(lab.encode_prompt(tokenizer, QUESTION, articles, 4090)), list(tokenizer(" oak")["input_ids"])
+    got = lab.encode_example(tokenizer, QUESTION, articles, "oak", 4090 + len(taught) + 1)
+    require_equal(
+        list(got["input_ids"]), [*start, *taught, tokenizer.eos_token_id], of="encode_example(…) of 4,000 tokens: input_ids"
+    )
+    got = lab.observe(f"{PROGRAMS}:with_another_tokenizer", VOCABULARY, QUESTION, CONTEXT, "Mera nobody Vond")
+    prompt, taught = [*ids_of(f"Question: {QUESTION} Context: {CONTEXT} Answer:")], [*ids_of("Mera <unknown> Vond"), END]
     require_equal(
         got["example"],
         {"input_ids": prompt + taught, "labels": [IGNORED] * len(prompt) + taught},
-        of=f"encode_example() with a tokenizer of whole words, whose end-of-sequence and padding token have one id, {END}",
+        of=f"encode_example(…, 'Mera nobody Vond', 512) with a tokenizer of whole words, which does not know one of these: {UNKNOWN} stands "
+        f"for it; end-of-sequence and padding have one id, {END}",
     )
 
 
-END = 1
-VOCABULARY = ["<s>", "<|end|>", *sorted({*f"Question: {QUESTION} Context: {CONTEXT} Answer:".split()})]
+END, UNKNOWN = 1, 2
+VOCABULARY = ["<s>", "<|end|>", "<unknown>", *sorted({*f"Question: {QUESTION} Context: {CONTEXT} Answer:".split()})]
 """Of a tokenizer whose tokens are whole words, as long as BLOOM's."""
 
 
@@ -291,6 +304,13 @@ def test_batch_is_padded_to_its_longest_example(lab, model):
         abs(together - mean) < 1e-4,
         expected=f"the loss that the examples have one by one, {mean:.4f}",
         got=f"{together:.4f}",
+    )
+    long = [{"input_ids": list(range(n)), "labels": [IGNORED] * n} for n in (5, 9)]
+    got = lab.observe("shardlab.milestones.elsewhere:call", "lab01_baseline", "collate", long, 3)
+    require_equal(
+        {name: [str(tensor.device), list(tensor.shape)] for name, tensor in got.items()},
+        {name: ["cpu", [2, 9]] for name in ("input_ids", "attention_mask", "labels")},
+        of="collate() on a machine with a GPU: device and shape",
     )
     agree_as_recorded(lab.collate, __file__, "1.4", "collate{}")
 
@@ -352,6 +372,23 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
             and got["report_to"] in ("none", ["none"], [], "[]", "['none']"),
             expected="learning rate 5e-5 on any number of ranks, no mixed precision unless asked for, no reporting service with a key for one",
             got=f"{got} with 4 ranks, a key for Weights & Biases, and {'a' if has_gpu else 'no'} GPU",
+        )
+        sizes = {name: value for name, value in wanted.items() if name not in ("bf16", "fp16", "report_to", "output_dir")}
+        require_equal(
+            {name: given.get(name) for name in sizes},
+            sizes,
+            of=f"training_arguments() on rank 1 of 4, {'with' if has_gpu else 'without'} a GPU: what is given to TrainingArguments",
+        )
+        for precision in ("bf16", "fp16"):
+            mixed = lab.observe(f"{PROGRAMS}:arguments_given", has_gpu, precision=precision)
+            require_equal(
+                sorted(name for name, value in mixed.items() if "16" in name and value),
+                [precision],
+                of=f"training_arguments(…, {precision!r}), {'with a GPU that knows no bf16' if has_gpu else 'without a GPU'}: what is on",
+            )
+        forced = lab.observe(f"{PROGRAMS}:arguments_given", has_gpu, use_cpu=has_gpu)
+        require_equal(
+            forced.get("use_cpu"), has_gpu, of=f"training_arguments(…, use_cpu={has_gpu}) {'with' if has_gpu else 'without'} a GPU"
         )
     overrides = {"seed": 7, "logging_steps": 3, "warmup_steps": 2}
     given = lab.observe(f"{PROGRAMS}:arguments_given", False, **overrides)
@@ -509,11 +546,21 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
     require_equal(others["training"], wanted, of="generate_answers() with a model in training mode, with dropout")
     ends = [greedy(prompt, 2) for prompt in prompts]
     require_equal(others["at once"], [""] * len(prompts), of="generate_answers() with a model that writes </s> at once")
+    require_equal(
+        others["changed"],
+        others["changed_wanted"],
+        of="generate_answers() with a model that was trained further since its last call",
+    )
+    many = [prompts[at % len(prompts)] for at in range(41)]
+    got = lab.generate_answers(model, tokenizer, many, max_new_tokens=2)
+    require_equal(
+        got, [greedy(prompt, 2) for prompt in prompts] * 8 + [greedy(prompts[0], 2)], of="generate_answers() of 41 prompts"
+    )
     said = ["The oak , it is.\n\nQuestion: a Answer: b"] * len(prompts)
     require_equal(others["scripted"], said, of="generate_answers() with a model that says one text to every prompt")
     require_equal(others["ending"], ends, of="generate_answers() with a model that writes </s> after two tokens")
     lengths = sorted({len(prompt) for prompt in prompts})
-    scripts = ("tea", '"I came", he said', "Zürich Context: 東京", "one two three four five six seven", "")
+    scripts = ("tea  oak", '"I came", he said', "Zürich Context: 東京", "one two three four five six seven", "")
     said = [scripts[lengths.index(len(prompt))] for prompt in prompts]
     require_equal(
         others["different"],
@@ -521,7 +568,7 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
         of="generate_answers() with a model that says something else to each prompt, and goes on after </s>",
     )
     endless = tokenizer(" one two" * 60)["input_ids"]
-    for name, count, given in (("default", 24, "without max_new_tokens"), ("long", 60, "max_new_tokens=60")):
+    for name, count, given in (("default", 24, "without max_new_tokens"), ("long", 100, "max_new_tokens=100")):
         said = tokenizer.decode(endless[:count], skip_special_tokens=True).strip()
         require_equal(others[name], [said], of=f"generate_answers() with a model that goes on for ever, {given}")
 
@@ -569,6 +616,14 @@ def test_summary_reads_the_log(lab):
         expected="final_train_loss nan where the last loss is nan: the run has diverged",
         got=diverged["final_train_loss"],
     )
+    nan = [HISTORY[0], HISTORY[2] | {"eval_loss": float("nan")}, *HISTORY[3:]]
+    require_equal(
+        sorted(lab.summarise_training(nan)["eval_losses"]),
+        [0.0, 0.5, 1.0, 2.0],
+        of="the epochs of eval_losses, where the second loss is nan",
+    )
+    got = lab.observe("shardlab.milestones.elsewhere:call", "lab01_baseline", "summarise_training", HISTORY)
+    require_equal(got, wanted, of="summarise_training() on rank 3 of 5: throughput is over all ranks already")
     without = lab.summarise_training([entry for entry in HISTORY if "eval_loss" not in entry])
     require(
         without["eval_losses"] == {} and without["eval_samples_per_second"] is None,
@@ -617,8 +672,12 @@ def test_memory_table_keeps_devices_apart(lab, tmp_path):
         mentions=("memory.csv",),
         expected="ValueError for a file without samples",
     )
-    path.write_text("seconds,device,used_bytes\n" + "".join(f"{at / 10},gpu0,{mib * (1 + at // 11_999)}\n" for at in range(12_000)))
-    require_equal(lab.memory_table(path)["gpu0"]["peak"], 2.0, of="the peak of gpu0, in the last line of a file of 12,000 samples")
+    hours = 80_000
+    lines = (f"{at / 10},gpu{at % 2},{mib * (1 + (at >= hours - 2) + 2 * (at < 4))}\n" for at in range(hours))
+    path.write_text("seconds,device,used_bytes\n" + "".join(lines))
+    got = {device: {name: round(value, 9) for name, value in row.items()} for device, row in lab.memory_table(path).items()}
+    row = {"peak": 3.0, "mean": round(1 + 5 / (hours // 2), 9), "minimum": 1.0}
+    require_equal(got, {"gpu0": row, "gpu1": row}, of="memory_table() of a file of 80,000 samples, whose first and last are larger")
     agree_as_recorded(memory_rows(lab, str(tmp_path / "drawn.csv")), __file__, "1.9", "memory_table() of a file with the rows {}")
 
 

@@ -198,7 +198,7 @@ def test_configuration_is_what_deepspeed_reads(lab, judge):
         ("accumulation 1.5", lambda: create(1, accumulation=1.5), "accumulation"),
         ("a negative clipping", lambda: create(1, clipping=-1.0), "clipping"),
         ("offload_param at stage 2", lambda: create(2, offload_param=True), "stage 3"),
-        ("offload_optimizer at stage 0", lambda: create(0, offload_optimizer=True), "stage"),
+        ("offload_optimizer at stage 0, which says that it needs stage 1, 2 or 3", lambda: create(0, offload_optimizer=True), "1"),
     ):
         require_error(
             call,
@@ -206,6 +206,11 @@ def test_configuration_is_what_deepspeed_reads(lab, judge):
             mentions=(name,),
             expected=f"ValueError for {words}",
         )
+    given = {"stage": 2, "micro_batch": 3, "optimizer": "AdamW", "learning_rate": 2.5e-7, "clipping": 5.0}
+    got = lab.observe("shardlab.milestones.elsewhere:call", "lab02_zero_stages", "create_deepspeed_config", **given)
+    require_equal(got, create(**given), of=f"create_deepspeed_config(**{given}) on a machine with a GPU, and without one")
+    rate = got["optimizer"]["params"]["lr"]
+    require_equal(rate, 2.5e-7, of=f"the learning rate of create_deepspeed_config(**{given})")
     agree_as_recorded(created(lab), __file__, "2.1", "create_deepspeed_config(**…) of {}")
 
 
@@ -236,6 +241,8 @@ BAD = [
     ("stage '3', a text", zero("3"), True, "stage"),
     ("stage true", zero(True), True, "stage"),
     ("zero_optimization: true", SIZED | {"zero_optimization": True}, True, "zero_optimization"),
+    ("zero_optimization: null", SIZED | {"zero_optimization": None}, True, "zero_optimization"),
+    ("zero_optimization: a list", SIZED | {"zero_optimization": []}, True, "zero_optimization"),
     ("fp16 with bf16", SIZED | {"fp16": {"enabled": True}, "bf16": {"enabled": True}}, True, "fp16"),
     ("batch sizes that do not multiply for 2 ranks", SIZED | {"train_batch_size": 8}, True, "train_batch"),
     ("an unknown key within zero_optimization", zero(2, reduce_bucket_sise=5e8), True, "reduce_bucket_sise"),
@@ -375,11 +382,18 @@ def test_configuration_survives_a_file(lab, tmp_path):
         expected="the key that is given twice, stage, and no other",
         got=str(refused.value),
     )
+    other = tmp_path / "zero2.fp16"
+    lab.save_config(config, other)
+    require(
+        other.exists(), expected="the file with the name that was given, zero2.fp16", got=sorted(p.name for p in tmp_path.iterdir())
+    )
+    require_equal(lab.load_config(str(other)), config, of="load_config() of zero2.fp16")
     path.write_bytes('{"nvme_path": "/données"}'.encode("latin-1"))
     require_error(
         lambda: lab.load_config(path),
         ValueError,
-        expected="ValueError for a file in Latin-1, where JSON is UTF-8: /données would be another folder",
+        mentions=("config.json",),
+        expected="ValueError that names the file, for a file in Latin-1, where JSON is UTF-8: /données would be another folder",
     )
     agree_as_recorded(
         saved(lab, tmp_path), __file__, "2.3 save", "save_config{}, over a file that is there: is it JSON, indented by two"
@@ -470,18 +484,34 @@ def test_every_stage_trains_to_the_losses_of_ddp(lab, run_experiments):
         "fp16": {"enabled": True},
     }
     config |= {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.3}}, "zero_optimization": {"stage": 1}}
-    for name, method in (
-        ("a-baseline-with-a-name-that-is-as-long-as-names-of-experiments-may-well-be", "ZeRO-1"),
-        ("like-zero-1", "ZeRO-1"),
+    config |= {"train_batch_size": 8}
+    others = {
+        "program": "exercises.lab01_baseline:finetune",
+        "model": "bigscience/bloom-560m",
+        "data": "squad.json",
+        "skip_bad": True,
+    }
+    for name, method, added, settings in (
+        ("a-baseline-with-a-name-that-is-as-long-as-names-of-experiments-may-well-be" * 2, "ZeRO-1", "zero-1", {}),
+        ("like-zero-1", "ZeRO-1", "zero-1", others),
+        ("lab01-baseline", "ZeRO-2", "zero-2", {"ranks": 4}),
     ):
-        plain = text_experiment(name)
-        wanted = plain.model_copy(update={"name": f"{name}-zero-1", "method": method, "deepspeed": config})
+        plain = text_experiment(name, **settings)
+        wanted = plain.model_copy(update={"name": f"{name}-{added}", "method": method, "deepspeed": config})
         made = lab.with_deepspeed(plain, copy.deepcopy(config), method)
         require_equal(
             made.model_dump(),
             wanted.model_dump(),
             of=f"with_deepspeed({name!r}, a configuration with sizes of its own, {method!r})",
         )
+    named = [
+        lab.with_deepspeed(baseline, config, method).name for method in ("ZeRO-3", "ZeRO-3 + CPU offload", "ZeRO-3 + clipping")
+    ]
+    require(
+        len(set(named)) == 3 and all(name.startswith("base-zero-3") for name in named),
+        expected="another name for 'ZeRO-3', 'ZeRO-3 + CPU offload' and 'ZeRO-3 + clipping': each wants a run folder of its own",
+        got=named,
+    )
     runs = stage_runs(run_experiments)
     ours = run_experiments([own], reference=True)["own-zero-2"]
     wanted = runs["ddp"].losses()
@@ -524,6 +554,10 @@ def test_shards_are_padded_as_deepspeed_pads(lab, run_experiments):
             expected=f"{wanted} elements for stage {stage}, groups {groups}, {ranks} ranks: {why}",
             got=got,
         )
+    got = lab.observe("shardlab.milestones.elsewhere:call", "lab02_zero_stages", "shard_elements", 2, [[700, 5], [3]], 64)
+    require_equal(
+        got, lab.shard_elements(2, [[700, 5], [3]], 64), of="shard_elements(2, [[700, 5], [3]], 64) on rank 3 of 5, and alone"
+    )
     agree_as_recorded(shard(lab), __file__, "2.5", "shard_elements(stage, groups, ranks){}")
     runs = odd_runs(run_experiments)
     for stage in (1, 2, 3):
@@ -582,6 +616,8 @@ def test_predicted_bytes_are_what_ranks_hold(lab, run_experiments):
     wanted = {"parameters": 4 * 18, "gradients": 4 * 15, "optimizer": 12 * 6}
     got = lab.state_bytes(1, [[7, 5], [3]], 3, "fp32")
     require_equal(got, wanted, of="state_bytes(1, [[7, 5], [3]], 3, 'fp32'), whose shards are 6 elements, padded")
+    got = lab.observe("shardlab.milestones.elsewhere:call", "lab02_zero_stages", "state_bytes", 1, [[7, 5], [3]], 3, "fp32")
+    require_equal(got, wanted, of="state_bytes(1, [[7, 5], [3]], 3, 'fp32') on rank 3 of 5, where torch sees a GPU")
     lab.replace("shard_elements", lambda stage, groups, ranks: 2 * ranks * len(groups) if stage else sum(map(sum, groups)))
     agree_as_recorded(predicted(lab), __file__, "2.6", "state_bytes{}, for shards of 2 × ranks × groups elements")
 
@@ -627,6 +663,14 @@ def test_table_row_reads_the_run_folder(lab, tmp_path):
             "predicted": predicted,
         }
         require_equal(got, wanted, of=f"comparison_row() of the run '{name}'")
+    run = Run.create(text_experiment("diverged", ranks=1, deepspeed=zero_config(1), method="diverged"), tmp_path)
+    run.start()
+    for step, loss in enumerate((5.0, 2.0, float("nan")), start=1):
+        run.log_step(step=step, loss=loss, samples_per_second=9.0, steps=3)
+    run.write_states({"parameters": 10, "groups": [[10]], "ranks": [{"parameters": 1, "gradients": 1, "optimizer": 1}]})
+    run.finish()
+    last = lab.comparison_row(Run.read(run.folder))["last_loss"]
+    require(last != last, expected="last_loss nan where a run has diverged", got=last)
     lab.replace("state_bytes", bytes_by_all_arguments)
     agree_as_recorded(
         row(lab, tmp_path),
@@ -693,6 +737,8 @@ def test_lowest_stage_that_fits_is_chosen(lab):
             mentions=(missing,),
             expected=f"ValueError where {missing} GiB (2**30 bytes) are missing on each, {other // gib} GiB being for other things",
         )
+    got = lab.observe("shardlab.milestones.elsewhere:call", "lab02_zero_stages", "choose_stage", bloom, 16, 3 * gib)
+    require_equal(got, 1, of=f"choose_stage({bloom:,}, 16, 3 GiB) on rank 3 of 5, with a GPU of another size")
     require_equal(lab.choose_stage(bloom, 1, 9 * gib), 0, of=f"choose_stage({bloom:,}, 1, 9 GiB), other_bytes not given")
     for parameters, ranks, device, other in ((7 * 10**9, 2, 40, 0), (176 * 10**9, 8, 80, 0), (bloom, 4, 16, 40)):
         missing = 16 * parameters / ranks / gib + other - device

@@ -37,11 +37,11 @@ def initialize(experiment: Experiment, run: Run) -> dict:
 
     from shardlab.data.models import load_model, parameter_count
 
-    rows = text_rows(experiment)[0]
+    rows = padded_rows(experiment)
     model = load_model(experiment.model)
     config, optimizer = copy.deepcopy(experiment.deepspeed), None
     if experiment.options.get("own_optimizer"):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.125)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.125, betas=(0.7, 0.95), weight_decay=0.3)
     data = None if experiment.options.get("no_data") else Dataset.from_list(rows).with_format("torch")
     returned = _lab().initialize_deepspeed(model, config, optimizer, data)
     if not isinstance(returned, tuple) or len(returned) != 4:
@@ -54,15 +54,24 @@ def initialize(experiment: Experiment, run: Run) -> dict:
         if loader is None:
             return None
         loader.data_sampler.set_epoch(epoch)
-        return [[numbers[tuple(ids)] for ids in batch["input_ids"].tolist()] for batch in loader]
+        found = []
+        for batch in loader:
+            found.append([numbers.get(tuple(ids), -1) for ids in batch["input_ids"].tolist()])
+            as_they_are.append(all(batch[key].tolist() == [rows[number][key] for number in found[-1]] for key in rows[0]))
+            devices.add(batch["input_ids"].device.type)
+        return found
 
+    as_they_are: list[bool] = []
+    devices: set[str] = set()
     by_epoch = [gather(seen(epoch)) for epoch in (0, 1)]
     return {
         "returned": "engine, optimizer, data loader, scheduler",
         "stage": engine.zero_optimization_stage(),
         "clipping": engine.gradient_clipping(),
         "learning_rate": stepped.param_groups[0]["lr"],
-        "settings": {name: value for name, value in stepped.param_groups[0].items() if name in ("eps", "weight_decay")},
+        "settings": [{name: group[name] for name in ("betas", "eps", "weight_decay", "lr")} for group in stepped.param_groups],
+        "as_they_are": all(gather(all(as_they_are))),
+        "devices": sorted(devices),
         "parameters": parameter_count(model),
         "stepped": sum(sum(group) for group in held_bytes.parameter_groups(engine.optimizer)),
         "optimizer_is_the_engines": second is engine.optimizer,
@@ -82,7 +91,7 @@ PADS = (0, 5, 9)
 def padded_rows(experiment: Experiment, labelled=lambda number: range(4, 64)) -> list[dict]:
     """Rows with padding on the left in turns, as for generating, and with labels only where `labelled` has them.
 
-    Where a row has labels, the last token of its padding has one too: an end-of-text that is also the padding is such a token.
+    Where a row has several labels, the last token of its padding has one too: an end-of-text that is also the padding is such a token.
 
     Args:
         labelled: the places of a row's labels, by its number and without its padding; by default those after a prompt of 4 tokens.
@@ -90,12 +99,14 @@ def padded_rows(experiment: Experiment, labelled=lambda number: range(4, 64)) ->
 
     def padded(number: int, row: dict) -> dict:
         pads = PADS[number % 3]
-        ids, mask, labels = (row[name][: len(row[name]) - pads] for name in ("input_ids", "attention_mask", "labels"))
+        ids, mask, labels = (list(row[name][: len(row[name]) - pads]) for name in ("input_ids", "attention_mask", "labels"))
+        ids[6] = 3  # padding's token among real ones
+        labels[7] = 0  # and the first token of the vocabulary as a label
         return {
             "input_ids": [3] * pads + ids,
             "attention_mask": [0] * pads + mask,
             "labels": [-100] * (pads - 1)
-            + [3 if labelled(number) else -100] * min(pads, 1)
+            + [3 if len(labelled(number)) > 1 else -100] * min(pads, 1)
             + [label if at in labelled(number) else -100 for at, label in enumerate(labels)],
         }
 
@@ -112,7 +123,7 @@ def train_steps(experiment: Experiment, run: Run) -> dict:
     engine, modes = engine_runs.build(experiment), []
     told: list = []
     trainer = _lab().DeepSpeedTrainer(engine, lambda *given: told.append(given))
-    engine.module.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    engine.module.register_forward_pre_hook(lambda module, _: modes.append(all(part.training for part in module.modules())))
     rows, losses, epoch, kind, whole = padded_rows(experiment), [], 0, "float", True
     wanted = experiment.steps * experiment.accumulation
     while len(losses) < wanted:
@@ -124,7 +135,15 @@ def train_steps(experiment: Experiment, run: Run) -> dict:
             whole = whole and set(batch) == {"input_ids", "attention_mask", "labels"}
         epoch += 1
     counted = {"micro_steps": engine.micro_steps, "global_steps": engine.global_steps}
-    engine.module.register_forward_hook(_times_nan)
+    if engine.lr_scheduler is not None:
+        counted["scheduler_steps"] = engine.lr_scheduler.last_batch_iteration + 1
+    random_after = []
+    for seed in (5, 6):
+        torch.manual_seed(seed)
+        trainer.train_step(batch)
+        random_after.append(fingerprint(torch.get_rng_state()))
+    if rank() == world_size() - 1:  # of one rank alone: the others must hear of it
+        engine.module.register_forward_hook(_times_nan)
     lost = float(trainer.train_step(batch))
     groups = [losses[at : at + experiment.accumulation] for at in range(0, wanted, experiment.accumulation)]
     return {
@@ -135,6 +154,7 @@ def train_steps(experiment: Experiment, run: Run) -> dict:
         "samples": trainer.samples,
         "told": len(told),
         "batch_kept": whole,
+        "seeded": random_after[0] == random_after[1],
         "of_nan": "nan" if math.isnan(lost) else lost,
         "training": all(modes) and engine.module.training,
     }
@@ -166,10 +186,10 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
             random_at.append(fingerprint(torch.get_rng_state()))
             seen.append([numbers[tuple(ids)] for ids in batch["input_ids"].tolist()])
             losses.append(engine_runs.micro_step(self.engine, batch))
-            return math.nan if diverges and len(losses) == 1 else losses[-1]
+            return diverges[0] if diverges and len(losses) == 1 else losses[-1]
 
     def call(trainer, last_step=None) -> dict:
-        for record in (seen, losses, random_at, told):
+        for record in (seen, losses, random_at, told, epochs):
             record.clear()
         returned = trainer.train_epoch(loader, last_step)
         return {
@@ -178,6 +198,7 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
             "seen": gather(list(seen)),
             "losses": list(losses),
             "told": list(told),
+            "epochs_told": list(epochs),
             "told_by_rank": gather([rest for _, *rest in told]),
             "epoch": trainer.epoch,
             "samples": trainer.samples,
@@ -186,11 +207,17 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
         }
 
     told: list = []
-    trainer = Recording(engine, lambda trainer, loss: told.append([loss, trainer.samples, engine.global_steps]))
+    epochs: list[int] = []
+
+    def note(trainer, loss: float) -> None:
+        told.append([loss, trainer.samples, engine.global_steps])
+        epochs.append(trainer.epoch)
+
+    trainer = Recording(engine, note)
     results = {"first": call(trainer), "second": call(trainer), "cut": call(trainer, engine.global_steps + 1)}
     left = (len(rows) - trainer.samples) // (experiment.accumulation * experiment.micro_batch * world_size())
     results["at_the_end"] = call(trainer, engine.global_steps + left)
-    resumed = Recording(engine, lambda trainer, loss: told.append([loss, trainer.samples, engine.global_steps]))
+    resumed = Recording(engine, note)
     resumed.epoch, resumed.samples = 1, 2 * experiment.accumulation * experiment.micro_batch * world_size()
     torch.manual_seed(4321)
     state = lab.random_state()
@@ -208,11 +235,14 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
     results["resumed_within_a_step"] = call(resumed)
     while trainer.accumulating:
         engine_runs.micro_step(engine, next(iter(loader)))
-    resumed.epoch, resumed.samples = 3, 0
-    results["passed"] = call(resumed, 1)
-    resumed.epoch, resumed.samples = 3, 0
-    diverges.append(True)
-    results["diverged"] = call(resumed)
+    resumed.epoch, resumed.samples = 13, 0
+    results["passed"] = call(resumed, 0)
+    for name, loss in (("diverged", math.nan), ("infinite", math.inf)):
+        while trainer.accumulating:
+            engine_runs.micro_step(engine, next(iter(loader)))
+        resumed.epoch, resumed.samples = 3, 0
+        diverges[:] = [loss]
+        results[name] = call(resumed)
     return results
 
 
@@ -226,17 +256,21 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
         engine_runs.as_batch(share[at : at + experiment.micro_batch]) for at in range(0, len(share), experiment.micro_batch)
     )
     before = [{name: tensor.clone() for name, tensor in batch.items()} for batch in batches]
+    torch.manual_seed(4321)
+    random_before = fingerprint(torch.get_rng_state())
     losses = [_lab().DeepSpeedTrainer(engine).evaluate(batches) for _ in range(2)]
     kept = all(torch.equal(a[name], b[name]) for a, b in zip(before, batches, strict=True) for name in a)
     facts = {
         "batches_kept": kept,
-        "training": engine.module.training,
+        "random_kept": all(gather(fingerprint(torch.get_rng_state()) == random_before)),
+        "training": all(part.training for part in engine.module.modules()),
         "micro_steps": engine.micro_steps,
         "kind": type(losses[0]).__name__,
     }
 
     unlabelled = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in batches]
     nothing = float(_lab().DeepSpeedTrainer(engine).evaluate(unlabelled))
+    alone = float(_lab().DeepSpeedTrainer(engine).evaluate(unlabelled if rank() else batches))
     calls = iter(range(len(before)))
 
     def diverged(module, given, output):
@@ -246,6 +280,7 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
     lost = float(_lab().DeepSpeedTrainer(engine).evaluate(batches))
     return facts | {
         "losses": gather([float(loss) for loss in losses]),
+        "of_rank_0": gather(alone),
         "gradients": any(gather(any(gradients))),
         "of_nan": "nan" if math.isnan(lost) else lost,
         "of_nothing": "nan" if math.isnan(nothing) else nothing,
@@ -288,8 +323,12 @@ def fingerprints(state: dict) -> list[int]:
     return [
         fingerprint(state["torch"]) if "torch" in state else 0,
         zlib.crc32(repr(state.get("python")).encode()) if "python" in state else 0,
-        zlib.crc32(repr(state["numpy"][1]).encode()) if "numpy" in state else 0,
+        zlib.crc32(repr(list(state["numpy"][1:])).encode()) if "numpy" in state else 0,
     ]
+
+
+STEPS_BEFORE = 10
+"""Optimizer steps that the engine counts from a life before, as after loading; DeepSpeed's count of micro-batches begins anew there."""
 
 
 def save(experiment: Experiment, run: Run) -> dict:
@@ -317,11 +356,17 @@ def save(experiment: Experiment, run: Run) -> dict:
     engine_runs.micro_step(engine, next(batches))
     for number, seed in enumerate((torch.manual_seed, random.seed, numpy.random.seed)):
         seed(100 * number + rank())
+    numpy.random.random(5)
+    engine.global_steps += STEPS_BEFORE
+    tag = f"step-{engine.global_steps}"
     wanted = gather(fingerprints(_lab().random_state()))
     # What an earlier life of the run left behind.
-    manifest, save_checkpoint = folder / "step-1" / "complete.json", engine.save_checkpoint
+    manifest, save_checkpoint = folder / tag / "complete.json", engine.save_checkpoint
+    older = folder / "step-2" / "complete.json"
     if rank() == 0:
         manifest.parent.mkdir(parents=True)
+        older.parent.mkdir()
+        older.write_text('{"ranks": 2, "universal": false, "files": {}}')
         manifest.write_text('{"ranks": 2, "universal": false, "files": {}}')
     barrier()
     complete_at_first: list[bool] = []
@@ -333,12 +378,13 @@ def save(experiment: Experiment, run: Run) -> dict:
     engine.save_checkpoint = saving
     returned = trainer.save_checkpoint(folder, CLIENT)
     complete, at_first = gather(manifest.exists()), gather(list(complete_at_first))
-    first = trainer.save_checkpoint(str(run.folder / "fresh"), {})
+    first = trainer.save_checkpoint(str(run.folder / "fresh"), None)
     refused += refusals()
     return {
         "kept": gather(manifest.exists()),
         "is_path": isinstance(returned, Path) and isinstance(first, Path),
-        "first": gather(Path(run.folder, "fresh", "step-1", "complete.json").exists()),
+        "first": gather(Path(run.folder, "fresh", tag, "complete.json").exists()),
+        "older_kept": gather(older.exists()),
         "refused": gather(refused),
         "random": wanted,
         "returned": str(returned),
@@ -356,8 +402,8 @@ def load(experiment: Experiment, run: Run) -> dict:
     def check(folder, ranks):
         """Stands in for task 3.7."""
         asked.append(ranks)
-        if not Path(folder, "complete.json").exists():
-            raise ValueError(f"{folder} is half-written")
+        if not Path(folder, "complete.json").exists() or Path(folder, "damaged").exists():
+            raise ValueError(f"{folder} is half-written or damaged")
         return {"ranks": ranks, "universal": False, "files": {}}
 
     lab.check_checkpoint = check
@@ -368,17 +414,25 @@ def load(experiment: Experiment, run: Run) -> dict:
         trainer.load_checkpoint(options["checkpoints"], options["broken"])
     except ValueError as error:
         refused = str(error)
-    untouched, load_checkpoint, strict = engine.global_steps == 0, engine.load_checkpoint, []
+    try:
+        trainer.load_checkpoint(Path(options["checkpoints"], "nothing"))
+        nothing = "no error"
+    except ValueError:
+        nothing = ""
+    barrier()
+    untouched, load_checkpoint, strict, states = engine.global_steps == 0, engine.load_checkpoint, [], []
 
     def loading(*args, **kwargs):
         given = inspect.signature(load_checkpoint).bind(*args, **kwargs).arguments
         strict.append(bool(given.get("load_module_strict", True)))
-        return load_checkpoint(*args, **kwargs)
+        states.append(load_checkpoint(*args, **kwargs))
+        return states[-1]
 
     engine.load_checkpoint = loading
     client = trainer.load_checkpoint(Path(options["checkpoints"]), options.get("tag"))
     position = {"epoch": trainer.epoch, "samples": trainer.samples, "global_steps": engine.global_steps}
-    restored = trainer.random_state_to_restore is not None
+    mine = trainer.random_state_to_restore
+    restored = mine is not None and _same_random(mine, states[-1][1]["random"][rank()])
     engine_runs.go_on(
         engine, experiment, run, epoch=trainer.epoch, samples=trainer.samples, before_first=trainer.restore_random_state
     )
@@ -387,37 +441,54 @@ def load(experiment: Experiment, run: Run) -> dict:
         "untouched": untouched,
         "client": repr(client)[:300],
         "position": position,
-        "restored": restored,
+        "restored": all(gather(restored)),
+        "nothing": nothing,
         "asked": gather(asked),
         "strict": all(strict),
     }
 
 
-def load_of_other_ranks(saved: int, here: int, me: int = 0, client=None) -> dict:
+def _same_random(mine: dict, saved: dict) -> bool:
+    """Whether two states of the random generators are one."""
+    name, keys, *position = mine["numpy"]
+    same_numpy = name == saved["numpy"][0] and list(keys) == list(saved["numpy"][1]) and position == list(saved["numpy"][2:])
+    return mine["python"] == saved["python"] and same_numpy and torch.equal(mine["torch"], saved["torch"])
+
+
+def load_of_other_ranks(saved: int, here: int, me: int = 0, client=None, tag: str | None = "step-3") -> dict:
     """Task 3.6: what rank `me` of `here` takes from a checkpoint that `saved` ranks have made, with DeepSpeed's part stood in for."""
     from types import SimpleNamespace
 
-    lab, asked = _lab(), []
+    lab, asked, left_out = _lab(), [], []
     state = {"epoch": 2, "samples": 12, "random": [{"of": number} for number in range(saved)], "client": client}
-    engine = SimpleNamespace(load_checkpoint=lambda *args, **kwargs: ("folder", state))
     facts = {"ranks": saved, "universal": True, "files": {}}
 
     def check(folder, ranks):
         asked.append(ranks)
         return facts
 
+    def load(*args, **kwargs):
+        left_out.extend(name for name, value in kwargs.items() if value is False)
+        return "folder", state
+
+    def newest(path, ranks):
+        asked.append(ranks)
+        return Path(path, "step-3")
+
+    engine = SimpleNamespace(load_checkpoint=load, zero_optimization_stage=lambda: 0)
+    stand_ins = {"check_checkpoint": check, "newest_whole": newest, "world_size": lambda: here, "rank": lambda: me}
     with contextlib.ExitStack() as stack:
-        for name, stand_in in (("check_checkpoint", check), ("world_size", lambda: here), ("rank", lambda: me)):
+        for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(lab, name, stand_in))
         trainer = lab.DeepSpeedTrainer(engine)
         trainer.random_state_to_restore = {"of": "a checkpoint that was loaded before"}
-        returned = trainer.load_checkpoint("checkpoints", "step-3")
-    random_state = trainer.random_state_to_restore
-    return {"client": returned, "place": [trainer.epoch, trainer.samples], "random": random_state, "asked": sorted(set(asked))}
+        returned = trainer.load_checkpoint("checkpoints", tag)
+    place, random_state = [trainer.epoch, trainer.samples], trainer.random_state_to_restore
+    return {"client": returned, "place": place, "random": random_state, "asked": sorted(set(asked)), "left_out": left_out}
 
 
 def convert(source, parent) -> dict:
-    """Task 3.9: convert, and note what DeepSpeed's converter was asked for."""
+    """Task 3.9: convert, and note what DeepSpeed's converter was asked for, and how many random states are in what came of it, by file."""
     from deepspeed.checkpoint import ds_to_universal
 
     asked, main = [], ds_to_universal.main
@@ -428,7 +499,12 @@ def convert(source, parent) -> dict:
 
     with mock.patch.object(ds_to_universal, "main", noting):
         out = _lab().convert_to_universal(source, parent)
-    return {"returned": out, "asked": asked}
+    kept = {}
+    for states in Path(source).glob("*model_states.pt"):
+        converted = Path(out, states.name)
+        state = torch.load(converted, weights_only=False, map_location="cpu") if converted.exists() else {}
+        kept[states.name] = sum(isinstance(of_a_rank, dict) for of_a_rank in state.get("random") or ())
+    return {"returned": out, "asked": asked, "random_states": kept}
 
 
 def continue_universal(experiment: Experiment, run: Run) -> dict:

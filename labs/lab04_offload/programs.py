@@ -17,7 +17,7 @@ import torch
 
 from shardlab import switch
 from shardlab.milestones import engine_runs
-from shardlab.run.collectives import gather, rank
+from shardlab.run.collectives import barrier, gather, rank
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
 from shardlab.zero import ops
@@ -64,21 +64,41 @@ def files_overwritten(folder) -> list[str]:
     return lost
 
 
-def configure_offload_on_a_read_only_disk(folder) -> dict:
-    """Task 4.1: where each attempt to make a file or a folder ends in the kernel's EROFS."""
+def tried_without_write_bits(folder) -> dict[str, bool]:
+    """Task 4.1: whether a folder of mode 0555 is accepted, and whether this account can write into it: root can."""
+    create, path = switch.import_exercise("lab04_offload").create_offload_config, Path(folder, "mode-0555")
+    path.mkdir()
+    path.chmod(0o555)
+    try:
+        (path / "tried").touch()
+        (path / "tried").unlink()
+        can_be_written = True
+    except OSError:
+        can_be_written = False
+    try:
+        create(3, optimizer_offload=True, offload_device="nvme", nvme_path=path)
+        accepted = True
+    except ValueError:
+        accepted = False
+    path.rmdir()
+    return {"accepted": accepted, "can_be_written": can_be_written}
+
+
+def configure_offload_on_a_disk_that_says(folder, name: str) -> dict:
+    """Task 4.1: where each attempt to make a file or a folder ends in an error of the kernel's, such as EROFS."""
     create = switch.import_exercise("lab04_offload").create_offload_config
 
     def refusing(call):
         def refused(path, *args, **kwargs):
             if str(path).startswith(str(folder)):
-                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+                raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)), str(path))
             return call(path, *args, **kwargs)
 
         return refused
 
     with contextlib.ExitStack() as stack:
-        for owner, name in ((os, "open"), (os, "mkdir"), (builtins, "open"), (io, "open")):
-            stack.enter_context(mock.patch.object(owner, name, refusing(getattr(owner, name))))
+        for owner, call in ((os, "open"), (os, "mkdir"), (builtins, "open"), (io, "open")):
+            stack.enter_context(mock.patch.object(owner, call, refusing(getattr(owner, call))))
         return create(3, optimizer_offload=True, offload_device="nvme", nvme_path=folder)
 
 
@@ -109,31 +129,36 @@ class Clock:
 
 
 class Sum(torch.optim.Optimizer):
-    """Subtracts its gradients times a factor, and notes them. Each step takes its time on a clock."""
+    """Subtracts its gradients, of `elements` times a factor, and notes them. Each step takes its time on a clock."""
 
-    def __init__(self, parameters, factor: float, clock: Clock):
+    def __init__(self, parameters, factor: float, clock: Clock, elements: slice = slice(None)):
         super().__init__(parameters, {})
-        self.factor, self.gradients, self.clock = factor, [], clock
+        self.factor, self.gradients, self.clock, self.elements = factor, [], clock, elements
         self.parameter = self.param_groups[0]["params"][0]
         self.start = self.parameter.detach().clone()
 
     def step(self, closure=None):
+        now = self.clock.now
         self.gradients.append(self.parameter.grad.clone())
-        self.parameter.data.sub_(self.factor * self.parameter.grad)
+        self.parameter.data.sub_(self.parameter.grad)
+        self.parameter.data[self.elements].sub_((self.factor - 1.0) * self.parameter.grad[self.elements])
         self.parameter.grad.fill_(7.0)  # as one that decays weights changes its gradient in place
-        self.clock.now += self.factor * STEP_SECONDS[len(self.gradients) - 1]
+        self.clock.now = now + round(self.factor) * STEP_SECONDS[len(self.gradients) - 1]
 
 
 Sum.step.hooked = True  # or torch wraps it for its profiler at first use, and it looks as if somebody had replaced it
 
 
-def compare_two_sums(size: int, steps: int, seed: int) -> dict:
-    """Task 4.4: what two optimizers were given, that subtract their gradients once and three times, and what their steps took."""
+def compare_two_sums(size: int, steps: int, seed: int, factor: float = 3.0, first_element: int = 0) -> dict:
+    """Task 4.4: what two optimizers were given, that subtract their gradients once and `factor` times, and what their steps took.
+
+    They differ in the elements from `first_element` on.
+    """
     lab, clock, made = switch.import_exercise("lab04_offload"), Clock(), []
 
     def optimizer(factor: float):
         def make(parameters) -> Sum:
-            made.append(Sum(parameters, factor, clock))
+            made.append(Sum(parameters, factor, clock, slice(first_element, None)))
             return made[-1]
 
         return make
@@ -144,11 +169,30 @@ def compare_two_sums(size: int, steps: int, seed: int) -> dict:
         clock.now += 1000
         return draw(*args, **kwargs)
 
-    with clock.in_place_of_time(lab), mock.patch.object(torch, "randn", draw_slowly):
-        returned = lab.compare_optimizers(optimizer(1.0), optimizer(3.0), size, steps, seed=seed)
+    def slow(method):
+        def copying(tensor, *args, **kwargs):
+            clock.now += 1000
+            return method(tensor, *args, **kwargs)
+
+        return copying
+
+    torch.manual_seed(3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    before = torch.get_rng_state(), torch.get_num_threads()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(clock.in_place_of_time(lab))
+        stack.enter_context(mock.patch.object(torch, "randn", draw_slowly))
+        for name in ("clone", "copy_"):
+            stack.enter_context(mock.patch.object(torch.Tensor, name, slow(getattr(torch.Tensor, name))))
+        returned = lab.compare_optimizers(optimizer(1.0), optimizer(factor), size, steps, seed=seed)
+    left_alone = torch.equal(before[0], torch.get_rng_state()) and before[1] == torch.get_num_threads()
+    torch.set_num_threads(threads)
     first, second = made[:2]
     return {
         "returned": returned,
+        "left_alone": left_alone,
+        "apart": (first.parameter.detach() - second.parameter.detach()).abs().max().item(),
         "seconds": {factor: [factor * seconds for seconds in STEP_SECONDS[:steps]] for factor in (1, 3)},
         "same_tensor": first.parameter.data_ptr() == second.parameter.data_ptr(),
         "first": {"start": first.start, "gradients": first.gradients},
@@ -176,8 +220,15 @@ FIRST_OF_ITS_NODE = mock.patch.dict(os.environ, {"LOCAL_RANK": "0"})
 def save_offloaded(experiment: Experiment, run: Run) -> dict:
     """Task 4.7: save twice into one place, the second time a step later, and go on; what should be in the files, by rank."""
     lab, folder, engine = switch.import_exercise("lab04_offload"), run.folder / "checkpoints", engine_runs.build(experiment)
-    complete, kept = [], True
-    save, groups, events = torch.save, lab.swapped_groups, []
+    complete, kept, whole = [], True, []
+    save, groups, events, save_checkpoint = torch.save, lab.swapped_groups, [], engine.save_checkpoint
+
+    def saving(*args, **kwargs):
+        given = inspect.signature(save_checkpoint).bind(*args, **kwargs).arguments
+        whole.append(not given.get("exclude_frozen_parameters", False))
+        return save_checkpoint(*args, **kwargs)
+
+    engine.save_checkpoint = saving
 
     def noting(engine):
         for group in groups(engine):
@@ -191,22 +242,26 @@ def save_offloaded(experiment: Experiment, run: Run) -> dict:
 
     for step, path in ((1, str(folder)), (2, folder)):
         engine_runs.train_on(engine, experiment, run, step - 1, step)
-        client = {"note": "kept", "step": -step}
-        if step == 2:  # one sub-group more than there are now
+        client = {"note": "kept", "step": -step, "tag": "best", "ranks": 9}
+        given = dict(client)
+        if step == 2:  # one sub-group more than there are now, and one of a run on more ranks
             (folder / "last" / "offloaded" / f"rank{rank()}-group99.pt").touch()
+            (folder / "last" / "offloaded" / "rank10-group0.pt").touch()
+            barrier()
         engine.global_steps += engine_runs.STEPS_SKIPPED
         with mock.patch.object(torch, "save", save_slowly), mock.patch.object(lab, "swapped_groups", noting), FIRST_OF_ITS_NODE:
             returned = lab.save_offloaded(engine, path, "last", client)
         engine.global_steps -= engine_runs.STEPS_SKIPPED
         files = sorted(found.name for found in (folder / "last" / "offloaded").glob("*"))
         complete.append(gather(files))
-        kept = kept and client == {"note": "kept", "step": -step}
+        kept = kept and client == given
     torch.save(engine_runs.swapped_states(engine), run.folder / f"wanted{rank()}.pt")
     engine_runs.train_on(engine, experiment, run, 2, experiment.steps)
     return {
         "returned": repr(returned),
         "files_on_return": complete,
         "client_kept": gather(kept),
+        "whole": all(whole),
         "two_in_memory": ("read", "read") in zip(events, events[1:]),
     }
 
@@ -233,8 +288,20 @@ def load_offloaded(experiment: Experiment, run: Run) -> dict:
         whole.append(all(given.get(name, True) for name in ("load_lr_scheduler_states", "load_module_strict")))
         return load_checkpoint(*args, **kwargs)
 
-    engine.load_checkpoint = loading
-    with FIRST_OF_ITS_NODE:
+    engine.load_checkpoint, load, groups, events = loading, torch.load, lab.swapped_groups, []
+
+    def noting(engine):
+        for group in groups(engine):
+            events.append("group")
+            yield group
+            events.append("done")
+
+    def load_noted(file, *args, **kwargs):
+        if "group" in str(file):
+            events.append("read")
+        return load(file, *args, **kwargs)
+
+    with FIRST_OF_ITS_NODE, mock.patch.object(torch, "load", load_noted), mock.patch.object(lab, "swapped_groups", noting):
         client = lab.load_offloaded(engine, Path(options["checkpoints"]), options["tag"])
     states, at = engine_runs.swapped_states(engine), engine.global_steps
     torch.save(states, run.folder / f"loaded{rank()}.pt")
@@ -243,5 +310,6 @@ def load_offloaded(experiment: Experiment, run: Run) -> dict:
         gather(all(state["master"].shape == state[key].shape for state in states.values() for key in ("exp_avg", "exp_avg_sq")))
     ):
         engine_runs.train_on(engine, experiment, run, at - engine_runs.STEPS_SKIPPED, experiment.steps)
-    kept = [client.get("note"), client.get("seen")] if isinstance(client, dict) else repr(client)[:80]
-    return {"client": gather(kept), "at": at, "whole": all(whole)}
+    names = ("note", "seen", "step", "sampler")
+    kept = [client.get(name) for name in names] if isinstance(client, dict) else repr(client)[:80]
+    return {"client": gather(kept), "at": at, "whole": all(whole), "two_in_memory": ("read", "read") in zip(events, events[1:])}

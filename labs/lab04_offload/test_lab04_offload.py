@@ -2,6 +2,7 @@
 
 import copy
 import json
+import operator
 import shutil
 from math import ceil
 from pathlib import Path
@@ -165,12 +166,18 @@ def test_offload_configuration(lab, judge, tmp_path):
         ValueError,
         expected="ValueError where 1000 bytes are free of a disk of 100,000, and 1001 are needed",
     )
-    require_error(
-        lambda: lab.observe(f"{PROGRAMS}:configure_offload_on_a_read_only_disk", tmp_path),
-        ValueError,
-        mentions=(str(tmp_path),),
-        expected="ValueError that names the path on a read-only disk",
-    )
+    for name, words in (
+        ("EROFS", "a read-only disk"),
+        ("ENOSPC", "a full disk"),
+        ("EDQUOT", "a disk whose quota is used up"),
+        ("EIO", "a broken disk"),
+    ):
+        require_error(
+            lambda name=name: lab.observe(f"{PROGRAMS}:configure_offload_on_a_disk_that_says", tmp_path, name),
+            ValueError,
+            mentions=(str(tmp_path),),
+            expected=f"ValueError that names the path, on {words} ({name})",
+        )
     lost = lab.observe(f"{PROGRAMS}:files_overwritten", tmp_path)
     require(not lost, expected="files that are in the nvme_path to stay as they are, whatever their names", got=f"{lost} lost")
     # Only the folder's own disk counts.
@@ -182,6 +189,26 @@ def test_offload_configuration(lab, judge, tmp_path):
             expected="no error where just as many bytes are free as are needed",
             got=f"ValueError: {error}",
         )
+    for path, needed in ((None, 0), (tmp_path, 10 * free)):
+        require_error(
+            lambda path=path, needed=needed: lab.check_nvme_path(path, needed),
+            ValueError,
+            expected=f"ValueError from check_nvme_path({path and 'a folder'}, {needed:,}) itself",
+        )
+    linked = tmp_path / "linked"
+    linked.symlink_to(tmp_path, target_is_directory=True)
+    try:
+        lab.check_nvme_path(linked, 0)
+    except ValueError as error:
+        require(False, expected="no error for a link to a folder, such as /scratch", got=f"ValueError: {error}")
+    linked.unlink()
+    without_bits = lab.observe(f"{PROGRAMS}:tried_without_write_bits", tmp_path)
+    require(
+        without_bits["accepted"] == without_bits["can_be_written"],
+        expected=f"a folder of mode 0555 {'accepted' if without_bits['can_be_written'] else 'refused'}: this account "
+        f"{'can' if without_bits['can_be_written'] else 'cannot'} write into it, as trying shows",
+        got="accepted" if without_bits["accepted"] else "ValueError",
+    )
     refused("an aio setting that does not exist", ("depth",), aio={"depth": 1}, **(both | on_disk))
     refused(
         "parameters on NVMe without largest_parameter",
@@ -266,6 +293,11 @@ def test_offloaded_bytes_are_those_that_ranks_hold(lab, run_experiments):
             {"device": device, "host": host},
             of=f"offload_bytes({stage}, {given}, 100, {precision!r}) with offload of: {what}",
         )
+    states = dict(given)
+    for parameters in (1000, 5000):
+        states["parameters"] = parameters  # one dictionary, filled anew
+        got = lab.offload_bytes(2, states, 100, "bf16", optimizer_offload=True)
+        require_equal(got["device"], parameters, of=f"offload_bytes(2, {states}, 100, 'bf16', optimizer_offload=True)['device']")
     for (stage, what, precision), run in zip(MEASURED, offload_runs(run_experiments).values(), strict=True):
         held, groups = memory_model.States(**run.states()["ranks"][0]), run.states()["groups"]
         width, shard = {"fp32": 4, "bf16": 2}[precision], (held.optimizer + held.host_optimizer) // 12
@@ -294,6 +326,7 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
         ([[2**18 - 1]], 1, 0, "a tensor of less than 1 MiB stays in memory"),
         ([[2**18 + 1]], 1, 3 * (2**20 + 1024), "one element more takes a whole block of 1,024 bytes"),
         ([[1001] * 600], 2, 3 * 1175 * 1024, "600 parameters of 1,001 elements are 600 × 501 on each of 2 ranks, not 300,300"),
+        ([[1_572_863]], 6, 3 * 2**20, "⌈1,572,863 / 6⌉ = 262,144 elements on each of 6 ranks"),
         ([[2**18, 2**18 + 1], [100]], 2, 3 * (2**20 + 1024), "stage 3 rounds each parameter up: 131,072 + 131,073 elements"),
     ]
     for groups, ranks, wanted, why in cases:
@@ -324,7 +357,10 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
             got=f"{lab.swapped_bytes(groups, 2):,}",
         )
     disk = tmp_path / "with_gradient_in_its_name" / "run[1]*"
-    for rank, block in ((1, 1024), (10, 8192), (0, 2048)):
+    parameters = disk / "zero_stage_3" / "bfloat16params" / "rank1"  # of a run with both on NVMe
+    parameters.mkdir(parents=True)
+    (parameters / "0_param.tensor.swp").write_bytes(b"x" * 512)
+    for rank, block in ((1, 1024), (10, 8192), (0, 2048), (104, 16_384), (4, 512)):
         folder = disk / "zero_stage_3" / "optimizer" / f"rank{rank}"
         folder.mkdir(parents=True)
         for file, blocks in (("0_5.tensor.swp", 1), ("exp_avg-0_5.tensor.swp", 2), ("0_5_gradient_0_256.tensor.swp", 4)):
@@ -335,8 +371,14 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
             expected="1024 + 2048 bytes in the files of rank 1; the one with _gradient_ in its name is left over from the last step",
             got=lab.bytes_found(path, 1),
         )
-    got = [lab.bytes_found(disk, rank) for rank in (0, 10)]
-    require_equal(got, [3 * 2048, 3 * 8192], of="bytes_found() of ranks 0 and 10, in files of 2048 and 8192 bytes and more")
+    got = [lab.bytes_found(disk, rank) for rank in (0, 10, 104, 4)]
+    require_equal(
+        got,
+        [3 * 2048, 3 * 8192, 3 * 16_384, 3 * 512],
+        of="bytes_found() of ranks 0, 10, 104 and 4, each with files of its own size",
+    )
+    (folder.parent / "rank1" / "1_5.tensor.swp").write_bytes(b"x" * 100)
+    require_equal(lab.bytes_found(disk, 1), 3172, of="bytes_found() of rank 1, when a file of 100 bytes has been added since")
     agree_as_recorded(swapped(lab), __file__, "4.3", "swapped_bytes(groups, ranks){}")
 
 
@@ -395,6 +437,21 @@ def test_two_optimizers_take_the_same_steps(lab):
         expected=f"the largest absolute difference of the parameters, a float: {wanted:.4f}",
         got=got["largest_difference"],
     )
+    require(
+        seen["left_alone"],
+        expected="torch's own random generator and number of threads as they were before",
+        got="changed",
+    )
+    for size, factor, first_element, words in (
+        (50, 1.0 + 2e-7, 0, "that differ by rounding"),
+        (1_500_000, 3.0, 1_499_999, "of 1.5 million elements that differ in the last one"),
+    ):
+        close = lab.observe(f"{PROGRAMS}:compare_two_sums", size, 2, 7, factor, first_element)
+        require(
+            close["returned"]["largest_difference"] == close["apart"] > 0,
+            expected=f"a largest_difference of {close['apart']} for two {words}",
+            got=close["returned"]["largest_difference"],
+        )
     took, timed = seen["seconds"], {"first_seconds": 1, "second_seconds": 3}
     require(
         all(abs(got[key] - median(took[factor][1:])) < 1e-6 for key, factor in timed.items()),
@@ -508,11 +565,18 @@ def test_largest_model_that_fits(lab):
 
 
 def largest(of):
-    """As text: 2.0 is no number of parameters."""
+    """As text: 2.0 is no number of parameters. Twice, with a formula that remembers what it gave."""
 
     def found(device: int, host: int, ranks: int, device_bytes: int, host_bytes: int) -> str:
         room = {"ranks": ranks, "device_bytes": device_bytes, "host_bytes": host_bytes}
-        return repr(of.largest_model(lambda n: {"device": device * n, "host": host * n}, **room))
+        given: dict[int, dict] = {}
+
+        def bytes_of(parameters: int) -> dict[str, int]:
+            parameters = operator.index(parameters)  # of 4.0 parameters there is no model
+            return given.setdefault(parameters, {"device": device * parameters, "host": host * parameters})
+
+        once = of.largest_model(bytes_of, **room)
+        return repr(once if once == of.largest_model(bytes_of, **room) else "another one when asked again")
 
     return found
 
@@ -554,8 +618,9 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
     )
     wanted = [torch.load(run.folder / f"wanted{rank}.pt", weights_only=True) for rank in (0, 1)]
     names = sorted(f"rank{rank}-group{number}.pt" for rank in (0, 1) for number in wanted[rank])
+    with_others = sorted([*names, "rank10-group0.pt"])  # there before the second save: no rank of this run may remove it
     require(
-        all(files == [names, names] for files in run.results["files_on_return"]),
+        run.results["files_on_return"] == [[names, names], [with_others, with_others]],
         expected=f"on every rank, all these files when save_offloaded returns, the first time too: {', '.join(names)}",
         got=run.results["files_on_return"],
     )
@@ -563,6 +628,11 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
         run.results["client_kept"] == [True, True],
         expected="the caller's client_state left as it was",
         got="it was changed",
+    )
+    require(
+        run.results["whole"],
+        expected="the engine to save all but the swapped tensors, what is not trained too",
+        got="exclude_frozen_parameters switched on",
     )
     require(
         not run.results["two_in_memory"],
@@ -593,9 +663,9 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
     for rank in (0, 1):
         model_states = folder / "last" / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt"
         found = safely_loaded(model_states) if model_states.exists() else {}
-        client = (found.get("note"), found.get("step")) if found else "no such file"
+        client = (found.get("note"), found.get("step"), found.get("tag"), found.get("ranks")) if found else "no such file"
         require(
-            client == ("kept", -2),
+            client == ("kept", -2, "best", 9),
             expected=f"the engine's own part next to it: {model_states.name}, with the client state as it was given",
             got=client,
         )
@@ -627,6 +697,11 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
         options={"checkpoints": str(reference), "tag": "step-2"},
         seed=11,
     )
+    of_rank_10 = reference / "step-2" / "offloaded" / "rank10-group0.pt"
+    if not of_rank_10.exists():
+        with once("rank-10-offload") as first:
+            if first:
+                shutil.copy(of_rank_10.with_name("rank0-group0.pt"), of_rank_10)
     no_folder = visible_folder() / "offload" / "broken"
     with once("broken-offload") as first:
         if first:
@@ -648,16 +723,6 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
         expected="ValueError that names the folder that is missing",
         got=refused[0],
     )
-    try:
-        run_experiments([lacking])
-        said = "no error"
-    except RankError as error:
-        said = error.error
-    require(
-        said.startswith("ValueError") and "rank1-group1.pt" in said,
-        expected="ValueError that names the file that is missing, where it is one of rank 1's alone: rank1-group1.pt",
-        got=said,
-    )
     require(
         runs["nvme-plain"].results["global_steps"] == 0,
         expected="nothing loaded where the folder is missing: optimizer step 0",
@@ -665,9 +730,15 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
     )
     run = runs["nvme-loaded"]
     require(
-        (run.results["at"], run.results["client"]) == (2 + engine_runs.STEPS_SKIPPED, [["kept", [1, 2]]] * 2),
-        expected=f"optimizer step {2 + engine_runs.STEPS_SKIPPED}, as the engine counts, and on each rank the client state with its note 'kept' and [1, 2] as seen",
-        got=f"step {run.results['at']}, note and seen {run.results['client']!r}",
+        (run.results["at"], run.results["client"]) == (2 + engine_runs.STEPS_SKIPPED, [["kept", [1, 2], 7, {"at": 3}]] * 2),
+        expected=f"optimizer step {2 + engine_runs.STEPS_SKIPPED}, as the engine counts, and on each rank the client state, note 'kept', seen [1, 2], "
+        "step 7 and sampler {'at': 3}",
+        got=f"step {run.results['at']}, note, seen, step and sampler {run.results['client']!r}",
+    )
+    require(
+        not run.results["two_in_memory"],
+        expected="each file put in place before the next one is read: only one must fit into memory",
+        got="two read and none put in place in between",
     )
     require(
         run.results["whole"],
@@ -690,4 +761,14 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
         farthest(run.losses(), wanted) <= 1e-5,
         expected=f"the losses of the run that never stopped: {[round(x, 5) for x in wanted]}",
         got=[round(x, 5) for x in run.losses()],
+    )
+    try:
+        run_experiments([lacking])
+        said = "no error"
+    except RankError as error:
+        said = error.error
+    require(
+        said.startswith("ValueError") and "rank1-group1.pt" in said,
+        expected="ValueError that names the file that is missing, where it is one of rank 1's alone: rank1-group1.pt",
+        got=said,
     )

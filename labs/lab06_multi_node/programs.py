@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from unittest import mock
@@ -46,7 +51,14 @@ def uneven_gradient(experiment: Experiment, run: Run) -> dict:
 def stop_at_different_steps(experiment: Experiment, run: Run) -> dict:
     """Task 6.8: after which step each rank stops, where each is asked in a step of its own; drawn here if `asked` is not given."""
     lab, options = switch.import_exercise("lab06_multi_node"), experiment.options
-    stopped, kinds = options["steps"], []
+    stopped, kinds, made = options["steps"], [], []
+    new_group = torch.distributed.new_group
+
+    def counted(*args, **kwargs):
+        made.append(args)
+        return new_group(*args, **kwargs)
+
+    torch.distributed.new_group = counted
     # Drawn, nobody but this rank knows it: an answer that is right needs the others.
     mine = options["asked"][rank()] if "asked" in options else 1 + int.from_bytes(os.urandom(4)) % options["steps"]
     for step in range(1, options["steps"] + 1):
@@ -55,7 +67,120 @@ def stop_at_different_steps(experiment: Experiment, run: Run) -> dict:
         # All ranks take all steps here, so that a wrong answer is seen, not waited for.
         if answer and stopped == options["steps"]:
             stopped = step
-    return {"stopped": gather(stopped), "asked": gather(mine), "kinds": gather(kinds[0])}
+    torch.distributed.new_group = new_group
+    return {"stopped": gather(stopped), "asked": gather(mine), "kinds": gather(kinds[0]), "groups": len(made)}
+
+
+def executable(path: Path, text: str) -> None:
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+
+
+def started_on_nodes(settings: dict, program: list[str], setup: str = "true", getent: str = "echo 10.1.2.3 STREAM node1") -> dict:
+    """Task 6.4: the script run by bash, where `srun` stands for four nodes, one after the other.
+
+    Args:
+        settings: of `batch_script`, without the others.
+        setup: a line after those that put `srun`, `torchrun` and `getent` in place.
+        getent: what `getent` does.
+
+    Returns:
+        `status` of the script, and `torchruns`: the words of each, by node.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        words = Path(folder, "words")
+        executable(Path(folder, "torchrun"), f'printf "%s\\0" "$SLURM_NODEID" "$#" "$@" >>{shlex.quote(str(words))}')
+        executable(Path(folder, "getent"), getent)
+        nodes = 'for node in 0 1 2 3; do SLURM_NODEID=$node SLURM_PROCID=$node "$@"; done'
+        executable(Path(folder, "srun"), f"while [[ $1 == -* || $1 =~ ^[0-9]+$ ]]; do shift; done\n{nodes}")
+        lines = f'PATH={shlex.quote(folder)}:"$PATH"\n{setup}'
+        text = switch.import_exercise("lab06_multi_node").batch_script(**settings, setup=lines, program=program)
+        script = Path(folder, "job.sh")
+        script.write_text(text)
+        job = {"SLURM_JOB_ID": "4123456", "SLURM_JOB_NUM_NODES": "4", "SLURM_NNODES": "4", "SLURM_NODEID": "0"}
+        done = subprocess.run(
+            ["bash", script],
+            cwd=folder,
+            env=os.environ | job,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=30,
+            check=False,
+        )
+        noted, torchruns = words.read_text().split("\0")[:-1] if words.exists() else [], []
+        while noted:
+            node, count = int(noted[0]), int(noted[1])
+            torchruns.append([node, noted[2 : 2 + count]])
+            noted = noted[2 + count :]
+    return {"status": done.returncode, "torchruns": torchruns}
+
+
+LIVES = {
+    "fails with 5": ("exit 5", []),
+    "is asked, and fails while it saves": (
+        'mkdir -p "$run"; until [ -e "$run/stop" ]; do sleep 0.1; done; rm "$run/stop"; touch "$run/stop"; exit 6',
+        [0.6],
+    ),
+    "is asked before it has a run folder": (
+        'sleep 1.2; mkdir -p "$run"; for _ in $(seq 50); do sleep 0.1; [ ! -e "$run/stop" ] || exit 0; done; exit 7',
+        [0.5],
+    ),
+    "dies in its first checkpoint": (
+        'mkdir -p "$run/checkpoints/checkpoint-5"; touch "$run/checkpoints/checkpoint-5/model.pt"; exit 8',
+        [],
+    ),
+    "dies after checkpoint 100, of an older one of step 80": (
+        'mkdir -p "$run/checkpoints/checkpoint-100"; touch "$run/checkpoints/checkpoint-100/complete.json"; exit 9',
+        [],
+    ),
+    "is asked twice": (
+        'mkdir -p "$run"; until [ -e "$run/stop" ]; do sleep 0.1; done; sleep 1.5; touch "$run/saved"; exit 0',
+        [0.6, 1.2, 1.6],
+    ),
+}
+"""Task 6.9: what stands for the ranks, and after how many seconds the script's shell gets SIGUSR1."""
+
+
+def lives() -> dict[str, list]:
+    """Task 6.9: for each of `LIVES`, the script's exit status, how often it asked for a requeue, and whether `saved` was there at its end."""
+    surviving = switch.import_exercise("lab06_multi_node").surviving
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(LIVES)) as pool:
+        bin_folder = Path(folder, "bin")
+        bin_folder.mkdir()
+        executable(bin_folder / "scontrol", '[ "$1" != requeue ] || echo "$2" >>"$REQUEUED"')
+
+        def live(number: int, ranks: str, signals: list[float]) -> list:
+            place = Path(folder, f"run {number}")
+            requeued, script = Path(folder, f"requeued-{number}"), Path(folder, f"{number}.sh")
+            if "checkpoint-100" in ranks:
+                (place / "checkpoints" / "checkpoint-80").mkdir(parents=True)
+                (place / "checkpoints" / "checkpoint-80" / "complete.json").touch()
+            launch = f"bash -c {shlex.quote(f'run={shlex.quote(str(place))}; {ranks}')}"
+            script.write_text(f"set -euo pipefail\n{surviving(launch, str(place))}\n")
+            variables = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "REQUEUED": str(requeued), "SLURM_JOB_ID": "17"}
+            output = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            shell = subprocess.Popen(["bash", script], env=os.environ | variables, start_new_session=True, **output)
+            started = time.monotonic()
+            for after in signals:
+                time.sleep(max(0.0, started + after - time.monotonic()))
+                if shell.poll() is None:
+                    shell.send_signal(signal.SIGUSR1)
+            try:
+                status = shell.wait(timeout=25)
+            except subprocess.TimeoutExpired:
+                status = "no end"
+            saved = (place / "saved").exists()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
+            return [status, len(requeued.read_text().splitlines()) if requeued.exists() else 0, saved]
+
+        return dict(zip(LIVES, pool.map(live, range(len(LIVES)), *zip(*LIVES.values()))))
+
+
+def rendezvous_of_this_process(variables: dict, address: str, ranks_per_node: int) -> dict:
+    """Task 6.2: with `os.environ` itself, which is a mapping and no dictionary."""
+    with mock.patch.dict(os.environ, variables):
+        return switch.import_exercise("lab06_multi_node").rendezvous(os.environ, address, ranks_per_node)
 
 
 def rendezvous_within_a_job(variables: dict, address: str, ranks_per_node: int) -> dict:

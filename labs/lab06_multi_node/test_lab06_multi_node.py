@@ -38,6 +38,10 @@ def test_node_lists(lab):
         "a[1-2],b,c[3,5-6],d",
         "z[2],a[1]",
         "c[9-11]",
+        "n[001-3]",
+        "GPU[01-02],nodeA",
+        "node[1-2500]",
+        f"n[{','.join(map(str, range(1, 3001, 2)))}]",
     ]
     rng = random.Random(6)
     for _ in range(20):
@@ -125,6 +129,12 @@ def test_rendezvous(lab):
             mentions=(name,),
             expected=f"ValueError where `variables` lacks {name}, though this process itself may run in a job",
         )
+    of_process = lab.observe(f"{PROGRAMS}:rendezvous_of_this_process", task_variables(SLURM_NODEID="0"), "10.0.0.7", 16)
+    require_equal(
+        {key: str(value) for key, value in of_process.items()},
+        wanted | {"nnodes": "3", "nproc-per-node": "16", "rdzv-conf": "is_host=true"},
+        of="rendezvous(os.environ, '10.0.0.7', 16) on node 0",
+    )
     for address in ("localhost", "127.0.0.1", "127.0.1.1"):
         require_error(
             lambda address=address: lab.rendezvous(task_variables(), address, 4),
@@ -170,6 +180,9 @@ def test_hostfile(lab, tmp_path):
         (["n1", "n2", "n3"], "4(x2),3", [4, 4, 3]),
         (["a", "b", "c", "d", "e"], "1,8(x3),2", [1, 8, 8, 8, 2]),
         ([f"n{number}" for number in range(12)], "4(x12)", [4] * 12),
+        ([f"n{number}" for number in range(1500)], "8(x1499),3", [8] * 1499 + [3]),
+        ([f"n{number}" for number in range(1300)], ",".join(["4", "3"] * 650), [4, 3] * 650),
+        (("gpu1.cluster.example", "gpu1.other.example"), "4(x2)", [4, 4]),
     ):
         path, text = tmp_path / "hosts", None
         try:
@@ -285,6 +298,39 @@ def test_batch_script(lab, run_experiments, workspace, slurm_beside_exercises):
         lab.batch_script(**(settings | {"nodes": 7}), log="/tmp/log.out", setup=f"{FIRST_OF_SETUP}\ntrue", program=AWKWARD),
         "/tmp/log.out",
     )
+    # By bash alone, where srun, torchrun and getent are stood in for: four nodes, and what goes wrong before the ranks start.
+    on_nodes = settings | {"nodes": 4, "ranks_per_node": 3, "log": "/tmp/log.out"}
+    odd = [*AWKWARD, "`date`", "$HOME $(date)", "a\\\\b\\c", 'say "so"', "*", ""]
+    ran = lab.observe(f"{PROGRAMS}:started_on_nodes", on_nodes, odd)
+    require(
+        [node for node, _ in ran["torchruns"]] == [0, 1, 2, 3] and ran["status"] == 0,
+        expected="one torchrun on each of 4 nodes, and status 0",
+        got=f"torchruns on nodes {[node for node, _ in ran['torchruns']]}, status {ran['status']}",
+    )
+    for node, words in ran["torchruns"]:
+        options, tail = [word.replace("_", "-") for word in words[: -len(odd)]], words[-len(odd) :]
+        require_equal(tail, odd, of=f"the last words of torchrun on node {node}: the program's, each as it is")
+        given = dict(word.removeprefix("--").partition("=")[::2] for word in options if "=" in word)
+        given |= {word.removeprefix("--"): after for word, after in zip(options, options[1:]) if "=" not in word}
+        wanted = {"nnodes": "4", "nproc-per-node": "3", "rdzv-endpoint": "10.1.2.3:15456"}
+        require_equal(
+            {key: given.get(key) for key in wanted},
+            wanted,
+            of=f"torchrun's options on node {node} of 4, of job 4123456 whose node 0 is 10.1.2.3",
+        )
+        host = given.get("rdzv-conf", "").replace("is-host=1", "is-host=true").replace("is-host=0", "is-host=false")
+        require_equal(host, f"is-host={str(node == 0).lower()}", of=f"rdzv-conf on node {node} of 4")
+    for words, changes in (
+        ("a line of setup that fails", {"setup": "false"}),
+        ("a variable in setup that is not set", {"setup": 'echo "$NO_SUCH_VARIABLE"'}),
+        ("getent that finds nothing", {"getent": "exit 2"}),
+    ):
+        ran = lab.observe(f"{PROGRAMS}:started_on_nodes", on_nodes, odd, **changes)
+        require(
+            ran["status"] != 0 and not ran["torchruns"],
+            expected=f"{words} to end the job before any torchrun",
+            got=f"status {ran['status']}, and {len(ran['torchruns'])} torchruns",
+        )
     site = jobs.site()
     setup = batch.setup_lines(site)
     folder = jobs.folder_for(workspace, lab.batch_script(**settings, log="log", setup=setup, program=["two words"]))
@@ -411,6 +457,13 @@ def test_shares_of_the_global_batch(lab, run_experiments):
             expected=f"on {run.experiment.ranks} ranks, the gradient of the mean over the global batch of 10, as one rank has it",
             got=f"one that differs by {run.results['difference']:.2g}; weights {run.results['weights']}",
         )
+    for function in ("share", "loss_weight"):
+        elsewhere = lab.observe("shardlab.milestones.elsewhere:call", "lab06_multi_node", function, 300, 1, 200)
+        require_equal(
+            elsewhere,
+            getattr(lab, function)(300, 1, 200),
+            of=f"{function}(300, 1, 200) on a rank of a process group of 5, and without one",
+        )
     agree_as_recorded(share_of(lab), __file__, "6.5 share", "share{}")
     agree_as_recorded(lab.loss_weight, __file__, "6.5 weight", "loss_weight{}")
 
@@ -493,6 +546,9 @@ def test_scaling(lab, tmp_path):
         made_run(tmp_path, f"strong{n}", [1.0, s, s], ranks=n, micro_batch=16 // n, accumulation=1)
         for n, s in ((2, 150.0), (4, 240.0))
     ]
+    before = list(weak)
+    lab.scaling(weak)
+    require(weak == before, expected="the caller's list of runs left in its order", got=[run.experiment.ranks for run in weak])
     for kind, runs, wanted in (
         ("weak", weak, [(1, 80.0, 80.0, 1.0), (2, 152.0, 76.0, 0.95), (8, 512.0, 64.0, 0.8)]),
         ("strong", strong, [(2, 150.0, 75.0, 1.0), (4, 240.0, 60.0, 0.8)]),
@@ -557,12 +613,26 @@ def test_stopping_together(lab, run_experiments):
             got=f"rank 0 after step {stopped[0]}, rank 1 after step {stopped[1]} (8: not at all)",
         )
         require(
+            not run.results["groups"],
+            expected="the process group that there is: stop_together is called after each optimizer step",
+            got=f"{run.results['groups']} new groups in 8 calls",
+        )
+        require(
             run.results["kinds"] == ["bool"] * 2,
             expected="True or False",
             got=run.results["kinds"],
         )
 
 
+WANTED_LIVES = {
+    "fails with 5": (5, 0, False),
+    "is asked, and fails while it saves": (6, 0, False),
+    "is asked before it has a run folder": (0, 1, False),
+    "dies in its first checkpoint": (8, 0, False),
+    "dies after checkpoint 100, of an older one of step 80": (9, 1, False),
+    "is asked twice": (0, 1, True),
+}
+"""By the name of a life that bash alone plays: the script's status, requeues, and whether the ranks have saved before it ends."""
 FAKE = {
     "succeeds": '[ ! -e "$run" ] || { touch "$run/was there"; exit 4; }',
     "fails again and again": "exit 5",
@@ -579,6 +649,15 @@ FAKE = {
 @pytest.mark.milestone(task="6.9", points=15, section="A job that ends before its training")
 def test_surviving(lab, run_experiments, workspace, slurm_beside_exercises):
     own_lines = lab.surviving("launch", "run")
+    for name, (status, requeued, saved) in lab.observe(f"{PROGRAMS}:lives").items():
+        wanted_status, wanted_requeued, wanted_saved = WANTED_LIVES[name]
+        require(
+            (requeued, saved) == (wanted_requeued, wanted_saved) and (wanted_requeued or status == wanted_status),
+            expected=f"of ranks that stand for training which {name}: {'a requeue' if wanted_requeued else f'status {wanted_status}, and no requeue'}"
+            + (", and not before the ranks have saved" if wanted_saved else ""),
+            got=f"{requeued} × scontrol requeue, status {status}"
+            + (", before the ranks had saved" if wanted_saved and not saved else ""),
+        )
     site = jobs.site()
     folder = jobs.folder_for(workspace, own_lines)
     logs = jobs.log_folder(workspace)

@@ -5,7 +5,8 @@ run=$runs/multi-node-$SLURM_JOB_ID
 
 # Two minutes before the time is up, Slurm sends this shell SIGUSR1 (--signal above). The ranks look for the file after each step.
 rm -f "$run/stop"
-trap 'touch "$run/stop" || true' USR1
+# It may not be there yet, and is the ranks' to make: then the file comes when the folder does.
+trap '{ until touch "$run/stop" 2>/dev/null || ! kill -0 $$; do sleep 1; done; } &' USR1
 
 # This script runs on the first node of the allocation, so its own address is where all ranks meet. There is no fallback: with another
 # address, such as localhost, each node would wait for ever, or train alone and say nothing.

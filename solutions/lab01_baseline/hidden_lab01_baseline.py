@@ -28,7 +28,8 @@ CONTEXT = (
 
 REFERENCE = solution("lab01_baseline")
 
-WORDS = "The|bridge|Zürich|1832|東京|a\u0301|—|</s>|<pad>|.||\n|\t|mill\nat|x\r\ny|\r|\x0b|a\u2028b|क\u094d\u200dष".split("|")
+WORDS = r"The|bridge|Zürich|1832|“oak”|it’s|🙂|東京|—|</s>|<pad>|<unk>|.|".split("|")
+WORDS += ["10\u00a0km", "a\u0301", "\n", "\t", "mill\nat", "x\r\ny", "\r", "\x0b", "a\u2028b", "क\u094d\u200dष"]
 MARKS = r'\frac|\d|C:\new|{context}|{question}|{0}|%s|&amp;|&lt;|Question:|Context:|Answer:|"I|came"|(x)|Ms.|Inc.'.split("|")
 TEXTS = st.lists(st.sampled_from(WORDS) | st.sampled_from(WORDS + MARKS), max_size=24).map(" ".join)
 """Words between single spaces, of which some are empty: double spaces, line breaks, marks that tokenizers and templates know."""
@@ -43,6 +44,8 @@ def test_another_prompt(lab):
         ("Who?\r\n", "b\r\nc"),
     ]
     edges += [("Question: is it?", '"I came", he said. "So"'), ("name\u200dit", "\x85a\u2028b\u3000"), ("Who?", CONTEXT * 40)]
+    edges += [(QUESTION, CONTEXT * 40), (QUESTION * 30, CONTEXT), ("10\u00a0km?", "“oak”, it’s 🙂 10\u00a0km")]
+    edges += [(f"{space}Who?{space}", f"{space}a b{space}") for space in "\u202f\u2009\u2003\u2029\u1680\u205f\x1c\x1f"]
     agree(lab.format_prompt, REFERENCE.format_prompt, st.tuples(TEXTS, TEXTS), first=edges, record="1.1")
     for question, context in ((QUESTION, CONTEXT), ("\tWho?", "Nobody. \n"), ("Is 3 > 2 ?", "It  is.")):
         assert lab.format_prompt(question, context) == f"Question: {question.strip()} Context: {context.strip()} Answer:"
@@ -67,6 +70,9 @@ def test_another_long_prompt(lab, tokenizer):  # noqa: F811
         first=[*exact, (QUESTION, "", bare), (QUESTION, "one", bare), (QUESTION, " one", bare)]
         + [(QUESTION, lines, budget) for budget in range(bare + 2, whole, 3)]
         + [(QUESTION, " ".join([CONTEXT] * 60), budget) for budget in (4096,)]
+        + [(QUESTION, " ".join([CONTEXT] * 30), 60)]
+        + [(QUESTION, " ".join(["oak"] * 9000), budget) for budget in (9000, 10**6)]
+        + [(QUESTION, "It is 10\u00a0km long and 10\u00a0km wide", budget) for budget in range(bare + 1, bare + 16)]
         + [(QUESTION, "name\tage city\tTorsu 12", budget) for budget in range(bare, bare + 20)]
         + [(QUESTION, "one" + " " * 120 + "two", budget) for budget in (bare + 3, 90)],
         record="1.2",
@@ -83,7 +89,8 @@ def test_another_answer(lab, tokenizer):  # noqa: F811
     edges = [(QUESTION, CONTEXT, "in 1907", len(ids) + more) for more in (1, 0, -1, -2)] + [(QUESTION, CONTEXT, "", 400)]
     answers = ["oak", "1832", " 1832", "the oak", "St. J.", "a\nb", "two sisters", CONTEXT[:90]]
     edges += [(QUESTION, CONTEXT, answer, limit) for answer in answers for limit in (24, 40, 56, 400)]
-    edges += [(QUESTION, " ".join([CONTEXT] * 16), "oak", 1024)]
+    edges += [(QUESTION, " ".join([CONTEXT] * 16), "oak", 1024), (QUESTION, " ".join([CONTEXT] * 60), "oak", 4096)]
+    edges += [(QUESTION, CONTEXT, " ".join(["oak"] * 900), 2500), (QUESTION, CONTEXT, "the <unk> of Orvik", 400)]
     drawn = st.tuples(TEXTS, TEXTS, TEXTS, st.integers(8, 120))
     agree(encoded_example(lab, tokenizer), encoded_example(REFERENCE, tokenizer), drawn, first=edges)
 
@@ -111,11 +118,12 @@ def test_another_batch(lab):
         for lengths in ([600], [3, 2], [1], [105, 90], [1501, 2], [3] * 17)
         for last in (2, IGNORED, 250_679)
     ]
+    large = [[{"input_ids": [7] * n, "labels": [8] * n} for n in lengths] for lengths in ([5000], [1] * 300)]
     agree(
         lab.collate,
         REFERENCE.collate,
         batches,
-        first=[(row, pad) for row in rows for pad in (0, 3, 250_001)],
+        first=[(row, pad) for row in rows for pad in (0, 3, 250_001)] + [(many, 3) for many in large],
         same=equal_tensors,
         record="1.4",
     )
@@ -185,14 +193,15 @@ def test_another_log(lab):
         "eval_samples_per_second": 13.0,
         "steps_per_epoch": 20,
     }
-    number = st.floats(0, 9, allow_nan=False) | st.just(0.0)
-    trained = st.lists(st.fixed_dictionaries({"loss": number, "epoch": number}), min_size=1, max_size=4)
-    evaluation = {"eval_loss": number, "eval_samples_per_second": number, "epoch": number | st.integers(0, 3)}
+    number = st.floats(0, 9, allow_nan=False) | st.sampled_from([0.0, float("inf")])
+    at = st.floats(0, 9, allow_nan=False) | st.just(0.0)
+    trained = st.lists(st.fixed_dictionaries({"loss": number, "epoch": at}), min_size=1, max_size=4)
+    evaluation = {"eval_loss": number, "eval_samples_per_second": number, "epoch": at | st.integers(0, 3)}
     evaluated = st.lists(st.fixed_dictionaries(evaluation), max_size=3)
 
     @st.composite
     def histories(draw) -> tuple:
-        step, epoch = draw(st.integers(1, 500)), draw(st.floats(0.05, 7) | st.integers(1, 7))
+        step, epoch = draw(st.integers(1, 500)), draw(st.floats(0.05, 7) | st.integers(1, 7) | st.floats(0.0005, 0.02))
         assume(abs(step / epoch % 1 - 0.5) > 1e-6)  # a half may be rounded either way
         entries = draw(st.permutations([*draw(trained), *draw(evaluated)]))
         last = {"train_runtime": 9.0, "train_samples_per_second": draw(number), "train_loss": 3.0, "epoch": epoch, "step": step}
@@ -208,6 +217,8 @@ def test_another_log(lab):
     long = [{"eval_loss": 8.0, "eval_samples_per_second": 3.0, "epoch": 0}]
     long += [{"loss": 7.0 - at / 100, "epoch": at / 650} for at in range(1, 651)] + [summary]
     agree(summarised(lab), summarised(REFERENCE), histories(), first=[(twice,), (long,)], record="1.8")
+    longer = long[:1] + [{"loss": 7.0, "epoch": at / 30_000} for at in range(1, 30_001)] + [summary]
+    agree(summarised(lab), summarised(REFERENCE), st.tuples(st.just(longer)), count=1)
 
 
 @pytest.mark.milestone(task="1.9")
@@ -223,7 +234,7 @@ def test_other_samples(lab, tmp_path):
         "gpu1": (9.0, 8.0, 7.0),
         "host": (1000.0, 1000.0, 1000.0),
     }
-    names = ["gpu0", "GPU1", "rank0", "rank1", "rank10", "rank11", "a, b"]
+    names = ["gpu0", "GPU1", "rank0", "rank1", "rank10", "rank11", "rank100", "rank101", "a, b"]
     samples = st.tuples(st.sampled_from(names), st.just(0) | st.integers(0, 2**41) | st.integers(2**41, 2**43))
 
     def same(wanted, got) -> bool:
@@ -236,4 +247,6 @@ def test_other_samples(lab, tmp_path):
     drawn, edges = st.tuples(st.lists(samples, max_size=12)), [(None,), ([],), ([("rank0", 0)],), ([("gpu0", 2**43)] * 3,)]
     edges += [([("rank1", 5), ("rank10", 6), ("rank1", 7)],), ([("gpu0", 10**9 + at) for at in range(3000)] + [("gpu0", 2**35)],)]
     rows = memory_rows(lab, str(path)), memory_rows(REFERENCE, str(path))
+    long = [(f"rank{at % 3}", (at * at) % 10**9) for at in range(120_000)]  # more than an hour of one device
+    agree(*rows, st.tuples(st.just(long)), count=1, same=same)
     agree(*rows, drawn, first=edges, count=30, same=same, record="1.9")

@@ -212,8 +212,8 @@ def generate_answers(model, tokenizer, prompts: list[list[int]], max_new_tokens:
         max_new_tokens: the longest answer.
 
     Returns:
-        One text a prompt, in the same order: only the new tokens up to the end-of-sequence token, without special tokens, stripped
-        of white space.
+        One text a prompt, in the same order: only the new tokens up to the tokenizer's end-of-sequence token, which a model's own
+        settings may not know, without special tokens, stripped of white space.
         Greedy: no sampling, and dropout off (`model.eval()`), so the same prompts give the same answers.
     """
     # BEGIN SOLUTION 1.7
@@ -223,7 +223,8 @@ def generate_answers(model, tokenizer, prompts: list[list[int]], max_new_tokens:
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.no_grad():
         output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), do_sample=False, num_beams=1,
-                                max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id)
+                                max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
+                                pad_token_id=tokenizer.pad_token_id)
     return [text.strip() for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
     # END SOLUTION
 

@@ -152,14 +152,14 @@ def check_deepspeed_config(config: dict, *, world_size: int, with_trainer: bool 
         return True
 
     search(config, "")
+    zero = config.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(f'zero_optimization is {json.dumps(zero)}, and must be an object: {{"stage": …}}')
     if reason := deepspeed_refuses(config, world_size):
         raise ValueError(f"DeepSpeed refuses it: {reason}")
     unknown = sorted(set(config) - TOP_LEVEL_KEYS)
     if unknown:
         raise ValueError(f"'{unknown[0]}' is no key of DeepSpeed's configuration; DeepSpeed would ignore it and not say so")
-    zero = config.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise ValueError(f'zero_optimization is {json.dumps(zero)}, an old form; write {{"stage": …}}')
     stage = zero.get("stage", 0)
     if not isinstance(stage, int) or isinstance(stage, bool):
         raise ValueError(f"zero_optimization.stage is {json.dumps(stage)}; ZeRO has the stages 0, 1, 2 and 3")
@@ -193,13 +193,16 @@ def load_config(path: str | Path) -> dict:
 
     Raises:
         ValueError: with a sentence that names the file, for
-            a file that is not JSON. Where `hjson.loads` reads an object, the sentence says that it is DeepSpeed that reads it, and
-            `Trainer` that does not;
+            a file that is not JSON in UTF-8. Where `hjson.loads` reads an object, the sentence says that it is DeepSpeed that
+            reads it, and `Trainer` that does not;
             a key given twice in one object; the sentence names the key;
             JSON that is no object. (A missing file raises FileNotFoundError by itself.)
     """
     # BEGIN SOLUTION 2.3
-    text = Path(path).read_text(encoding="utf-8-sig")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8, as JSON is: {error.reason} at byte {error.start}") from None
 
     def once(pairs):
         keys = [key for key, _ in pairs]

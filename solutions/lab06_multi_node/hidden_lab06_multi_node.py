@@ -47,6 +47,8 @@ def test_other_node_lists(lab):
     edges += "n[1-2][3]x n[7,1-3] n[1,1] n[1-2-3] n[1_0] n[+1] n[a] n[10-9] n[9-08] n]1[".split()
     edges += "n[01-100] ,a a,,b r[1-2]n[1-2]-ib node.x[1-2] a_b[1-2] a[1][2] [1-2] ok,node[3-1] n[1-٣] n[08,9-11]x,m".split()
     edges += ["", ",", "n[ 1]", "n[1\n]", "nid[000998-001001]", "node[1020-1024]", "a[1-2]b[1]c[1]d[1-2]", "n[99998-100001,7]"]
+    edges += ["n[001-3]", "n[01-1]", "GPU[01-02],nodeA", "node[1-3000]", f"n[{','.join(map(str, range(1, 2600, 2)))}]"]
+    edges += [",".join(f"n{number}" for number in range(1500))]
     drawn = st.tuples(node_lists())
     agree(lab.expand_nodelist, REFERENCE.expand_nodelist, drawn, first=[(edge,) for edge in edges], record="6.1")
 
@@ -63,7 +65,7 @@ def test_another_job(lab):
         "rdzv-endpoint": f"192.168.7.9:{12000 + 98765 % 10000}",
         "rdzv-conf": "is_host=false",
     }
-    number = (st.integers(0, 3) | st.integers(4, 128)).map(str)
+    number = (st.integers(0, 3) | st.integers(4, 128) | st.integers(129, 5000)).map(str)
     names = {"SLURM_JOB_ID": st.integers(1, 10**7).map(str), "SLURM_JOB_NUM_NODES": number, "SLURM_NODEID": number}
     missing = st.sampled_from([*names, *[None] * 5])
     given = st.tuples(st.fixed_dictionaries(names), missing)
@@ -73,13 +75,16 @@ def test_another_job(lab):
     )
 
     whole = {"SLURM_JOB_ID": "7000", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1"}
-    edges = [(whole | {"SLURM_NODEID": node, "SLURM_JOB_NUM_NODES": "21"}, "10.0.0.7", 8) for node in ("0", "10", "20", "1")]
+    edges = [
+        (whole | {"SLURM_NODEID": node, "SLURM_JOB_NUM_NODES": "2100"}, "10.0.0.7", 16)
+        for node in ("0", "10", "20", "1", "256", "512", "1024")
+    ]
     edges += [
         (whole, where, 2)
         for where in ("127.1", "127.0.0.1.", "10.0.0.7", "10.127.0.5", "127.1.1.1", "127a", "mylocalhost", "localhost")
     ]
     edges += [({name: value for name, value in whole.items() if name != left_out}, "10.0.0.7", 2) for left_out in whole]
-    drawn = st.tuples(variables, address, st.integers(1, 8))
+    drawn = st.tuples(variables, address, st.integers(1, 8) | st.integers(9, 200))
     agree(rendezvous_of(lab), rendezvous_of(REFERENCE), drawn, first=edges, record="6.2")
 
 
@@ -127,6 +132,8 @@ def test_another_hostfile(lab):
     ]
     edges = [([f"n{number}" for number in range(count)], text) for text in texts for count in (1, 2, 3, 10)]
     edges += [([f"n{number}" for number in range(128)], "4(x128)"), ([f"n{number}" for number in range(130)], "128(x128),4(x2)")]
+    edges += [(["gpu1.cluster.example", "gpu1.other.example"], "4(x2)"), ([f"n{number}" for number in range(1024)], "8(x1024)")]
+    edges += [([f"n{number}" for number in range(1200)], ",".join(["4", "3"] * 600))]
     agree(lab.hostfile, REFERENCE.hostfile, counted(), first=edges, record="6.3")
 
 
@@ -157,8 +164,13 @@ def test_other_shares(lab):
         weights = [lab.loss_weight(global_batch, rank, ranks) for rank in range(ranks)]
         wanted = [len(share) * ranks / global_batch for share in shares]
         assert all(abs(a - b) < 1e-12 for a, b in zip(weights, wanted))
-    given = st.tuples(st.integers(1, 60), st.integers(0, 15), st.integers(1, 16)).filter(lambda given: given[1] < given[2])
+    small = st.tuples(st.integers(1, 60), st.integers(0, 15), st.integers(1, 16))
+    large = st.tuples(st.integers(1, 10_000), st.integers(0, 3000), st.integers(65, 4000))
+    given = (small | large).filter(lambda given: given[1] < given[2])
     edges = [
+        (255, 0, 128),
+        (100, 120, 128),
+        (1000, 1100, 2000),
         (4096, 1023, 1024),
         (4096, 1000, 1001),
         (512, 3, 4),
@@ -174,7 +186,9 @@ def test_other_shares(lab):
     ]
     agree(share_of(lab), share_of(REFERENCE), given, first=edges, record="6.5 share")
     shared = given.filter(lambda given: given[2] <= given[0])
-    agree(lab.loss_weight, REFERENCE.loss_weight, shared, same=lambda wanted, got: abs(wanted - got) < 1e-12, record="6.5 weight")
+    near = lambda wanted, got: abs(wanted - got) < 1e-12
+    large = [(300, 0, 200), (300, 150, 200), (5000, 7, 1024), (5000, 1000, 1024)]
+    agree(lab.loss_weight, REFERENCE.loss_weight, shared, first=large, same=near, record="6.5 weight")
 
 
 @pytest.mark.milestone(task="6.6")
@@ -200,6 +214,10 @@ def test_another_line(lab):
     edges = [JOB.format(**(plain | change)) for change in changes]
     line = JOB.format(**plain)
     edges += [line.replace("JobName=my job", f"JobName={name}") for name in ("run lr2=3", "lr=0.1", "two  words", "a=b c=d", "")]
+    names = ("sweep batch-size=16", "a.b x.y=2", "None", "sweep/Restarts=7", "x:Reason=y", "JobState=FAILED")
+    edges += [line.replace("JobName=my job", f"JobName={name}") for name in names]
+    edges += [line.replace("NodeList=node[1-2]", f"NodeList={nodes}") for nodes in ("node[1-2,5],gpu1", "n1.cluster.example,n_2")]
+    edges += [line.replace("RunTime=12-00:00:00", "RunTime=123-01:02:03"), line.replace("RunTime=12-00", "RunTime=1000-00")]
     edges += [line.replace("NodeList=", "ReqNodeList=(null) ExcNodeList=n9 NodeList="), line.replace(":0 RunTime", ":9 RunTime")]
     edges += [
         line.replace("JobName=my job", f"JobName={name}") for name in ("MaxRestarts=3", "a ExitCode:9", "x Restarts", "JobState")
@@ -254,6 +272,8 @@ def test_other_speeds(lab, tmp_path):
     ]
     more += [[(4, 4, 2, 40), (4, 4, 2, 44), (2, 4, 2, 23)], [(1, 8, 1, 9), (2, 4, 1, 8), (4, 4, 1, 7)], []]
     more += [[(4, 16, 1, 9), (6, 11, 1, 9)], [(1, 64, 1, 9), (2, 33, 1, 9)], [(512, 4, 2, 9000), (8, 4, 2, 200)]]
+    more += [[(4, 256, 1, 9), (3, 341, 1, 9)], [(n, 8, 1, 9) for n in (1, 2, 4, 8)] + [(16, 1, 1, 9)]]
+    more += [[(1, 4, 1, 0.0124), (2, 4, 1, 0.0246)], [(1, 4, 1, 123456.789), (2, 4, 1, 0.5)]]
     edges = weak_or_strong + [(plans,) for plans in more]
     agree(scaled(lab, tmp_path), scaled(REFERENCE, tmp_path), st.tuples(several), first=edges, count=25, same=same, record="6.7")
 
@@ -264,8 +284,9 @@ def test_three_ranks_stop_together(lab, run_experiments):
     plan = Experiment(
         name="stop-three", program="labs/lab06_multi_node/programs.py:stop_at_different_steps", ranks=3, options={"steps": 9}
     )
-    (run,) = run_experiments([plan], timeout=60).values()
-    assert run.results["stopped"] == [min(run.results["asked"])] * 3
+    last = plan.model_copy(update={"name": "stop-last", "options": {"steps": 9, "asked": [7, 8, 2]}})
+    for run in run_experiments([plan, last], timeout=60).values():
+        assert run.results["stopped"] == [min(run.results["asked"])] * 3
 
 
 OTHERS = {

@@ -325,8 +325,9 @@ def surviving(launch: str, run: str) -> str:
 
     Args:
         launch: the command line that starts the ranks, such as `srun …`.
-        run: the run folder; its name may hold spaces. Do not make it: the ranks do, and refuse a folder that is no run. So at the
-            beginning, and when a signal comes early, it may not be there.
+        run: the run folder; its name may hold spaces. Do not make it: the ranks do, and refuse a folder that is no run. So it may
+            not be there at the beginning. A signal that comes so early must not be lost: a loop in the background
+            (`{ until touch …; do sleep 1; done; } &`) puts the file there when there is a folder, and ends with the script.
 
     Returns:
         The lines; `set -euo pipefail` stands above them.
@@ -334,7 +335,7 @@ def surviving(launch: str, run: str) -> str:
     # BEGIN SOLUTION 6.9
     return f"""run={shlex.quote(run)}
 rm -f "$run/stop"
-trap 'touch "$run/stop" || true' USR1
+trap '{{ until touch "$run/stop" 2>/dev/null || ! kill -0 $$; do sleep 1; done; }} &' USR1
 newest() {{ {{ find "$run/checkpoints" -name complete.json 2>/dev/null || true; }} | sort --version-sort | tail -n 1; }}
 before=$(newest)
 {launch} &

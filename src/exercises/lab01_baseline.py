@@ -162,8 +162,8 @@ def generate_answers(model, tokenizer, prompts: list[list[int]], max_new_tokens:
         max_new_tokens: the longest answer.
 
     Returns:
-        One text a prompt, in the same order: only the new tokens up to the end-of-sequence token, without special tokens, stripped
-        of white space.
+        One text a prompt, in the same order: only the new tokens up to the tokenizer's end-of-sequence token, which a model's own
+        settings may not know, without special tokens, stripped of white space.
         Greedy: no sampling, and dropout off (`model.eval()`), so the same prompts give the same answers.
     """
     raise NotImplementedError("Task 1.7: complete generate_answers() in src/exercises/lab01_baseline.py")

@@ -45,6 +45,16 @@ def _milestones_of(stem: str, task: str) -> tuple[list[ast.FunctionDef], list[as
     return tests, rest
 
 
+def _said(node) -> str:
+    """Code without its layout. (`ast.unparse` writes f-strings otherwise since Python 3.12, and a record is for all versions.)"""
+    if isinstance(node, ast.AST):
+        fields = {
+            name: value for name, value in ast.iter_fields(node) if value not in (None, []) and name not in ("kind", "type_comment")
+        }
+        return f"{type(node).__name__}({', '.join(f'{name}={_said(value)}' for name, value in fields.items())})"
+    return f"[{', '.join(map(_said, node))}]" if isinstance(node, list) else repr(node)
+
+
 def starts_something(stem: str, task: str) -> bool:
     """Whether a task's milestones start ranks or jobs, or call programs."""
     slow = {"run_experiments", "slurm_beside_exercises"}
@@ -69,7 +79,7 @@ def digest(stem: str, task: str, *more: str) -> str:
     if starts_something(stem, task):
         beside = sorted(set(lab.folder.glob("*.py")) - set(files_of(stem)) - {lab.folder / "skeleton.py"})
         started = [ast.parse(path.read_text(encoding="utf-8")) for path in beside]
-    parts = [*own, *(ast.unparse(node) for node in (*tests, *rest, *started)), *more]
+    parts = [*own, *(_said(node) for node in (*tests, *rest, *started)), *more]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -84,11 +84,13 @@ def micro_step(engine, batch: dict[str, torch.Tensor]) -> float:
 
 
 def random_states() -> list[dict]:
-    """Every rank's random generators, in the form that the exercises give them."""
+    """Every rank's random generators, in the form that the exercises give them, and none where it was at the beginning."""
     import random
 
     import numpy
 
+    random.random()
+    numpy.random.random()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return gather({"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda})
 
@@ -222,6 +224,8 @@ def _plain_losses(experiment_json: str, rows_json: str) -> list[float]:
 # --- the optimizer on NVMe ----------------------------------------------------------------------------------------------
 
 
+NVME_CLIENT = {"note": "kept", "seen": [1, 2], "step": 7, "sampler": {"at": 3}}
+"""The client state of checkpoints of states on NVMe."""
 STEPS_SKIPPED = 3
 """By how much the engine's count of steps in the saved checkpoint is above Adam's, as after overflows in fp16."""
 
@@ -247,7 +251,7 @@ def train_nvme(experiment: Experiment, run: Run) -> dict:
         folder = Path(experiment.options["checkpoints"], f"step-{engine.global_steps}", "offloaded")
         with without_its_nvme_part(engine):
             engine.global_steps += STEPS_SKIPPED
-            engine.save_checkpoint(str(folder.parents[1]), tag=folder.parent.name, client_state={"note": "kept", "seen": [1, 2]})
+            engine.save_checkpoint(str(folder.parents[1]), tag=folder.parent.name, client_state=dict(NVME_CLIENT))
             engine.global_steps -= STEPS_SKIPPED
         folder.mkdir(exist_ok=True)
         for number, state in swapped_states(engine).items():
