@@ -210,8 +210,8 @@ def with_dead_notebook(folder: Path) -> Path:
 
 FORK_BOMB = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
 MEMORY = "import numpy\nhog = numpy.ones(50 * 10**9 // 8)"
-# Each child holds the same 1 GiB, counted once per process: 8 GiB that are really touched take a virtual machine, whose host hands
-# out each page anew, longer than the class's limit for a call.
+# Each child holds the same 1 GiB, which counts for each of them. Memory of their own took two idle cores of a virtual machine 14.5 s
+# for 12 GiB (7.5 s when it had just been used), and busy ones longer than the class's limit for a call.
 MEMORY_IN_CHILDREN = """import os, time
 hog = bytes(range(256)) * 2**22
 for _ in range(30):

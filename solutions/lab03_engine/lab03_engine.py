@@ -207,7 +207,8 @@ class DeepSpeedTrainer:
         The model's loss is a mean over the micro-batch's labels that are not −100, the first of each row left out, since
         nothing predicts it. Batches with few labels must not count as much as batches with many; the loss of a batch without any is
         the mean of nothing, nan, and counts for nothing. (Any other nan is the model's, and the mean is then nan too.) Dropout is
-        off while this runs, and on again afterwards. No gradients are kept (`torch.no_grad`).
+        off while this runs, and on again afterwards. No gradients are kept (`torch.no_grad`), and torch's random numbers stay where
+        they are.
 
         Args:
             dataloader: batches for this rank, on any device; every rank has equally many, or stage 3 would wait for ever. Sums

@@ -206,7 +206,9 @@ def compare_optimizers(make_first: Callable, make_second: Callable, elements: in
     Returns:
         `largest_difference`: the largest absolute difference between the two parameters after the last step.
         `first_seconds`, `second_seconds`: of one `step()`, the median of all steps but the first, which allocates the
-        moments. Drawing the gradients is not timed.
+        moments. Drawing the gradients and putting them in place is not timed.
+
+    torch's own random generator and number of threads stay as they are.
     """
     # BEGIN SOLUTION 4.4
     parameters, medians = [], []
@@ -281,7 +283,8 @@ def largest_model(bytes_of: Callable[[int], dict[str, int]], *, ranks: int, devi
     """The largest number of parameters whose states fit; activations come on top, so leave them out of `device_bytes`.
 
     Args:
-        bytes_of: gives {"device": …, "host": …} of one rank for a number of parameters; both grow with it.
+        bytes_of: gives {"device": …, "host": …} of one rank for a whole number of parameters. Neither falls when that grows, and
+            one of them grows too.
         ranks: on this machine.
         device_bytes: of each device, for model states.
         host_bytes: of this machine's memory, which its ranks share.
@@ -348,8 +351,9 @@ def save_offloaded(engine, path: str | Path, tag: str, client_state: dict) -> Pa
 def load_offloaded(engine, path: str | Path, tag: str) -> dict:
     """Continue from a checkpoint that `save_offloaded` wrote, on as many ranks. Every rank calls this, before the first step.
 
-    The engine loads its part: `without_its_nvme_part`. Adam's step count is in it. Then each rank reads its files and puts master
-    weights and moments in place, on the CPU as they were saved, within `parameters_renewed`.
+    The engine loads its part: `without_its_nvme_part`. Then each rank reads its files, one after the other, since only one must fit
+    into memory, and puts master weights, moments and Adam's step in place, on the CPU as they were saved, within
+    `parameters_renewed`.
 
     Args:
         engine: DeepSpeed's, new.

@@ -20,7 +20,7 @@
 #
 # You write in `src/exercises/lab04_offload.py`. Tasks 4.3, 4.7 and 4.8 need libaio. Where it is missing their checks say *not run*, with the package to install.
 # The first time, DeepSpeed's ops are compiled: `cpu_adam`, and for the disk `pin_memory` and `async_io`, 2 min 26 s on two idle
-# cores (measured), and longer on busy ones or where all of torch's headers are needed.
+# cores, and 6 minutes on busy ones (measured).
 # `shardlab doctor --build-ops` does it beforehand.
 
 # %%

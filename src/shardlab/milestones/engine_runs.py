@@ -54,8 +54,9 @@ def build(experiment: Experiment):
     import deepspeed
 
     model = load_model(experiment.model, seed=experiment.seed)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(experiment.options.get("frozen", "nothing")))
+    if frozen := experiment.options.get("frozen"):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
     set_dropout(model, experiment.options.get("dropout", 0.0))
     torch.manual_seed(experiment.seed + rank())  # dropout then differs from rank to rank
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=experiment.deepspeed)[0]

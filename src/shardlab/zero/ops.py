@@ -159,6 +159,7 @@ def build(op: str, say=print, device: str | None = None) -> float:
         headers = _short_headers(device)
         code, output = _compile(op, device, say, headers)
         if code > 0 and headers:  # its sources may use more of torch than before
+            say(f"{op}: it does not compile with the course's short header; again with all of torch's …")
             code, output = _compile(op, device, say, {})
         if code != 0 or not library(op, device).exists():
             lines = output.strip().splitlines()
