@@ -35,8 +35,9 @@ class Kind:
         make: called with a folder that does not exist yet; returns what is handed in.
         passes: the tasks that must pass; every other one must not.
         says: what must be in its row: a part of its error, of its notes, or of the message of a task that has not passed.
-        confined: it does nothing beyond its own process, so that it can be graded without walls around it. The others are
-            never to be run outside of a box: they kill, delete and overwrite all that they can reach.
+        confined: graded without walls around it too: it does nothing beyond its own process, and shows a limit or an end that
+            walls could have been needed for. Of the others, many kill, delete and overwrite all that they can reach, and are
+            never to be run outside of a box.
     """
 
     name: str
@@ -372,9 +373,9 @@ for address in (("127.0.0.1", 22), ("10.0.0.1", 80), ("1.1.1.1", 53)):
 
 KINDS = [
     Kind("complete", lambda f: package(f, solution()), ALL, confined=True),
-    Kind("untouched", lambda f: package(f, skeleton(solution(), f"src/exercises/{STEM}.py")), NONE, "Task 2.1", confined=True),
+    Kind("untouched", lambda f: package(f, skeleton(solution(), f"src/exercises/{STEM}.py")), NONE, "Task 2.1"),
     Kind("half done", lambda f: package(f, half(4)), ("2.1", "2.2", "2.3", "2.4"), "Task 2.5", confined=True),
-    Kind("syntax error", lambda f: package(f, in_front("def broken(:\n    pass")), NONE, "SyntaxError", confined=True),
+    Kind("syntax error", lambda f: package(f, in_front("def broken(:\n    pass")), NONE, "SyntaxError"),
     Kind("import hangs", lambda f: package(f, in_front("import time\ntime.sleep(10**6)")), NONE, "did not come back"),
     Kind("infinite loop", lambda f: package(f, in_task("2.5", "while True:\n    pass")), without("2.5"), "did not come back", confined=True),
     Kind("sys.exit at import", lambda f: package(f, in_front("import sys\nsys.exit(0)")), NONE, "SystemExit", confined=True),
@@ -384,7 +385,7 @@ KINDS = [
     Kind("full disk", lambda f: package(f, in_front(FULL_DISK)), ALL),
     Kind("files deleted", lambda f: package(f, in_front(DELETE)), without("2.3", "2.7")),
     Kind("stdout flooded", lambda f: package(f, in_front(FLOOD)), ALL),
-    Kind("wrong encoding", lambda f: package(f, solution().replace('"""', '"""Übung ', 1).encode("latin-1", "replace")), NONE, "utf-8", confined=True),
+    Kind("wrong encoding", lambda f: package(f, solution().replace('"""', '"""Übung ', 1).encode("latin-1", "replace")), NONE, "utf-8"),
     Kind("a link", with_link, NONE, "link"),
     Kind("a link in an archive", lambda f: tarred(f, {"a": link(f"exercises/{STEM}.py", str(named(STEM).solution))}), NONE, "link"),
     Kind("a path out of the archive", lambda f: tarred(f, {f"exercises/../../../{STEM}.py": b"x = 1"}), NONE, "leads out"),
@@ -393,10 +394,10 @@ KINDS = [
     Kind("tar bomb", tar_bomb, NONE, "MiB"),
     Kind("header bomb", header_bomb, NONE, "too much memory"),
     Kind("empty folder", lambda f: f.mkdir(parents=True) or f, NONE, "no folder `exercises`"),
-    Kind("renamed module", lambda f: package(f, solution(), "my_lab02.py"), NONE, f"a file {STEM}.py in exercises/", confined=True),
+    Kind("renamed module", lambda f: package(f, solution(), "my_lab02.py"), NONE, f"a file {STEM}.py in exercises/"),
     Kind("damaged archive", lambda f: _damaged(f), NONE, "cannot be read"),
     Kind("dead notebook", with_dead_notebook, ALL, "DeadKernelError"),
-    Kind("zip", zipped, ALL, confined=True),
+    Kind("zip", zipped, ALL),
     Kind("zip of a course", lambda f: zipped(f, "my course/src/"), ALL),
     Kind("git bundle", bundle, ALL, "commit"),
     Kind("kills what it can", lambda f: package(f, in_front(KILL)), NONE, "ended"),
@@ -410,7 +411,7 @@ KINDS = [
     Kind("forges on the wire", lambda f: package(f, ON_THE_WIRE + "\n" + half(0)), NONE),
     Kind("reads the solutions", lambda f: package(f, SOLUTIONS), NONE),
     Kind("reads its neighbours", lambda f: package(f, NEIGHBOURS), NONE),
-    Kind("equal to everything", lambda f: package(f, in_task("2.6", ALWAYS_EQUAL)), without("2.6"), confined=True),
+    Kind("equal to everything", lambda f: package(f, in_task("2.6", ALWAYS_EQUAL)), without("2.6")),
     Kind("says not run", lambda f: package(f, in_task("2.5", "import pytest\npytest.skip('no GPU')")), without("2.5"), "Skipped", confined=True),
     Kind("writes into the supervisor", lambda f: package(f, in_front(SUPERVISOR)), ALL),
     Kind("folders without end", lambda f: package(f, in_front(FOLDERS)), ALL),
