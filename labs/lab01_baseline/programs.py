@@ -13,7 +13,7 @@ import torch
 from shardlab import switch
 from shardlab.data.models import load_model, load_tokenizer
 from shardlab.milestones import engine_runs
-from shardlab.run.collectives import barrier, gather, rank
+from shardlab.run.collectives import barrier, gather, rank, world_size
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
 from shardlab.run.training import text_rows, train, trainer_arguments
@@ -30,10 +30,11 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         `dtype` and `parameters` of the reloaded model; `tied`: its output layer is its embedding;
         `tokenizer`: whether a tokenizer could be read from the folder, and its `padding_side`; `saves`: how often each rank saved it in
         the two calls; `device` of the reloaded model, `moved`: the trainer's is on another; `others_stay`: a file in the folder too;
-        `too_early`: a rank read the model before the tokenizer was in the folder.
+        `too_early`: a rank read the model before the tokenizer was in the folder;
+        `other_class`: on one rank, what a model of GPT-2's class comes back as.
     """
     from accelerate.state import PartialState
-    from transformers import AutoTokenizer, PreTrainedModel
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedModel, Trainer
 
     arguments = trainer_arguments(experiment, run)
     model = load_model(experiment.model)
@@ -86,6 +87,13 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
             norm.add_(1.0)
         barrier()
         reloaded = switch.import_exercise("lab01_baseline").save_and_reload(trainer, tokenizer, str(folder))
+    other_class = None
+    if world_size() == 1:
+        small = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=32, n_positions=16))
+        other = switch.import_exercise("lab01_baseline").save_and_reload(
+            Trainer(model=small, args=arguments), load_tokenizer(), str(run.folder / "other model")
+        )
+        other_class = type(other).__name__
     same_object = reloaded is trainer.model or reloaded is trainer.model_wrapped
     difference = float("inf")
     if not same_object:
@@ -120,6 +128,7 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         "others_stay": all(path.exists() and path.read_text() == "mine" for path in notes),
         "padding_side": AutoTokenizer.from_pretrained(folder).padding_side if has_tokenizer else None,
         "too_early": any(gather(any(early))),
+        "other_class": other_class,
         "tied": embedding is not None and reloaded.lm_head.weight is embedding.weight,
     }
 

@@ -496,6 +496,11 @@ def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
             expected="no rank to go on before all files are in the folder",
             got="a rank that read the model while the tokenizer was still being saved",
         )
+    require(
+        runs["alone"].results["other_class"] == "GPT2LMHeadModel",
+        expected="a model of the class that the folder's config.json names: a GPT-2 back as GPT2LMHeadModel",
+        got=runs["alone"].results["other_class"],
+    )
 
 
 @pytest.mark.milestone(task="1.7", points=15, section="Padding")

@@ -372,6 +372,15 @@ def test_configuration_survives_a_file(lab, tmp_path):
             mentions=names,
             expected=f"ValueError for {broken}",
         )
+    for neither in ('{"zero_optimization": {"stage": 3}', '{"zero_optimization": {"stage": 3}}}', '{"a": [1, 2}'):
+        path.write_text(neither)
+        with pytest.raises(ValueError) as refused:
+            lab.load_config(path)
+        require(
+            "DeepSpeed" not in str(refused.value) and "Trainer" not in str(refused.value),
+            expected=f"neither DeepSpeed nor Trainer named for {neither}: hjson.loads refuses it too, so neither reads it",
+            got=str(refused.value),
+        )
     path.write_text('{"stage": 2, "overlap_comm": true, "stage": 3, "gradient_clipping": 1.0}')
     with pytest.raises(ValueError) as refused:
         lab.load_config(path)

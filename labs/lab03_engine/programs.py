@@ -9,6 +9,7 @@ import math
 import random
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy
@@ -271,6 +272,9 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
     unlabelled = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in batches]
     nothing = float(_lab().DeepSpeedTrainer(engine).evaluate(unlabelled))
     alone = float(_lab().DeepSpeedTrainer(engine).evaluate(unlabelled if rank() else batches))
+    gone_through_once = (batch for batch in many_batches(rank()))
+    with mock.patch.object(engine.module, "forward", lambda *given, **batch: SimpleNamespace(loss=_mean_label(batch["labels"]))):
+        of_many = float(_lab().DeepSpeedTrainer(engine).evaluate(gone_through_once))
     calls = iter(range(len(before)))
 
     def diverged(module, given, output):
@@ -281,10 +285,35 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
     return facts | {
         "losses": gather([float(loss) for loss in losses]),
         "of_rank_0": gather(alone),
+        "of_many": gather(of_many),
         "gradients": any(gather(any(gradients))),
         "of_nan": "nan" if math.isnan(lost) else lost,
         "of_nothing": "nan" if math.isnan(nothing) else nothing,
     }
+
+
+MANY_BATCHES = 150
+
+
+def many_batches(rank: int) -> list[dict[str, torch.Tensor]]:
+    """More batches than a milestone would train on, of one long row each, where the mean loss of a row is that of its labels."""
+    drawn, batches = torch.Generator().manual_seed(50 + rank), []
+    for number in range(MANY_BATCHES):
+        labels = torch.randint(0, 100 + number, (1, 1100), generator=drawn)
+        labels[0, : int(torch.randint(0, 1000, (1,), generator=drawn))] = -100
+        labels[0, int(torch.randint(1001, 1100, (1,), generator=drawn)) :] += 500
+        batches.append({"input_ids": torch.zeros_like(labels), "attention_mask": torch.ones_like(labels), "labels": labels})
+    return batches
+
+
+def _mean_label(labels: torch.Tensor) -> torch.Tensor:
+    counted = labels[:, 1:]
+    return counted[counted != -100].double().mean()
+
+
+def mean_of_many(ranks: int) -> float:
+    """The mean over all labels of `many_batches` of so many ranks."""
+    return _mean_label(torch.cat([batch["labels"] for at in range(ranks) for batch in many_batches(at)])).item()
 
 
 class Batches:

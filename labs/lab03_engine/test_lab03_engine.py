@@ -553,6 +553,12 @@ def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
         expected=f"rank 0's loss on both ranks, {alone:.5f}, where rank 1 has no label at all",
         got=got["of_rank_0"],
     )
+    wanted = program_of(f"{PROGRAMS}:mean_of_many")(2)
+    require(
+        all(abs(loss - wanted) < 1e-4 * wanted for loss in got["of_many"]),
+        expected=f"{wanted:.4f}, the mean over the tokens of 150 batches on each rank, of rows of 1,100 tokens",
+        got=got["of_many"],
+    )
     require(got["random_kept"], expected="torch's random numbers where they were: an evaluation draws none", got="another state")
     require(
         got["of_nan"] == "nan",

@@ -75,7 +75,11 @@ def program(experiment: Experiment, run: Run) -> dict:
     """What every rank runs: the exercises, put together. It trains on the paragraphs' text.
 
     The experiment's `options`: `checkpoints`, a folder to save to at the end and every `save_every` optimizer steps; and
-    `resume`, to continue from the newest whole checkpoint in it; without it what is in the folder goes to one next to it.
+    `resume`, to continue from the newest whole checkpoint in it; without it what is in the folder goes to one next to it;
+    and `set_epoch`, False to lose that call, as a loop that forgot it would.
+
+    Returns:
+        Results for `run.json`; `orders` says in how many different orders rank 0 has seen its rows.
     """
     lab, options = switch.import_exercise("lab03_engine"), experiment.options
     model = load_model(experiment.model, random_weights=experiment.random_weights, seed=experiment.seed)
@@ -93,9 +97,13 @@ def program(experiment: Experiment, run: Run) -> dict:
         trainer.load_checkpoint(options["checkpoints"])
     elif "checkpoints" in options and rank() == 0:
         make_room(Path(options["checkpoints"]))
+    if not options.get("set_epoch", True):
+        loader.data_sampler.set_epoch = lambda epoch: None
+    orders = set()
     while engine.global_steps < experiment.steps:
         trainer.train_epoch(loader, experiment.steps)
-    results = states.device_memory()
+        orders.add(tuple(loader.data_sampler))
+    results = states.device_memory() | {"orders": len(orders)}
     if experiment.evaluate:
         share = tensors(eval_rows[: len(eval_rows) // world_size() * world_size()])
         held_out = engine.deepspeed_io(share, route="eval", num_local_io_workers=0, pin_memory=torch.cuda.is_available())

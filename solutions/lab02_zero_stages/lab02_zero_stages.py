@@ -194,7 +194,7 @@ def load_config(path: str | Path) -> dict:
     Raises:
         ValueError: with a sentence that names the file, for
             a file that is not JSON in UTF-8. Where `hjson.loads` reads an object, the sentence says that it is DeepSpeed that
-            reads it, and `Trainer` that does not;
+            reads it, and `Trainer` that does not. Elsewhere it names neither of the two, since neither reads the file;
             a key given twice in one object; the sentence names the key;
             JSON that is no object. (A missing file raises FileNotFoundError by itself.)
     """

@@ -274,8 +274,49 @@ table(rows)
 #   In the row of ZeRO-3 + CPU offload they stand alone.
 #
 # And the peak: on four GPUs it falls by 5.2 GiB from stage 0 (27.4) to stage 2 (22.2). The paper's count falls by 5.5 (from 8.33 to 2.86). The
-# other 19 GiB of the 22.2 are logits and activations, which no stage shards. The logits alone: 8 sequences × 512 tokens × 250,880 words are
-# 1.03 · 10⁹ numbers, 1.9 GiB in bf16; cross-entropy makes an fp32 copy, and the backward pass a gradient of each.
+# other 19 GiB of the 22.2 are logits and activations, which no stage shards. They can be counted without a GPU: on torch's `meta` device tensors have shapes
+# and no memory, and a hook sees each one that the forward pass keeps for the backward pass. The fullest moment is the first of the backward pass: all
+# that was kept is still there, and the gradients of the logits (8 sequences × 512 tokens × 250,880 words) come on top.
+
+# %%
+import torch
+from transformers import AutoModelForCausalLM
+
+from shardlab.data.models import model_config
+
+with torch.device("meta"):
+    bloom = AutoModelForCausalLM.from_config(
+        model_config("bigscience/bloom-560m"), dtype=torch.bfloat16
+    )
+    ids = torch.zeros(8, 512, dtype=torch.long)
+parameters = {p.untyped_storage()._cdata for p in bloom.parameters()}
+kept = {}  # by storage: two views of one tensor take its memory once
+
+
+def keep(tensor):
+    if tensor.untyped_storage()._cdata not in parameters:
+        kept[tensor.untyped_storage()._cdata] = tensor
+    return tensor
+
+
+with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    logits = bloom(input_ids=ids, labels=ids, use_cache=False).logits
+
+held = {"attention, 512 × 512 per head": 0, "the rest of the 24 blocks": 0, "log-probabilities, fp32": 0}
+for tensor in kept.values():
+    of_words, of_pairs = tensor.shape[-1:] == (250_880,), tensor.shape[-2:] == (512, 512)
+    name = list(held)[2 if of_words else 0 if of_pairs else 1]
+    held[name] += tensor.untyped_storage().nbytes()
+held |= {
+    "logits, bf16": logits.nbytes,
+    "gradient of the fp32 copy of the logits": 2 * logits.nbytes,
+    "gradient of the logits, bf16": logits.nbytes,
+}
+held["all"] = sum(held.values())
+table([{"what": name, "bytes": held[name]} for name in held], bytes_columns=("bytes",))
+
+# %% [markdown]
+# Three fifths of the 19 GiB are due to the vocabulary. A smaller micro-batch, activation checkpointing, or a loss computed in pieces frees them; ZeRO does not.
 #
 # ## Myths
 #

@@ -333,6 +333,35 @@ print(f"The losses differ by at most {apart:.1e}.")
 # The curve is the same, as all stages compute the same; nothing but the bytes shows that this was stage 0. Your `check_deepspeed_config` of lab 02 says it
 # before the run.
 #
+# And lose a line: `set_epoch`. 24 paragraphs, 8 to an optimizer step, so an epoch is 3 steps; 8 epochs. Say first in how many orders rank 0 will see
+# its 12 rows, with the call and without it, and how the two loss curves will differ.
+
+# %%
+predicted_orders = {"with set_epoch": ..., "without": ...}
+
+# %%
+import matplotlib.pyplot as plt
+
+few = settings | {"train_examples": 24, "steps": 24, "name": "lab03-set-epoch", "method": "with set_epoch"}
+kept = Experiment(**few)
+lost = Experiment(
+    **(few | {"name": "lab03-no-set-epoch", "method": "without", "options": {"set_epoch": False}})
+)
+with_call, without = launch([kept, lost], runs=RUNS, or_cpu=True)
+orders = {"with set_epoch": with_call.results["orders"], "without": without.results["orders"]}
+compare(orders, predicted_orders, {"with set_epoch": 8, "without": 1})
+figure, axes = plt.subplots(figsize=(9, 3))
+for one in (with_call, without):
+    axes.plot(range(1, 25), one.losses(), "o-", label=one.experiment.method)
+for end in range(3, 24, 3):
+    axes.axvline(end + 0.5, color="lightgrey")
+axes.set(xlabel="optimizer step; a grey line ends an epoch", ylabel="training loss")
+axes.legend();
+
+# %% [markdown]
+# Without the call every epoch sees the same batches in the same order, so the curve repeats its shape: low, middle, high. Each epoch looks like progress,
+# and the mean over an epoch falls as with it. What is lost is that a row meets other rows; and on a large corpus that is stopped and resumed, nothing tells.
+#
 # ## The program
 #
 # `labs/lab03_engine/train.py` puts your functions together as a program. In a terminal, in the project's folder:

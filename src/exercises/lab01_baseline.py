@@ -142,7 +142,7 @@ def save_and_reload(trainer: Trainer, tokenizer, folder: str):
         folder: where to save; a model that was saved there before is replaced, and what else lies there stays.
 
     Returns:
-        A new model in fp32 on the CPU, read from the folder.
+        A new model in fp32 on the CPU, read from the folder, of the class that the folder's `config.json` names (not only BLOOM).
     """
     raise NotImplementedError("Task 1.6: complete save_and_reload() in src/exercises/lab01_baseline.py")
 

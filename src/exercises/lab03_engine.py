@@ -174,8 +174,8 @@ class DeepSpeedTrainer:
         they are.
 
         Args:
-            dataloader: batches for this rank, on any device; every rank has equally many, or stage 3 would wait for ever. Sums
-                that go through `all_reduce` must be on the engine's device.
+            dataloader: batches for this rank, on any device, to be gone through once; every rank has equally many, or stage 3
+                would wait for ever. Sums that go through `all_reduce` must be on the engine's device.
         """
         raise NotImplementedError("Task 3.4: complete evaluate() in src/exercises/lab03_engine.py")
 

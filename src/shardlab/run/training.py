@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 
@@ -82,7 +82,15 @@ def _unlink_shared_buffers() -> None:
 
 
 def train(
-    run: Run, *, model, arguments: TrainingArguments, train_set: list, eval_set: list, collate, tokens_per_sequence: float
+    run: Run,
+    *,
+    model,
+    arguments: TrainingArguments,
+    train_set: list,
+    eval_set: list,
+    collate,
+    tokens_per_sequence: float,
+    callbacks: tuple[TrainerCallback, ...] = (),
 ) -> Trainer:
     """Train with `Trainer` and fill the run folder.
 
@@ -96,6 +104,7 @@ def train(
         train_set, eval_set: encoded examples; with an empty `eval_set` nothing is evaluated.
         collate: makes a batch of tensors from a list of examples.
         tokens_per_sequence: mean length of the training sequences.
+        callbacks: what else `Trainer` is to call.
 
     Returns:
         The trainer, trained.
@@ -134,7 +143,7 @@ def train(
         train_dataset=Rows(train_set),
         eval_dataset=Rows(eval_set) if eval_set else None,
         data_collator=collate,
-        callbacks=[recorder] + ([checkpointer] if checkpointer else []),
+        callbacks=[recorder, *callbacks] + ([checkpointer] if checkpointer else []),
     )
     if trainer.is_deepspeed_enabled != (run.experiment.deepspeed is not None):
         # accelerate drops DeepSpeed without a word where ACCELERATE_USE_CPU is set, and trains with DDP instead.
