@@ -28,7 +28,8 @@ def load_squad(source: str = "mini", *, validation_share: float = 0.2, skip_bad:
     elif source.endswith((".json", ".jsonl")) or Path(source).is_file():
         splits = _split_by_paragraph(read_squad_json(source, skip_bad=skip_bad), validation_share, source)
     else:
-        return _load_from_hub(source)
+        data = load_from_hub(source, ("question", "context", "answers"), "'mini', nor a JSON file", "a SQuAD JSON file")
+        return data.filter(lambda row: len(row["answers"]["text"]) > 0)
     return DatasetDict({split: Dataset.from_list(questions) for split, questions in splits.items()})
 
 
@@ -44,7 +45,18 @@ def _split_by_paragraph(questions: list[dict], share: float, source: str) -> dic
     }
 
 
-def _load_from_hub(name: str):
+def load_from_hub(name: str, columns: tuple[str, ...], nor: str, instead: str):
+    """A data set of the hub, or of its local cache, with splits `train` and `validation` and these columns.
+
+    Args:
+        name: on the hub, or whatever was taken for such a name.
+        columns: what each row must have.
+        nor: what else a source could have been, for the message: "'mini', nor a JSON file".
+        instead: what to name in its place.
+
+    Raises:
+        DataError: it cannot be had, or has another form.
+    """
     from datasets import load_dataset
 
     try:
@@ -52,16 +64,16 @@ def _load_from_hub(name: str):
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"{name}: neither 'mini', nor a JSON file, nor a data set that the hub or its cache gives: {reason} "
-            f"Name a SQuAD JSON file, or download '{name}' once on a machine with network."
+            f"{name}: neither {nor}, nor a data set that the hub or its cache gives: {reason} "
+            f"Name {instead}, or download '{name}' once on a machine with network."
         ) from error
     absent = [split for split in ("train", "validation") if split not in data]
     if absent:
         raise DataError(f"{name}: it has no split {', '.join(absent)}; it has {', '.join(data)}.")
-    missing = [key for key in ("question", "context", "answers") if key not in data["train"].column_names]
+    missing = [column for column in columns if column not in data["train"].column_names]
     if missing:
-        raise DataError(f"{name}: its rows have no {', '.join(missing)}; a SQuAD-like data set is needed.")
-    return data.filter(lambda row: len(row["answers"]["text"]) > 0)
+        raise DataError(f"{name}: its rows have no {', '.join(missing)}; {', '.join(columns)} are needed.")
+    return data
 
 
 def squad_scores(predictions: list[str], references: list[dict]) -> dict[str, float]:
