@@ -206,6 +206,7 @@ def test_labels_teach_only_the_answer(lab, tokenizer, model):
         '"I came"',
         "—",
         "1832",
+        " oak ",
         "the <unk> there",
         " ".join(["oak"] * 900),
     ]
@@ -447,9 +448,10 @@ def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
     except RankError as error:
         if "from_pretrained" not in error.rank_traceback:
             raise
+        early = "; no rank reads before rank 0 has written, which takes one point that every rank reaches" if error.rank else ""
         require(
             False,
-            expected="a folder that a model can be read from",
+            expected=f"a folder that a model can be read from{early}",
             got=f"rank {error.rank}, {error.experiment}: {error.error}",
         )
     for name, run in runs.items():
@@ -542,14 +544,21 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
     require_equal(twice, [*wanted, wanted[0]], of="generate_answers() on a batch that has one prompt twice")
     long = tokenizer(texts[0] * 40)["input_ids"]
     others = lab.observe(f"{PROGRAMS}:answers_of_other_models", prompts, 8, long)
+    ends = [greedy(prompt, 2) for prompt in prompts]
+    require_equal(
+        others["ending"],
+        ends,
+        of="generate_answers() with a model that writes </s> after two tokens, of which its own settings do not know that it ends a text",
+    )
     require_equal(
         others["whole prompt"],
         ["all of it"],
         of=f"generate_answers() with a model that looks whether it got all {len(long)} tokens",
     )
-    require_equal(others["sampling"], wanted, of="generate_answers() with a model whose generation_config says do_sample=True")
+    require_equal(
+        others["sampling"], wanted, of="generate_answers() with a model whose generation_config says do_sample=True and num_beams=3"
+    )
     require_equal(others["training"], wanted, of="generate_answers() with a model in training mode, with dropout")
-    ends = [greedy(prompt, 2) for prompt in prompts]
     require_equal(others["at once"], [""] * len(prompts), of="generate_answers() with a model that writes </s> at once")
     require_equal(
         others["changed"],
@@ -563,7 +572,6 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
     )
     said = ["The oak , it is.\n\nQuestion: a Answer: b"] * len(prompts)
     require_equal(others["scripted"], said, of="generate_answers() with a model that says one text to every prompt")
-    require_equal(others["ending"], ends, of="generate_answers() with a model that writes </s> after two tokens")
     lengths = sorted({len(prompt) for prompt in prompts})
     scripts = ("tea  oak", '"I came", he said', "Zürich Context: 東京", "one two three four five six seven", "")
     said = [scripts[lengths.index(len(prompt))] for prompt in prompts]
@@ -611,7 +619,8 @@ def test_summary_reads_the_log(lab):
         got, wanted, of="summarise_training(…) of three evaluations after the one before training, and 80 steps in 2 epochs"
     )
     for steps, epochs, per_epoch in ((121, 3.0, 40), (119, 3.0, 40), (50, 1.25, 40)):
-        history = [{"loss": 2.0, "epoch": epochs}, {"loss": 0.0, "epoch": epochs}, HISTORY[-1] | {"step": steps, "epoch": epochs}]
+        first, last = ({"loss": loss, "epoch": epochs, "step": steps} for loss in (2.0, 0.0))
+        history = [first, last, HISTORY[-1] | {"step": steps, "epoch": epochs}]
         got = lab.summarise_training(history)
         require_equal(got["steps_per_epoch"], per_epoch, of=f"steps_per_epoch of {steps} steps in {epochs:g} epochs")
         require_equal(got["final_train_loss"], 0.0, of="final_train_loss where the last loss is 0.0")
@@ -651,13 +660,14 @@ def summarised(of):
 @pytest.mark.milestone(task="1.9", points=10, section="Where the memory goes")
 def test_memory_table_keeps_devices_apart(lab, tmp_path):
     mib = 2**20
-    samples = [("rank0", 300), ("rank1", 500), ("rank0", 100), ("rank1", 700), ("rank0", 200), ("rank0", 601)]
+    # Of different lengths when they are written: as texts, 95 is above 500.
+    samples = [("rank0", 300), ("rank1", 500), ("rank0", 95), ("rank1", 1100), ("rank0", 205), ("rank0", 601)]
     path = tmp_path / "memory.csv"
     path.write_text(
         "seconds,device,used_bytes\n" + "".join(f"{at / 10},{device},{used * mib}\n" for at, (device, used) in enumerate(samples))
     )
     got = lab.memory_table(path)
-    wanted = {"rank0": {"peak": 601.0, "mean": 300.25, "minimum": 100.0}, "rank1": {"peak": 700.0, "mean": 600.0, "minimum": 500.0}}
+    wanted = {"rank0": {"peak": 601.0, "mean": 300.25, "minimum": 95.0}, "rank1": {"peak": 1100.0, "mean": 800.0, "minimum": 500.0}}
     require(
         set(got) == set(wanted),
         expected="a row for rank0 and one for rank1",

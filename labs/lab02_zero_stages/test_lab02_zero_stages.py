@@ -89,8 +89,8 @@ def test_configuration_is_what_deepspeed_reads(lab, judge):
         )
         require(
             seen.optimizer_name == "adamw" and seen.optimizer_params == {"lr": 1e-4, "torch_adam": True},
-            expected="optimizer AdamW with lr 0.0001 and torch_adam",
-            got=f"{seen.optimizer_name} {seen.optimizer_params}",
+            expected="optimizer AdamW with just lr 0.0001 and torch_adam where a learning rate is given",
+            got=f"as DeepSpeed reads it: {seen.optimizer_name} {seen.optimizer_params}",
         )
         require(
             not seen.float16_config.enabled and not seen.bfloat16_config.enabled,
@@ -306,7 +306,7 @@ def test_bad_configurations_are_refused(lab):
             expected=f"with_trainer to be True where it is not given: no error for {json.dumps(trained)}",
             got=f"ValueError: {error}",
         )
-    agree_as_recorded(verdict(lab), __file__, "2.2", "check_deepspeed_config(config, world_size, with_trainer){}")
+    agree_as_recorded(verdict(lab), __file__, "2.2", "check_deepspeed_config{}, of (config, world_size, with_trainer)")
 
 
 def verdict(of):
@@ -567,7 +567,7 @@ def test_shards_are_padded_as_deepspeed_pads(lab, run_experiments):
     require_equal(
         got, lab.shard_elements(2, [[700, 5], [3]], 64), of="shard_elements(2, [[700, 5], [3]], 64) on rank 3 of 5, and alone"
     )
-    agree_as_recorded(shard(lab), __file__, "2.5", "shard_elements(stage, groups, ranks){}")
+    agree_as_recorded(shard(lab), __file__, "2.5", "shard_elements{}, of (stage, groups, ranks)")
     runs = odd_runs(run_experiments)
     for stage in (1, 2, 3):
         states = runs[f"odd-zero{stage}"].states()
@@ -757,4 +757,4 @@ def test_lowest_stage_that_fits_is_chosen(lab):
         except ValueError as error:
             numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", str(error))]
             require(any(abs(number - missing) < 0.06 for number in numbers), expected=words, got=str(error))
-    agree_as_recorded(lab.choose_stage, __file__, "2.8", "choose_stage(parameters, ranks, device_bytes, other_bytes){}")
+    agree_as_recorded(lab.choose_stage, __file__, "2.8", "choose_stage{}, of (parameters, ranks, device_bytes, other_bytes)")

@@ -7,6 +7,7 @@ import copy
 import inspect
 import math
 import random
+import time
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,13 +49,16 @@ def initialize(experiment: Experiment, run: Run) -> dict:
     if not isinstance(returned, tuple) or len(returned) != 4:
         return {"returned": repr(type(returned))}
     engine, second, loader, scheduler = returned
+    if not hasattr(engine, "backward") or hasattr(loader, "step"):
+        return {"returned": "a tuple of " + ", ".join(type(one).__name__ for one in returned)}
     stepped = engine.optimizer.optimizer if hasattr(engine.optimizer, "optimizer") else engine.optimizer
     numbers = {tuple(row["input_ids"]): number for number, row in enumerate(rows)}
 
     def seen(epoch: int):
         if loader is None:
             return None
-        loader.data_sampler.set_epoch(epoch)
+        if hasattr(loader, "data_sampler"):
+            loader.data_sampler.set_epoch(epoch)
         found = []
         for batch in loader:
             found.append([numbers.get(tuple(ids), -1) for ids in batch["input_ids"].tolist()])
@@ -114,6 +118,28 @@ def padded_rows(experiment: Experiment, labelled=lambda number: range(4, 64)) ->
     return [padded(number, row) for number, row in enumerate(text_rows(experiment)[0])]
 
 
+class NotMoved(torch.Tensor):
+    """A tensor of a batch that nobody has moved yet: `.to` gives a plain one. On a CPU alone, a batch left where it is would do as well."""
+
+    def to(self, *where, **how):
+        return self.as_subclass(torch.Tensor).to(*where, **how)
+
+
+def not_moved(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.as_subclass(NotMoved) for name, tensor in batch.items()}
+
+
+def watch_moves(engine) -> list[bool]:
+    """For each forward pass of the engine from now on, whether all its tensors were moved."""
+    moved: list[bool] = []
+
+    def look(module, given, named):
+        moved.append(not any(isinstance(value, NotMoved) for value in (*given, *named.values())))
+
+    engine.module.register_forward_pre_hook(look, with_kwargs=True)
+    return moved
+
+
 def _times_nan(module, given, output):
     output.loss = output.loss * math.nan
     return output
@@ -125,10 +151,12 @@ def train_steps(experiment: Experiment, run: Run) -> dict:
     told: list = []
     trainer = _lab().DeepSpeedTrainer(engine, lambda *given: told.append(given))
     engine.module.register_forward_pre_hook(lambda module, _: modes.append(all(part.training for part in module.modules())))
+    moved = watch_moves(engine)
     rows, losses, epoch, kind, whole = padded_rows(experiment), [], 0, "float", True
     wanted = experiment.steps * experiment.accumulation
     while len(losses) < wanted:
         for batch in engine_runs.epoch_batches(rows, epoch, experiment.micro_batch, world_size(), rank())[: wanted - len(losses)]:
+            batch = not_moved(batch)
             engine.eval()  # as an evaluation may have left it
             loss = trainer.train_step(batch)
             kind = type(loss).__name__
@@ -155,6 +183,7 @@ def train_steps(experiment: Experiment, run: Run) -> dict:
         "samples": trainer.samples,
         "told": len(told),
         "batch_kept": whole,
+        "moved": all(gather(all(moved))),
         "seeded": random_after[0] == random_after[1],
         "of_nan": "nan" if math.isnan(lost) else lost,
         "training": all(modes) and engine.module.training,
@@ -225,7 +254,7 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
     resumed.random_state_to_restore = state
     results["random_wanted"] = fingerprint(state["torch"])
     torch.manual_seed(99)
-    results["resumed"] = call(resumed)
+    results["resumed"] = call(resumed) | {"restored": resumed.random_state_to_restore is None}
     resumed.epoch, resumed.samples = 1, 0
     resumed.random_state_to_restore = state
     results["begun"] = call(resumed)
@@ -253,6 +282,7 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
     engine.module.register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
     engine.train()
     share = rows[rank() :: world_size()]
+    moved = watch_moves(engine)
     batches = Batches(
         engine_runs.as_batch(share[at : at + experiment.micro_batch]) for at in range(0, len(share), experiment.micro_batch)
     )
@@ -269,6 +299,8 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
         "kind": type(losses[0]).__name__,
     }
 
+    _lab().DeepSpeedTrainer(engine).evaluate([not_moved(batch) for batch in batches])
+    facts["moved"] = all(gather(all(moved)))
     unlabelled = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in batches]
     nothing = float(_lab().DeepSpeedTrainer(engine).evaluate(unlabelled))
     alone = float(_lab().DeepSpeedTrainer(engine).evaluate(unlabelled if rank() else batches))
@@ -405,8 +437,16 @@ def save(experiment: Experiment, run: Run) -> dict:
         return save_checkpoint(*args, **kwargs)
 
     engine.save_checkpoint = saving
-    returned = trainer.save_checkpoint(folder, CLIENT)
-    complete, at_first = gather(manifest.exists()), gather(list(complete_at_first))
+    write_manifest = _lab().write_manifest
+
+    def written_slowly(*args, **kwargs):
+        time.sleep(0.5)  # or another rank would come back after it by chance
+        return write_manifest(*args, **kwargs)
+
+    with mock.patch.object(_lab(), "write_manifest", written_slowly):
+        returned = trainer.save_checkpoint(folder, CLIENT)
+        complete_on_return = manifest.exists()
+    complete, at_first = gather(complete_on_return), gather(list(complete_at_first))
     first = trainer.save_checkpoint(str(run.folder / "fresh"), None)
     refused += refusals()
     return {

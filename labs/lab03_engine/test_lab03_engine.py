@@ -107,6 +107,11 @@ def sampled(epoch: int, rank: int, ranks: int, rows: int = 24) -> list[int]:
     return list(sampler)
 
 
+def rounded(told: list[list]) -> list[list]:
+    """What `after_step` was told, for reading."""
+    return [[round(loss, 5), *rest] for loss, *rest in told]
+
+
 CLIENT = {"note": [1, "two"], "rank": "any", "place": (1, 2), 3: {"four": 0.5}}
 """What the program of task 3.5 saves."""
 
@@ -325,6 +330,12 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
             got=got.get("scheduler_steps"),
         )
         require(not got["seeded"], expected="random numbers that go on", got="torch seeded anew in each step")
+        require(
+            got["moved"],
+            expected="every tensor of the batch moved to the engine's device before the model gets it (on_device): a GPU cannot compute "
+            "with what lies on the CPU",
+            got="tensors as the batch brought them",
+        )
         require(got["batch_kept"], expected="a batch that is left as it was", got="one without some of its tensors")
         require(got["of_nan"] == "nan", expected="nan where the model's loss is nan: that is to be seen", got=got["of_nan"])
         apart = max(abs(loss / wanted[0] - 1) for loss in got["by_rank"][0][:accumulation])
@@ -389,16 +400,21 @@ def test_epoch_keeps_its_place(lab, run_experiments):
     )
     require(
         same,
-        expected=f"after_step called after each of 3 optimizer steps with the mean loss of its 2 micro-batches, samples at 8, 16, 24: {wanted}",
-        got=f"(loss, samples, optimizer steps): {first['told']}",
+        expected=f"after_step called after each of 3 optimizer steps with the mean loss of its 2 micro-batches, samples at 8, 16, 24: {rounded(wanted)}",
+        got=f"(loss, samples, optimizer steps): {rounded(first['told'])}",
+    )
+    require(
+        rows(resumed) == order(1, 0)[8:],
+        expected=f"with epoch 1 and samples 16 of 24, which are 4 batches of 2 on each of 2 ranks: the 4 rows of rank 0 that are left, {order(1, 0)[8:]}",
+        got=rows(resumed) or "none: all batches were passed over",
     )
     for words in ("first", "second", "cut", "at_the_end", "resumed"):
         losses = got[words]["losses"]
-        mean = sum(losses) / len(losses) if losses else 0.0
+        mean = sum(losses) / len(losses)
         require(
             got[words]["returned"] is not None and abs(got[words]["returned"] - mean) < 1e-6,
             expected=f"the mean loss of the {len(losses)} micro-batches that were trained on, {mean:.5f} ({words.replace('_', ' ')})",
-            got=got[words]["returned"],
+            got="nan" if got[words]["nan"] else got[words]["returned"],
         )
     require(
         len(cut["told"]) == 1 and cut["told"][0][1:] == [8, 7],
@@ -464,14 +480,11 @@ def test_epoch_keeps_its_place(lab, run_experiments):
         got=got["infinite"]["returned"],
     )
     require(
-        rows(resumed) == order(1, 0)[8:],
-        expected=f"with epoch 1 and samples 16 of 24: the 4 rows of rank 0 that are left, {order(1, 0)[8:]}",
-        got=rows(resumed),
-    )
-    require(
         resumed["random_at_first"] == [[got["random_wanted"]]] * 2,
         expected="the restored random state at the first step after a checkpoint",
-        got="another one",
+        got="another one: it was restored, and numbers were drawn before the step"
+        if resumed["restored"]
+        else "the state of a process that has restored nothing: restore_random_state was not called",
     )
     require(
         got["begun"]["random_at_first"] == [[got["random_wanted"]]] * 2,
@@ -528,6 +541,11 @@ def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
     by_token, by_row = engine_runs.mean_losses(masked_rows(plan))
     mine, other = [losses[0] for losses in got["losses"]]
     require(
+        mine == mine and other == other,
+        expected="a number, though some batches have no label: the nan that is their loss counts for nothing",
+        got=f"{mine} on rank 0, {other} on rank 1",
+    )
+    require(
         abs(mine - other) < 1e-6,
         expected="the same loss on both ranks",
         got=f"{mine:.5f} on rank 0, {other:.5f} on rank 1",
@@ -569,6 +587,11 @@ def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
         got["of_nothing"] == "nan",
         expected="nan where no rank has a label: the mean of nothing",
         got=got["of_nothing"],
+    )
+    require(
+        got["moved"],
+        expected="every tensor of a batch moved to the engine's device before the model gets it (on_device)",
+        got="tensors as the batch brought them",
     )
     require(got["batches_kept"], expected="batches that are left as they were", got="others: they were changed in place")
     require(
@@ -1077,12 +1100,21 @@ def test_universal_checkpoint_fits_any_number_of_ranks(lab, run_experiments, wor
         for path, text in () if fresh else ((other, "{}"), (earlier, '{"ranks": 2, "universal": true, "files": {}}')):
             path.parent.mkdir(parents=True)
             path.write_text(text)
+        left_over = parent / source.name / "zero" / "of.another.model" / "fp32.pt"
+        if not fresh:
+            left_over.parent.mkdir(parents=True)
+            left_over.write_text("earlier")
         seen = lab.observe(f"{PROGRAMS}:convert", f"{source}{end}", str(parent))
         out = seen["returned"]
         require(
             out == parent / source.name and (out / "complete.json").exists(),
             expected=f"the folder {source.name} in the given path, with a complete.json, and its path returned",
             got=f"returned {out}; {sorted(path.parent.name for path in parent.rglob('complete.json'))}",
+        )
+        require(
+            not left_over.exists(),
+            expected="nothing left of an earlier checkpoint of that name: whoever loads it would take its files for the new one's",
+            got=f"{left_over.relative_to(parent)}, as it was",
         )
         require(fresh or other.exists(), expected="other universal checkpoints left where they are", got="step-1 gone")
         manifest = json.loads((out / "complete.json").read_text())

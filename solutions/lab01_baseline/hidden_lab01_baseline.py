@@ -87,7 +87,7 @@ def test_another_answer(lab, tokenizer):  # noqa: F811
     assert len(ids) == len(labels) and labels[-len(taught) :] == taught == ids[-len(taught) :]
     assert tokenizer.decode(taught) == f" in 1907{tokenizer.eos_token}"
     edges = [(QUESTION, CONTEXT, "in 1907", len(ids) + more) for more in (1, 0, -1, -2)] + [(QUESTION, CONTEXT, "", 400)]
-    answers = ["oak", "1832", " 1832", "the oak", "St. J.", "a\nb", "two sisters", CONTEXT[:90]]
+    answers = ["oak", "1832", " 1832", "oak ", "oak\n", "the oak", "St. J.", "a\nb", "two sisters", CONTEXT[:90]]
     edges += [(QUESTION, CONTEXT, answer, limit) for answer in answers for limit in (24, 40, 56, 400)]
     edges += [(QUESTION, " ".join([CONTEXT] * 16), "oak", 1024), (QUESTION, " ".join([CONTEXT] * 60), "oak", 4096)]
     edges += [(QUESTION, CONTEXT, " ".join(["oak"] * 900), 2500), (QUESTION, CONTEXT, "the <unk> of Orvik", 400)]
@@ -108,8 +108,8 @@ def test_another_batch(lab):
         assert batch["input_ids"][number].tolist() == row["input_ids"] + [9] * (11 - n)
         assert batch["attention_mask"][number].tolist() == [1] * n + [0] * (11 - n)
         assert batch["labels"][number].tolist() == row["labels"] + [IGNORED] * (11 - n)
-    # Few ids, so that the one of padding stands among real tokens and labels too; a row can be empty.
-    row = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5) | st.just(IGNORED)), max_size=6).map(
+    # Few ids, so that the one of padding stands among real tokens and labels too.
+    row = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5) | st.just(IGNORED)), min_size=1, max_size=6).map(
         lambda pairs: {"input_ids": [a for a, _ in pairs], "labels": [b for _, b in pairs]}
     )
     batches = st.tuples(st.lists(row, min_size=1, max_size=5), st.integers(0, 5))
@@ -195,8 +195,9 @@ def test_another_log(lab):
     }
     number = st.floats(0, 9, allow_nan=False) | st.sampled_from([0.0, float("inf")])
     at = st.floats(0, 9, allow_nan=False) | st.just(0.0)
-    trained = st.lists(st.fixed_dictionaries({"loss": number, "epoch": at}), min_size=1, max_size=4)
-    evaluation = {"eval_loss": number, "eval_samples_per_second": number, "epoch": at | st.integers(0, 3)}
+    of_step = st.integers(0, 900)
+    trained = st.lists(st.fixed_dictionaries({"loss": number, "epoch": at, "step": of_step}), min_size=1, max_size=4)
+    evaluation = {"eval_loss": number, "eval_samples_per_second": number, "epoch": at | st.integers(0, 3), "step": of_step}
     evaluated = st.lists(st.fixed_dictionaries(evaluation), max_size=3)
 
     @st.composite
@@ -209,15 +210,15 @@ def test_another_log(lab):
 
     summary = {"train_runtime": 9.0, "train_samples_per_second": 5.0, "train_loss": 3.0, "epoch": 1.0, "step": 87_599}
     twice = [
-        {"loss": 2.0, "epoch": 1.0},
+        {"loss": 2.0, "epoch": 1.0, "step": 9},
         summary,
-        {"loss": 1.0, "epoch": 2.0},
+        {"loss": 1.0, "epoch": 2.0, "step": 18},
         summary | {"train_samples_per_second": 7.0, "epoch": 2},
     ]
-    long = [{"eval_loss": 8.0, "eval_samples_per_second": 3.0, "epoch": 0}]
-    long += [{"loss": 7.0 - at / 100, "epoch": at / 650} for at in range(1, 651)] + [summary]
+    long = [{"eval_loss": 8.0, "eval_samples_per_second": 3.0, "epoch": 0, "step": 0}]
+    long += [{"loss": 7.0 - at / 100, "epoch": at / 650, "step": at} for at in range(1, 651)] + [summary]
     agree(summarised(lab), summarised(REFERENCE), histories(), first=[(twice,), (long,)], record="1.8")
-    longer = long[:1] + [{"loss": 7.0, "epoch": at / 30_000} for at in range(1, 30_001)] + [summary]
+    longer = long[:1] + [{"loss": 7.0, "epoch": at / 30_000, "step": at} for at in range(1, 30_001)] + [summary]
     agree(summarised(lab), summarised(REFERENCE), st.tuples(st.just(longer)), count=1)
 
 

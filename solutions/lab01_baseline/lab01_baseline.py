@@ -83,7 +83,7 @@ def encode_example(tokenizer, question: str, context: str, answer: str, max_toke
             prompt gives way.
 
     Returns:
-        `input_ids`: the prompt's ids, the ids of " " + answer, and the end-of-sequence id.
+        Two keys and no other. `input_ids`: the prompt's ids, the ids of " " + answer, and the end-of-sequence id.
         `labels`: of the same length; `IGNORED` at every token of the prompt, the token itself elsewhere.
 
     Raises:
@@ -214,7 +214,8 @@ def generate_answers(model, tokenizer, prompts: list[list[int]], max_new_tokens:
     Returns:
         One text a prompt, in the same order: only the new tokens up to the tokenizer's end-of-sequence token, which a model's own
         settings may not know, without special tokens, stripped of white space.
-        Greedy: no sampling, and dropout off (`model.eval()`), so the same prompts give the same answers.
+        Greedy: no sampling and no beams, whatever the model's own settings say (`do_sample=False, num_beams=1`), and dropout off
+        (`model.eval()`), so the same prompts give the same answers.
     """
     # BEGIN SOLUTION 1.7
     model.eval()

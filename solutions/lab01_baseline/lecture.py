@@ -159,8 +159,8 @@ print(stages["hardware"]["gpus"], stages["versions"])
 
 # %% [markdown]
 # Seven eighths of the GPU's arithmetic lie idle at this batch. That is usual for small models and small batches, and a larger batch is the first thing to
-# try, before any sharding. In pure bf16, 8 sequences at a time, one micro-batch per step, the same shape reached 62 samples/s, 11 % MFU; 32 at a time, 95
-# samples/s, 17 % (`bench/results/offload-1xh200.json`, ZeRO-2).
+# try, before any sharding. Under ZeRO-2 in pure bf16, with one micro-batch per step, the same shape reached 62 samples/s with 8 sequences at a time, and 95
+# with 32: 11 and 17 % MFU (`bench/results/offload-1xh200.json`). Compare these two with each other; the table has other settings.
 #
 # ## Saving
 #

@@ -153,7 +153,7 @@ check("1.5")
 # A model that was never read back from its folder may not be there. Save through the trainer, add the tokenizer, and load both as a stranger
 # would. All ranks call your function: the check runs it on two ranks, plain and under ZeRO-3, where each rank holds half of every weight.
 # Only rank 0 writes. So there must be one point that no rank passes before rank 0 has written everything, weights and tokenizer, and the
-# reading comes after it. `trainer.accelerator.wait_for_everyone()` is such a point, if all ranks reach it. The check takes about 10 seconds.
+# reading comes after it. `trainer.accelerator.wait_for_everyone()` is such a point, if all ranks reach it. The check takes 10 to 20 seconds; a rank that waits for ever is ended after a minute.
 #
 # Complete `save_and_reload(trainer, tokenizer, folder)`.
 

@@ -256,10 +256,10 @@ table(rows)
 #
 # - More ranks give more samples/s at every stage. `Trainer` reports the figure over all ranks; divide by N before you compare devices.
 # - On 4 GPUs stage 1 reaches 282 samples/s, stage 2 reaches 269, stage 0 only 222: the ranks of stage 1 each step a quarter of the parameters,
-#   those of stage 0 step all of them. On 1 GPU, where nobody shares the work, stage 0 is the fastest of the four. (These are `Trainer`'s figures. Lab 03 measures
-#   the engine by itself, without `Trainer`'s work around each step, and there stages 0, 1 and 2 lie within 5 % on 1 GPU.) The baseline, plain DDP, steps
+#   those of stage 0 step all of them. On 1 GPU, where nobody shares the work, stage 0 is the fastest of the four. (These are `Trainer`'s
+#   figures; lab 03 measures the engine by itself.) The baseline, plain DDP, steps
 #   all of them too, and reaches 265: DeepSpeed's engine at stage 0 differs from DDP in more than who steps what. So read a stage's gain off another stage.
-# - Stage 3 runs at about a third of stage 2's speed, on 1 GPU too (24 against 63 samples/s; 45 against 77 with the bare engine of lab 03), where nothing is sent at all. So the link is not the
+# - Stage 3 runs at about a third of stage 2's speed, on 1 GPU too (24 against 63 samples/s), where nothing is sent at all. So the link is not the
 #   reason. The reason is the work around each layer, which the host does in Python: gather, wait, release, in the forward and in the backward
 #   pass. A model of this size with a micro-batch of 8 is too quick for it to hide.
 # - Offload frees device memory and costs throughput: the states cross the PCIe bus, and the CPU does Adam's work.
@@ -302,7 +302,9 @@ def keep(tensor):
 with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
     logits = bloom(input_ids=ids, labels=ids, use_cache=False).logits
 
-held = {"attention, 512 × 512 per head": 0, "the rest of the 24 blocks": 0, "log-probabilities, fp32": 0}
+held = dict.fromkeys(
+    ("attention, 512 × 512 per head", "the rest of the 24 blocks", "log-probabilities, fp32"), 0
+)
 for tensor in kept.values():
     of_words, of_pairs = tensor.shape[-1:] == (250_880,), tensor.shape[-2:] == (512, 512)
     name = list(held)[2 if of_words else 0 if of_pairs else 1]

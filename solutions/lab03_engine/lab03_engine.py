@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -141,7 +142,7 @@ class DeepSpeedTrainer:
 
         Args:
             batch: `input_ids`, `attention_mask` and `labels` of this rank's micro-batch, each (micro-batch, tokens), on
-                any device; the engine takes them on its own (`on_device`).
+                any device; `on_device(batch, engine)` moves them to the engine's.
 
         Returns:
             The micro-batch's loss, as the model gives it, in the mean over the ranks: a Python float.
@@ -410,7 +411,8 @@ def convert_to_universal(folder: str | Path, path: str | Path) -> Path:
 
     folder = Path(folder)
     out = Path(path, folder.name)
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     ds_to_universal.main(argparse.Namespace(
         input_folder=str(folder), output_folder=str(out), num_extract_workers=1, num_merge_workers=1,
         keep_temp_folder=False, strict=True, inject_missing_state=True))

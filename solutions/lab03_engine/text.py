@@ -20,8 +20,8 @@
 # | 3.9 | `convert_to_universal` | 1 |
 #
 # You write in `src/exercises/lab03_engine.py`. The checks start real ranks. The first cell that needs torch waits 10 to 15 seconds until it and
-# DeepSpeed are loaded, and so does the first check. After that most checks take 3 to 5 seconds on two idle cores, 3.2 and 3.9 about 6, and 3.6 about 10. In a terminal,
-# each `pytest labs --task` loads them anew.
+# DeepSpeed are loaded, and so does the first check; where no lab was checked before, it also compiles an op, which takes half a minute to a minute more.
+# After that most checks take 3 to 5 seconds on two idle cores, 3.2 and 3.9 about 6, and 3.6 about 10. In a terminal, each `pytest labs --task` loads them anew.
 
 # %%
 from shardlab.show.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
@@ -65,7 +65,8 @@ check("3.1")
 # ```
 #
 # The engine knows $k$ and the clipping from its configuration, and counts. So three calls are left, and you make all three for **every** micro-batch.
-# What you would add by habit is done twice then: dividing by $k$, stepping the optimizer. And before the three, `engine.train()`: an evaluation in
+# What you would add by habit is done twice then: dividing by $k$, stepping the optimizer. A `zero_grad` of your own before each micro-batch would throw away
+# what the ones before it have accumulated. And before the three, `engine.train()`: an evaluation in
 # between may have left dropout off.
 #
 # With Adam such a mistake hides. Its step does not depend on the scale of the gradient: $m / \sqrt{v}$ is the same for $g$ and $g / k$. So a loss curve
@@ -260,10 +261,10 @@ check("3.8")
 from transformers import AutoModelForCausalLM
 
 import io
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 
 out = RUNS / "lab03-model"
-with redirect_stdout(io.StringIO()):  # DeepSpeed prints what it reads
+with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # DeepSpeed says what it reads
     lab.consolidate(saved / "step-12", "bloom-tiny", out)
 model = AutoModelForCausalLM.from_pretrained(out)
 print(
@@ -286,7 +287,7 @@ check("3.9")
 # %%
 universal = RUNS / "lab03-universal"
 shutil.rmtree(universal, ignore_errors=True)
-with redirect_stdout(io.StringIO()):
+with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
     lab.convert_to_universal(saved / "step-12", universal)
 config = lab.engine_config(
     2, offload=False, micro_batch=2, accumulation=4, ranks=1, learning_rate=1e-3, precision="fp32"
@@ -325,7 +326,10 @@ settings_here = settings | {"deepspeed": misspelt}
 wrong = Experiment(name="lab03-misspelt", method="zero_optimisation", steps=12, **settings_here)
 wrong = launch(wrong, runs=RUNS, or_cpu=True)[0]
 held = max(sum(rank.values()) for rank in wrong.states()["ranks"])
-compare({"zero_optimisation": held}, predicted_bytes, {"zero_optimisation": 45_864_960})
+course = {"zero_optimisation": 45_864_960}
+compare(
+    {"zero_optimisation": held}, predicted_bytes, course, reference_name="course, 2 CPU cores"
+)
 apart = max(abs(a - b) for a, b in zip(whole.losses(), wrong.losses(), strict=True))
 print(f"The losses differ by at most {apart:.1e}.")
 
@@ -342,14 +346,15 @@ predicted_orders = {"with set_epoch": ..., "without": ...}
 # %%
 import matplotlib.pyplot as plt
 
-few = settings | {"train_examples": 24, "steps": 24, "name": "lab03-set-epoch", "method": "with set_epoch"}
-kept = Experiment(**few)
+few = settings | {"train_examples": 24, "steps": 24}
+kept = Experiment(name="lab03-set-epoch", method="with set_epoch", **few)
 lost = Experiment(
-    **(few | {"name": "lab03-no-set-epoch", "method": "without", "options": {"set_epoch": False}})
+    name="lab03-no-set-epoch", method="without", options={"set_epoch": False}, **few
 )
 with_call, without = launch([kept, lost], runs=RUNS, or_cpu=True)
 orders = {"with set_epoch": with_call.results["orders"], "without": without.results["orders"]}
-compare(orders, predicted_orders, {"with set_epoch": 8, "without": 1})
+course = {"with set_epoch": 8, "without": 1}
+compare(orders, predicted_orders, course, reference_name="course, 2 CPU cores")
 figure, axes = plt.subplots(figsize=(9, 3))
 for one in (with_call, without):
     axes.plot(range(1, 25), one.losses(), "o-", label=one.experiment.method)

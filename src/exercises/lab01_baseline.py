@@ -72,7 +72,7 @@ def encode_example(tokenizer, question: str, context: str, answer: str, max_toke
             prompt gives way.
 
     Returns:
-        `input_ids`: the prompt's ids, the ids of " " + answer, and the end-of-sequence id.
+        Two keys and no other. `input_ids`: the prompt's ids, the ids of " " + answer, and the end-of-sequence id.
         `labels`: of the same length; `IGNORED` at every token of the prompt, the token itself elsewhere.
 
     Raises:
@@ -164,7 +164,8 @@ def generate_answers(model, tokenizer, prompts: list[list[int]], max_new_tokens:
     Returns:
         One text a prompt, in the same order: only the new tokens up to the tokenizer's end-of-sequence token, which a model's own
         settings may not know, without special tokens, stripped of white space.
-        Greedy: no sampling, and dropout off (`model.eval()`), so the same prompts give the same answers.
+        Greedy: no sampling and no beams, whatever the model's own settings say (`do_sample=False, num_beams=1`), and dropout off
+        (`model.eval()`), so the same prompts give the same answers.
     """
     raise NotImplementedError("Task 1.7: complete generate_answers() in src/exercises/lab01_baseline.py")
 
@@ -218,9 +219,14 @@ def memory_table(path: str | Path) -> dict[str, dict[str, float]]:
 def finetune(experiment, run) -> dict:
     """What every rank runs: your functions, put together. `shardlab.run.launch` calls it with the experiment and its run folder.
 
+    The experiment's `options`: `answer_at`, optimizer steps after which 64 questions are answered too (not at ZeRO stage 3, where
+    every rank would have to generate in step with the others); `end_of_sequence`: False trains on examples without their `</s>`.
+
     Returns:
         Results for `run.json`: exact match and F1 in per cent before and after training, and your summary.
     """
+    from transformers import TrainerCallback
+
     from shardlab.data.datasets import load_squad, squad_scores
     from shardlab.data.models import load_model, load_tokenizer
     from shardlab.run.collectives import gather, rank, world_size
@@ -233,27 +239,45 @@ def finetune(experiment, run) -> dict:
         return list(data[split].select(range(min(limit or len(data[split]), len(data[split])))))
 
     def encode(row: dict) -> dict:
-        return encode_example(tokenizer, row["question"], row["context"], row["answers"]["text"][0], experiment.max_tokens)
+        example = encode_example(tokenizer, row["question"], row["context"], row["answers"]["text"][0], experiment.max_tokens)
+        whole = experiment.options.get("end_of_sequence", True)
+        return example if whole else {name: values[:-1] for name, values in example.items()}
 
     def answer(model, questions: list[dict], when: str) -> list[str]:
         """Each rank answers its share of the questions; every rank gets all answers back."""
         if rank() == 0:
-            run.doing(f"answering {len(questions)} questions {when} training")
+            run.doing(f"answering {len(questions)} questions {when}")
         mine = questions[rank() :: world_size()]
         prompts = [encode_prompt(tokenizer, row["question"], row["context"], experiment.max_tokens) for row in mine]
         batches = [prompts[at : at + 32] for at in range(0, len(prompts), 32)]
         shares = gather([text for batch in batches for text in generate_answers(model, tokenizer, batch)])
         return [shares[number % len(shares)][number // len(shares)] for number in range(len(questions))]
 
-    eval_rows, results = rows("validation", experiment.eval_examples), {}
+    eval_rows, results = rows("validation", experiment.eval_examples), {"on_the_way": []}
+
+    def note_answers(model, step: int) -> float:
+        """Exact match on 64 questions at this step; it is noted, with the first five answers."""
+        texts = answer(model, eval_rows[:64], f"after step {step}" if step else "before training")
+        match = squad_scores(texts, eval_rows[:64])["exact_match"]
+        results["on_the_way"].append({"step": step, "exact_match": match, "answers": texts[:5]})
+        if rank() == 0:
+            run.doing()
+        return match
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     answers_wanted = experiment.evaluate and experiment.save
     if answers_wanted:
         untrained = load_model(experiment.model, seed=experiment.seed).to(device)
-        results["exact_match_before"] = squad_scores(answer(untrained, eval_rows[:64], "before"), eval_rows[:64])["exact_match"]
+        results["exact_match_before"] = note_answers(untrained, 0)
         del untrained
-    if rank() == 0:
-        run.doing()
+
+    class AnswersOnTheWay(TrainerCallback):
+        def on_step_end(self, arguments, state, control, model, **others):
+            if state.global_step in experiment.options.get("answer_at", []):
+                model.eval()
+                note_answers(model, state.global_step)
+                model.train()
+
     train_set = [encode(row) for row in rows("train", experiment.train_examples)]
     arguments = training_arguments(
         str(run.folder / "checkpoints"), precision=experiment.precision, deepspeed=experiment.deepspeed,
@@ -265,12 +289,13 @@ def finetune(experiment, run) -> dict:
     trainer = train(run, model=model, arguments=arguments, train_set=train_set,
                     eval_set=[encode(row) for row in eval_rows] if experiment.evaluate else [],
                     collate=lambda examples: collate(examples, tokenizer.pad_token_id),
-                    tokens_per_sequence=sum(len(example["input_ids"]) for example in train_set) / len(train_set))
+                    tokens_per_sequence=sum(len(example["input_ids"]) for example in train_set) / len(train_set),
+                    callbacks=(AnswersOnTheWay(),))
     results["summary"] = summarise_training(trainer.state.log_history)
     if experiment.save:
         model = save_and_reload(trainer, tokenizer, str(run.folder / "model"))
     if answers_wanted:
-        predictions = answer(model.to(device), eval_rows, "after")
+        predictions = answer(model.to(device), eval_rows, "after training")
         results |= squad_scores(predictions, eval_rows) | {"examples": [
             {"question": row["question"], "answer": row["answers"]["text"][0], "predicted": text}
             for row, text in list(zip(eval_rows, predictions, strict=True))[:5]]}

@@ -45,7 +45,7 @@ def create_deepspeed_config(stage: int, *, micro_batch: int | str = "auto", accu
         optimizer: `AdamW` to let DeepSpeed make it; None to leave it to `Trainer`. With optimizer offload DeepSpeed makes
             it in any case, since the step then runs on the host, in its `DeepSpeedCPUAdam`.
         learning_rate: of that optimizer.
-        clipping: largest gradient norm. It is always written: left out, deepspeed 0.19.3 and later clip at 1.0 unasked.
+        clipping: largest gradient norm, or "auto". It is always written: left out, deepspeed 0.19.3 and later clip at 1.0 unasked.
         offload_optimizer: keep the optimizer states on the CPU.
         offload_param: keep the parameters on the CPU; stage 3 only.
 
@@ -88,7 +88,7 @@ def check_deepspeed_config(config: dict, *, world_size: int, with_trainer: bool 
             a top-level key that is not in `TOP_LEVEL_KEYS` (`zero_optimisation` would train at stage 0);
             a `zero_optimization` that is no object (true and false are an old form of it);
             a stage that is no whole number (DeepSpeed takes "3" and true);
-            a number or a boolean written as text ("8", "5e8", "true"), however deep, in lists too;
+            a number or a boolean written as text ("8", "5e8", "true", "FALSE"), however deep, in lists too;
             an enabled `offload_param` below stage 3. An offload that is null, or whose device is "none" or not given, is none;
             an offload to "nvme" without an `nvme_path`, or with an empty one;
             without `Trainer`: the value "auto" anywhere, however deep, in lists too.
@@ -114,8 +114,9 @@ def load_config(path: str | Path) -> dict:
 
     Raises:
         ValueError: with a sentence that names the file, for
-            a file that is not JSON in UTF-8. Where `hjson.loads` reads an object, the sentence says that it is DeepSpeed that
-            reads it, and `Trainer` that does not. Elsewhere it names neither of the two, since neither reads the file;
+            a file that is not JSON in UTF-8 (Python's UnicodeDecodeError is a ValueError, and names no file). Where
+            `hjson.loads` reads an object, the sentence says that it is DeepSpeed that reads it, and `Trainer` that does not.
+            Elsewhere it names neither of the two, since neither reads the file;
             a key given twice in one object; the sentence names the key;
             JSON that is no object. (A missing file raises FileNotFoundError by itself.)
     """
@@ -191,11 +192,12 @@ def comparison_row(run: Run) -> dict:
 
     Args:
         run: a finished run. `run.losses()`, `run.samples_per_second()` and `run.experiment` say most of it; `run.states()`
-            is {"parameters": Ψ, "groups": […], "ranks": [{"parameters": bytes, "gradients": …, "optimizer": …}, …]}.
+            is {"parameters": Ψ, "groups": […], "ranks": [{"parameters": bytes, "gradients": …, "optimizer": …}, …]}. With
+            offload a rank has more keys, such as `host_optimizer`: what is not on the device.
 
     Returns:
         `method` and `ranks` of the experiment; `first_loss`, `last_loss`; `samples_per_second` (over all ranks);
-        `measured`: parameters + gradients + optimizer bytes of the rank that holds most;
+        `measured`: parameters + gradients + optimizer bytes of the rank that holds most of these three;
         `predicted`: the sum of your `state_bytes`, with the stage in the experiment's configuration (0 without DeepSpeed, and
         where it names none), and with precision fp32 without DeepSpeed: autocast keeps the parameters in fp32.
     """

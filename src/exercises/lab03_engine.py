@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -129,7 +130,7 @@ class DeepSpeedTrainer:
 
         Args:
             batch: `input_ids`, `attention_mask` and `labels` of this rank's micro-batch, each (micro-batch, tokens), on
-                any device; the engine takes them on its own (`on_device`).
+                any device; `on_device(batch, engine)` moves them to the engine's.
 
         Returns:
             The micro-batch's loss, as the model gives it, in the mean over the ranks: a Python float.

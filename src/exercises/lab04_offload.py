@@ -83,7 +83,7 @@ def offload_bytes(stage: int, states: dict[str, int], shard: int, precision: str
     Optimizer offload moves the 12 bytes per element to the host. No gradients stay on the device: each goes to the host as
     soon as it is reduced. There the step needs the shard's gradients in fp32, 4 bytes per element. Stage 3 holds them there a
     second time, in the parameters' precision: it adds up the micro-batches there, and does so for a single one too.
-    Parameter offload moves the parameters' shard, and nothing else.
+    Parameter offload moves `states["parameters"]` as it is, and nothing else.
 
     Args:
         stage: 1, 2 or 3.

@@ -99,7 +99,7 @@ def agree_as_recorded(answer: Callable, test_file: str, record: str, of: str) ->
                 answer(*copy.deepcopy(arguments))  # no error is due: this one says more of itself
             shown, got = f"({', '.join(map(repr, arguments))})", f"{how} {value!r}"
             raise MilestoneFailed(
-                "expected  what the docstring says; the course has another result, kept as a hash: work it out by hand\n"
+                "expected  another result, by the docstring: work this case out by hand (the course keeps only a hash of its own)\n"
                 f"got       {got if len(got) <= 400 else got[:400] + ' …'}\nof        {of.format(shown)}",
                 f"{record} {shown} {got}",
             )

@@ -134,8 +134,8 @@ def _in_text(wanted: str, got: str) -> str:
 def _in_mapping(wanted: Mapping, got: Mapping) -> str:
     missing, more = ([key for key in a if key not in b] for a, b in ((wanted, got), (got, wanted)))
     if missing or more:
-        said = [f"the key{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))} missing"] * bool(missing)
-        return "; ".join(said + [f"the key{'s' * (len(more) > 1)} {', '.join(map(repr, more))} too much"] * bool(more))
+        said = [f"without the key{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))}"] * bool(missing)
+        return "; ".join(said + [f"with the key{'s' * (len(more) > 1)} {', '.join(map(repr, more))} more"] * bool(more))
     at = next((key for key in wanted if wanted[key] != got[key]), None)
     return "" if at is None else _deeper(f"at {at!r}", wanted[at], got[at])
 

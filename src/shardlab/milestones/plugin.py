@@ -9,13 +9,14 @@ pytest labs --task 2.1           one task
 from __future__ import annotations
 
 import json
+import os
 import re
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from shardlab import labs, switch
+from shardlab import hardware, labs, switch
 from shardlab.cluster import slurm
 from shardlab.milestones.exercises import BoxedLab, FileAtFault, Lab
 from shardlab.milestones.launches import launched, own_folder
@@ -302,12 +303,15 @@ def _of_an_error(excinfo, folder) -> str:
     if isinstance(error, BoxEnded):
         got = str(error)
     elif seconds := re.match(r"Timeout \(>([0-9.]+)s\) from pytest-timeout", str(error)):
-        expected, got = "your function to come to its end", f"no end after {float(seconds[1]):.0f} s"
+        load, cores = os.getloadavg()[0], hardware.cpu_cores()
+        busy = f", on a machine that is busy: {load:.0f} processes for {cores} cores. Try again" if load > 1.5 * cores else ""
+        expected, got = "your function to come to its end", f"no end after {float(seconds[1]):.0f} s{busy}"
     elif GPU_TROUBLE.search(got):
         likely = GPU_ADVICE
     elif APART.search(got):
         likely = "a tensor on the CPU where one on the GPU is due, or the other way round; the task's docstring says which device"
     lines = [f"expected  {expected}", f"got       {got}", *(f"at        {place}" for place in places)]
+    lines += [f"of        {call}" for call in [getattr(error, "call", "")] if call]
     return "\n".join(lines + [f"likely    {likely}"] * bool(likely))
 
 

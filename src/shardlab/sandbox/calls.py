@@ -7,6 +7,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 PLAIN = (str, int, float, bool, bytes, types.NoneType)
 
@@ -37,14 +38,15 @@ def watched(function: Callable) -> Callable:
                 if (now := _noted(given[key])) != was:
                     raise CallAtFault(
                         f"expected  {name}() to leave what it is given as it was\n"
-                        f"got       {f'argument {key}' if isinstance(key, int) else key} changed {_change(was, now)}\n"
+                        f"got       {f'argument number {key}' if isinstance(key, int) else key} was changed {_change(was, now)}\n"
                         "likely    something changed in place (append, pop, +=, update, an entry or a setting set): make a new one"
                     )
 
         try:
             result = function(*args, **kwargs)
-        except Exception:
+        except Exception as error:
             look()
+            error.call = getattr(error, "call", "") or shown_call(name, args, kwargs)
             raise
         look()
         if result is None and _promises_a_value(function):
@@ -56,6 +58,17 @@ def watched(function: Callable) -> Callable:
         return result
 
     return call
+
+
+def shown_call(name: str, args: tuple, kwargs: dict) -> str:
+    """A call as a message shows it: plain values shortened, and of everything else its type."""
+
+    def shown(value) -> str:
+        if isinstance(value, PLAIN) or is_plain_container(value):
+            return _short(value)
+        return f"<{type(value).__name__}>" if not isinstance(value, Path) else repr(str(value))
+
+    return f"{name}({', '.join([*map(shown, args), *(f'{key}={shown(value)}' for key, value in kwargs.items())])})"
 
 
 def _noted(value):

@@ -355,9 +355,10 @@ class RemoteError(Exception):
     Attributes:
         kind: the name of its type.
         places: their own lines that it came through.
+        call: the call that raised it, for reading.
     """
 
-    kind, places = "Exception", ()
+    kind, places, call = "Exception", (), ""
 
 
 def described(error: BaseException, folder: str = "") -> dict:
@@ -373,7 +374,8 @@ def described(error: BaseException, folder: str = "") -> dict:
         text = "(its text cannot be read)"
     frames = traceback.extract_tb(error.__traceback__) if folder else []
     places = [f"{Path(f.filename).name}, line {f.lineno}: {f.line}" for f in frames if f.filename.startswith(folder)]
-    return {"kinds": [kind.__name__ for kind in type(error).__mro__], "text": text[:10_000], "places": places[-20:]}
+    call = str(getattr(error, "call", ""))[:400]
+    return {"kinds": [kind.__name__ for kind in type(error).__mro__], "text": text[:10_000], "places": places[-20:], "call": call}
 
 
 def rebuilt(told) -> Exception:
@@ -395,4 +397,5 @@ def rebuilt(told) -> Exception:
                 break
     made.places = [str(place)[:300] for place in told.get("places", [])][-20:] if isinstance(told, dict) else []
     made.kind = kinds[0] if kinds else "Exception"
+    made.call = str(told.get("call", ""))[:400] if isinstance(told, dict) else ""
     return made
