@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -751,3 +753,19 @@ def test_verdict_of_a_task_is_that_of_its_weakest_milestone():
     assert task("passed", "not run") == ("not run", 0), "what did not run has not passed"
     assert task("failed", "passed") == ("failed", 0)
     assert task("not run", "passed") == ("not run", 0)
+
+
+def test_a_killed_process_leaves_its_folder_to_the_next(tmp_path):
+    """What milestones share is removed by the process that made it; of one that was killed, by the next one that makes its own."""
+    told = "import time; from shardlab.milestones.launches import own_folder; print(own_folder(), flush=True); time.sleep(600)"
+    command, environment = [sys.executable, "-c", told], os.environ | {"TMPDIR": str(tmp_path)}
+    begun = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    killed, living = (Path(process.stdout.readline().strip()) for process in begun)
+    begun[0].kill()
+    begun[0].wait()
+    assert killed.is_dir() and living.is_dir()
+    third = subprocess.run([*command[:2], told.replace("600", "0")], env=environment, capture_output=True, text=True, check=True)
+    assert not killed.exists() and living.is_dir(), "of one that still lives, nothing is touched"
+    assert not Path(third.stdout.strip()).exists()
+    begun[1].terminate()
+    begun[1].wait()

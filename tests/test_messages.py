@@ -12,6 +12,7 @@ from shardlab.labs import LabError, catalogue, named, stems
 from shardlab.milestones.grade import grade
 from shardlab.milestones.messages import MilestoneFailed, fingerprint, known_mistakes, require, require_equal, require_error
 from shardlab.sandbox.calls import CallAtFault, watched
+from shardlab.sandbox.wire import described, rebuilt
 
 STEM = stems()[0]
 """The first lab, whose first task needs no ranks."""
@@ -25,7 +26,7 @@ STEM = stems()[0]
         ("abc", "abcd", "at its end: 'd' too much"),
         ("abcd", "ab", "at its end: 'cd' is missing"),
         ("x" * 500 + "a" + "y" * 500, "x" * 500 + "b" + "y" * 500, "from character 500 on"),
-        ({"a": 1, "b": 2}, {"a": 1, "c": 2}, "the key 'b' missing; the key 'c' too much"),
+        ({"a": 1, "b": 2}, {"a": 1, "c": 2}, "without the key 'b'; with the key 'c' more"),
         ({"a": {"b": [1, 2]}}, {"a": {"b": [1, 3]}}, "at 'a', at 'b', at place 1: 3 for 2"),
         ([1, 2, 3], [1, 2], "in length: 2 for 3"),
         ([1, 2], (1, 2), "a tuple for a list"),
@@ -132,9 +133,9 @@ def test_changed_arguments_are_a_fault():
         rows[0]["ids"].append(0)
         return rows
 
-    with pytest.raises(CallAtFault, match="pad\\(\\) to leave what it is given as it was\ngot       argument 1 changed from"):
+    with pytest.raises(CallAtFault, match="pad\\(\\) to leave what it is given .*\n.*argument number 1 was changed from"):
         watched(pad)([{"ids": [1]}])
-    with pytest.raises(CallAtFault, match="rows changed"):
+    with pytest.raises(CallAtFault, match="rows was changed"):
         watched(pad)(rows=[{"ids": [1]}])
     assert watched(lambda rows: [*rows, 1])([2]) == [2, 1]
 
@@ -142,8 +143,18 @@ def test_changed_arguments_are_a_fault():
         config.pop("stage")
         raise ValueError("refused")
 
-    with pytest.raises(CallAtFault, match="argument 1 changed from"):
+    with pytest.raises(CallAtFault, match="argument number 1 was changed from"):
         watched(refuse)({"stage": 3})
+
+
+def test_an_error_names_the_call_that_it_came_of():
+    def fits(sizes: list, limit: int) -> bool:
+        raise IndexError("list index out of range")
+
+    with pytest.raises(IndexError) as raised:
+        watched(fits)([1] * 500, limit=7)
+    assert raised.value.call.startswith("fits([1, 1, ") and raised.value.call.endswith("limit=7)") and len(raised.value.call) < 250
+    assert rebuilt(described(raised.value)).call == raised.value.call, "out of a box too"
 
 
 def test_a_changed_setting_of_a_tokenizer_or_model_is_a_fault():

@@ -122,7 +122,7 @@ def collate(examples: list[dict[str, list[int]]], pad_token_id: int) -> dict[str
         rows["input_ids"].append(example["input_ids"] + [pad_token_id] * padding)
         rows["attention_mask"].append([1] * real + [0] * padding)
         rows["labels"].append(example["labels"] + [IGNORED] * padding)
-    return {name: torch.tensor(row, dtype=torch.int64) for name, row in rows.items()}
+    return {name: torch.tensor(row) for name, row in rows.items()}
     # END SOLUTION
 
 

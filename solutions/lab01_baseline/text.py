@@ -309,7 +309,7 @@ right.set(ylabel="exact match, %", ylim=(0, 100));
 # ## Break it
 #
 # What does one token do? The same training for 60 steps, and the `</s>` is cut off from every example before the model sees it. With it, exact
-# match is 38 % after 60 steps. Without it? And what will the answers look like?
+# match is 38 % after the demo's 60 steps. Without it? And what will the answers look like?
 
 # %%
 predicted_match = {"exact match after 60 steps without </s>, %": ...}
@@ -324,8 +324,8 @@ compare({name: endless.results["exact_match"]}, predicted_match, {name: 0.0})
 table(endless.results["examples"])
 
 # %% [markdown]
-# Nothing in training tells: the loss falls as before. The answers begin as they should, and go on until `max_new_tokens` ends them. So look at
-# what a model writes, early; a loss does not show it.
+# Nothing in training tells: the loss falls as before. Some answers begin as they should, and none ends before `max_new_tokens` ends it. So look
+# at what a model writes, early; a loss does not show it.
 #
 # ## Your points
 #

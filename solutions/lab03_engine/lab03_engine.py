@@ -412,7 +412,6 @@ def convert_to_universal(folder: str | Path, path: str | Path) -> Path:
     folder = Path(folder)
     out = Path(path, folder.name)
     shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
     ds_to_universal.main(argparse.Namespace(
         input_folder=str(folder), output_folder=str(out), num_extract_workers=1, num_merge_workers=1,
         keep_temp_folder=False, strict=True, inject_missing_state=True))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -17,9 +19,27 @@ from shardlab import switch
 _RUNS: dict[str, list] = {}
 
 
+PREFIX, IN_USE = "shardlab-milestones-", ".in-use"
+
+
 @cache
 def _lifetime_folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="shardlab-milestones-")
+    _remove_abandoned()
+    folder = tempfile.TemporaryDirectory(prefix=PREFIX)
+    fcntl.flock(os.open(Path(folder.name, IN_USE), os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)  # held until this process ends
+    return folder
+
+
+def _remove_abandoned() -> None:
+    """Remove the folders of processes that were killed and could not do it, such as a notebook's kernel."""
+    for mark in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{IN_USE}"):
+        with contextlib.suppress(OSError):  # in use, or another account's
+            held = os.open(mark, os.O_RDWR)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(mark.parent, ignore_errors=True)
+            finally:
+                os.close(held)
 
 
 def shared_folder() -> Path:
