@@ -26,7 +26,9 @@ PREFIX, IN_USE = "shardlab-milestones-", ".in-use"
 def _lifetime_folder() -> tempfile.TemporaryDirectory:
     _remove_abandoned()
     folder = tempfile.TemporaryDirectory(prefix=PREFIX)
-    fcntl.flock(os.open(Path(folder.name, IN_USE), os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)  # held until this process ends
+    mark = Path(folder.name, "new")
+    fcntl.flock(os.open(mark, os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)  # held until this process ends
+    mark.rename(mark.with_name(IN_USE))  # under this name nobody finds it without its lock
     return folder
 
 
