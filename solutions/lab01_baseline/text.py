@@ -308,19 +308,19 @@ right.set(ylabel="exact match, %", ylim=(0, 100));
 # %% [markdown]
 # ## Break it
 #
-# What does one token do? The same training for 60 steps, and the `</s>` is cut off from every example before the model sees it. With it, exact
-# match is 38 % after the demo's 60 steps. Without it? And what will the answers look like?
+# What does one token do? The same training, 40 steps of it, and the `</s>` is cut off from every example before the model sees it. The plot above says
+# what exact match is with it after 40 steps. Without it? And what will the answers look like?
 
 # %%
-predicted_match = {"exact match after 60 steps without </s>, %": ...}
+predicted_match = {"exact match after 40 steps without </s>, %": ...}
 
 # %%
-endless = experiment.model_copy(
-    update={"name": "lab01-endless", "steps": 60, "options": {"end_of_sequence": False}}
-)
+changes = {"steps": 40, "eval_examples": 64, "options": {"end_of_sequence": False}}
+endless = experiment.model_copy(update={"name": "lab01-endless", **changes})
 endless = launch(endless, runs=RUNS)[0]
-name = "exact match after 60 steps without </s>, %"
-compare({name: endless.results["exact_match"]}, predicted_match, {name: 0.0})
+name = "exact match after 40 steps without </s>, %"
+reached = {name: endless.results["exact_match"]}
+compare(reached, predicted_match, {name: 0.0}, reference_name="course, 2 CPU cores")
 table(endless.results["examples"])
 
 # %% [markdown]
