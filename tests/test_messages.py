@@ -153,8 +153,29 @@ def test_an_error_names_the_call_that_it_came_of():
 
     with pytest.raises(IndexError) as raised:
         watched(fits)([1] * 500, limit=7)
-    assert raised.value.call.startswith("fits([1, 1, ") and raised.value.call.endswith("limit=7)") and len(raised.value.call) < 250
-    assert rebuilt(described(raised.value)).call == raised.value.call, "out of a box too"
+    assert (
+        raised.value.exercise_call.startswith("fits([1, 1, ")
+        and raised.value.exercise_call.endswith("limit=7)")
+        and len(raised.value.exercise_call) < 250
+    )
+    assert rebuilt(described(raised.value)).exercise_call == raised.value.exercise_call, "out of a box too"
+
+
+def test_an_error_that_takes_no_attributes_is_still_told():
+    class Stubborn(ValueError):
+        def __setattr__(self, name, value):
+            raise RuntimeError("no")
+
+        @property
+        def exercise_call(self):
+            raise RuntimeError("no")
+
+    def fails() -> None:
+        raise Stubborn("so it is")
+
+    with pytest.raises(Stubborn) as raised:
+        watched(fails)()
+    assert str(rebuilt(described(raised.value))) == "so it is"
 
 
 def test_a_changed_setting_of_a_tokenizer_or_model_is_a_fault():

@@ -117,8 +117,8 @@ class DrawnImages:
         return Image.fromarray(draw(label, random, self.size)), label
 
 
-class FolderImages:
-    """Images of one split in a folder: `<folder>/<split>/<class>/<image>`, or the hub's data set of pairs `image`, `label`."""
+class StoredImages:
+    """Images of one split that are stored: of a folder, or of a data set of the hub with columns `image` and `label`."""
 
     def __init__(self, rows, classes: list[str]):
         self.rows, self.classes = rows, classes
@@ -153,7 +153,7 @@ def load_images(source: str = "drawn", *, train: int | None = None, validation: 
     rows = {
         split: found[split].select(range(min(limit or len(found[split]), len(found[split])))) for split, limit in wanted.items()
     }
-    return {split: FolderImages(data, data.features["label"].names) for split, data in rows.items()}
+    return {split: StoredImages(data, data.features["label"].names) for split, data in rows.items()}
 
 
 def _read_folder(folder: Path) -> dict:

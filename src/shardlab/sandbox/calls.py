@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -46,7 +47,8 @@ def watched(function: Callable) -> Callable:
             result = function(*args, **kwargs)
         except Exception as error:
             look()
-            error.call = getattr(error, "call", "") or shown_call(name, args, kwargs)
+            with contextlib.suppress(Exception):  # an error of the exercises' own may refuse it
+                error.exercise_call = shown_call(name, args, kwargs)
             raise
         look()
         if result is None and _promises_a_value(function):

@@ -355,10 +355,10 @@ class RemoteError(Exception):
     Attributes:
         kind: the name of its type.
         places: their own lines that it came through.
-        call: the call that raised it, for reading.
+        exercise_call: the call that raised it, for reading.
     """
 
-    kind, places, call = "Exception", (), ""
+    kind, places, exercise_call = "Exception", (), ""
 
 
 def described(error: BaseException, folder: str = "") -> dict:
@@ -374,8 +374,9 @@ def described(error: BaseException, folder: str = "") -> dict:
         text = "(its text cannot be read)"
     frames = traceback.extract_tb(error.__traceback__) if folder else []
     places = [f"{Path(f.filename).name}, line {f.lineno}: {f.line}" for f in frames if f.filename.startswith(folder)]
-    call = str(getattr(error, "call", ""))[:400]
-    return {"kinds": [kind.__name__ for kind in type(error).__mro__], "text": text[:10_000], "places": places[-20:], "call": call}
+    call = vars(error).get("exercise_call", "")  # not `getattr`, which can be the exercises' code
+    told = {"kinds": [kind.__name__ for kind in type(error).__mro__], "text": text[:10_000], "places": places[-20:]}
+    return told | {"call": call[:400] if type(call) is str else ""}
 
 
 def rebuilt(told) -> Exception:
@@ -397,5 +398,5 @@ def rebuilt(told) -> Exception:
                 break
     made.places = [str(place)[:300] for place in told.get("places", [])][-20:] if isinstance(told, dict) else []
     made.kind = kinds[0] if kinds else "Exception"
-    made.call = str(told.get("call", ""))[:400] if isinstance(told, dict) else ""
+    made.exercise_call = str(told.get("call", ""))[:400] if isinstance(told, dict) else ""
     return made
