@@ -18,7 +18,7 @@ demo: setup
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/shardlab build --check
-	$(BIN)/pytest tests -q -m "not ranks and not jobs and not boxes"
+	$(BIN)/pytest tests -q -n 2 -m "not ranks and not jobs and not boxes"
 
 # Two processes share the tests: the one that gets those with Slurm mostly waits. DeepSpeed's ops compile meanwhile; who needs one waits for it.
 test: setup

@@ -95,7 +95,9 @@ def test_a_folder_of_another_form_is_named(folder, spoil, said):
 
 
 def test_what_is_no_source_is_one_sentence(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # What the variable HF_HUB_OFFLINE sets; the libraries have been imported by now.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match="neither 'drawn', nor a folder"):
         load_images("nobody/has-this")
     with pytest.raises(DataError, match="no split 'test'"):

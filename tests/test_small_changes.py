@@ -103,6 +103,7 @@ def test_equivalents_are_changes_that_there_are(lab):
     assert all(len(why) > 20 for why in equivalents(lab.stem).values())
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("lab", catalogue(), ids=lambda lab: lab.stem)
 def test_a_share_of_the_changes_gets_the_verdict_that_the_record_has(lab):
     """Of tasks whose functions only compute; the record vouches for the others."""
