@@ -80,6 +80,7 @@ def pytest_sessionstart(session):
 
 def pytest_collection_modifyitems(items):
     """What takes long comes first, so that at the end of `pytest -n 2` no process is alone with it."""
+
     def rank(item) -> int:
         marks = {mark.name for mark in item.iter_markers()}
         is_notebook = item.path.suffix == ".ipynb" or item.path.stem == "test_notebooks"

@@ -1,5 +1,6 @@
 """What a failing milestone says: where values differ, what is wrong with a file, and no cause that is not known."""
 
+import functools
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from shardlab.hardware import ROOT
 from shardlab.labs import LabError, catalogue, named, stems
 from shardlab.milestones.grade import grade
 from shardlab.milestones.messages import MilestoneFailed, fingerprint, known_mistakes, require, require_equal, require_error
-from shardlab.sandbox.calls import CallAtFault, watched
+from shardlab.sandbox.calls import CallAtFault, is_exercise, watched
 from shardlab.sandbox.wire import described, rebuilt
 
 STEM = stems()[0]
@@ -209,6 +210,16 @@ def test_a_result_that_is_shared_is_a_fault():
         assert all(watched(fine)() is not None for _ in range(5))
     rows = [[1]]
     assert all(watched(lambda given: given)(rows) is rows for _ in range(3)), "what was given may come back"
+
+
+def test_a_function_that_is_an_object_is_looked_at_too():
+    for made in (functools.cache(lambda: [1]), functools.partial(lambda kept: kept, [1])):
+        assert is_exercise(made)
+        call = watched(made)
+        call()
+        with pytest.raises(CallAtFault, match="something new at each call"):
+            call()
+    assert not is_exercise(dict) and not is_exercise(3)
 
 
 def test_nothing_returned_is_a_fault_where_something_was_promised():

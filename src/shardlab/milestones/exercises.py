@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import traceback
 from pathlib import Path
 
 from shardlab import switch
 from shardlab.milestones.messages import MilestoneFailed
 from shardlab.run.experiment import program_of
-from shardlab.sandbox.calls import watched
+from shardlab.sandbox.calls import is_exercise, watched
 from shardlab.sandbox.ended import BoxEnded
 
 
@@ -49,7 +48,7 @@ class Lab:
             found = getattr(module, name)
         except AttributeError:
             raise self._missing(name) from None
-        return watched(found) if inspect.isfunction(found) else found
+        return watched(found) if is_exercise(found) else found
 
     def _module(self):
         try:

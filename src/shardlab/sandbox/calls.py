@@ -62,6 +62,11 @@ def watched(function: Callable) -> Callable:
     return call
 
 
+def is_exercise(found) -> bool:
+    """Whether what a module holds under a name is called as a function is: `@cache` and `partial` make objects of functions."""
+    return callable(found) and not isinstance(found, type)
+
+
 def shown_call(name: str, args: tuple, kwargs: dict) -> str:
     """A call as a message shows it: plain values shortened, and of everything else its type."""
 
@@ -93,7 +98,7 @@ def _change(was, now) -> str:
 
 
 def _look_for_shared(name: str, function: Callable, result, given: list) -> None:
-    earlier = vars(function).setdefault("_shardlab_results", [])
+    earlier = getattr(function, "_shardlab_results", [])
     theirs = {part for value in given for part in _parts(value)}
     mine = [part for part in _parts(result) if part not in theirs]
     if any(part in mine for other in earlier for part in _parts(other)):
@@ -110,7 +115,8 @@ def _look_for_shared(name: str, function: Callable, result, given: list) -> None
             "likely    it was made once and entered twice"
         )
     # As long as they are kept here, nothing new can get their places in memory.
-    vars(function)["_shardlab_results"] = [*earlier[-2:], result]
+    with contextlib.suppress(AttributeError):  # an object that takes none
+        function._shardlab_results = [*earlier[-2:], result]
 
 
 def _parts(value, depth: int = 6) -> list[tuple[str, int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 import os
 import pickle
@@ -21,7 +20,7 @@ from shardlab import switch
 from shardlab.run import tampering
 from shardlab.run.experiment import Experiment, module_of, program_of
 from shardlab.sandbox import wire
-from shardlab.sandbox.calls import watched
+from shardlab.sandbox.calls import is_exercise, watched
 from shardlab.sandbox.limits import DISK, MEMORY, PROCESSES
 from shardlab.sandbox.linux import DIE_WITH_PARENT, SET_DUMPABLE, SET_SUBREAPER, drop_privileges, end_below, prctl
 
@@ -163,7 +162,7 @@ def _carry_out(message: dict, codec: wire.Codec):
             if not hasattr(module, message["name"]):
                 return False, None
             found = getattr(module, message["name"])
-            return True, watched(found) if inspect.isfunction(found) else found
+            return True, watched(found) if is_exercise(found) else found
         case "call":
             return codec.lent[message["of"]](*args, **kwargs)
         case "attribute":
