@@ -1,11 +1,16 @@
 """Exercises against the solution on many inputs: what counts as the same, and what is told."""
 
+from functools import cache
+
 import pytest
 from hypothesis import strategies as st
 
 from shardlab.labs import catalogue
-from shardlab.milestones.agreement import agree, solution
+from shardlab.milestones.agreement import agree, judging, solution
+from shardlab.milestones.elsewhere import CARD
+from shardlab.milestones.exercises import Lab
 from shardlab.milestones.messages import MilestoneFailed
+from shardlab.sandbox.calls import CallAtFault, watched
 
 NUMBERS = st.tuples(st.integers(-50, 50))
 
@@ -75,3 +80,54 @@ def test_a_solution_is_found_without_being_the_exercises_in_use(lab):
     before = sys.modules.get(f"exercises.{lab.stem}")
     assert solution(lab.stem).__file__ == str(lab.solution)
     assert sys.modules.get(f"exercises.{lab.stem}") is before
+
+
+def ranks(number: int) -> int:
+    import os
+
+    return number * int(os.environ.get("WORLD_SIZE", 1))
+
+
+def where_a_gpu_is(number: int) -> int:
+    import torch
+
+    return number + torch.cuda.is_available() * torch.cuda.get_device_properties(0).total_memory if number > 40 else number
+
+
+def counted(number: int, calls=[]) -> int:  # noqa: B006
+    calls.append(number)
+    return number + (len(calls) > 60)
+
+
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        pytest.param(ranks, "asks for the rank, WORLD_SIZE", id="WORLD_SIZE"),
+        pytest.param(where_a_gpu_is, "on rank 3 of a job of 5, where torch sees a GPU", id="a GPU"),
+        pytest.param(counted, "kept from one call to the next", id="a state"),
+    ],
+)
+def test_what_only_computes_gives_the_same_on_a_rank_with_a_gpu(answer, said, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: CARD)
+    with judging(Lab("lab01_baseline")), pytest.raises(MilestoneFailed, match=said):
+        agree(answer, lambda number: number, NUMBERS)
+    agree(lambda number: number, lambda number: number, NUMBERS)
+
+
+def test_a_result_that_is_kept_is_seen_at_the_second_call():
+    made = cache(lambda number: {"root": number})
+    with judging(Lab("lab01_baseline")), pytest.raises(CallAtFault, match="something new at each call"):
+        agree(watched(made), lambda number: {"root": number}, NUMBERS)
+
+
+def test_nothing_of_the_job_is_left_behind():
+    import os
+
+    before = dict(os.environ)
+    with pytest.raises(RuntimeError), Lab("lab01_baseline").elsewhere():
+        assert os.environ["WORLD_SIZE"] == "5"
+        raise RuntimeError
+    assert dict(os.environ) == before

@@ -3,6 +3,9 @@
 Hidden milestones are the instructor's and know the solution: `agree` compares with it on inputs that it draws. The milestone that a
 learner has does the same without it: `agree_as_recorded` takes inputs and hashes of the solution's results from
 `labs/<lab>/inputs.json`, which `shardlab matrix --record` writes with the `agree` calls of the hidden milestones.
+
+What only computes gives the same anywhere. So both call the exercise a second time with each input, on one rank of a job where torch
+sees a GPU (`milestones/elsewhere.py`), and want what came at the first call.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 
 from shardlab import labs
+from shardlab.milestones.exercises import Lab
 from shardlab.milestones.messages import MilestoneFailed
 from shardlab.sandbox.ended import BoxEnded
 
@@ -27,6 +31,7 @@ SEED, RECORDED_SEED = 2026, 5
 """Of the inputs of hidden milestones, so that a verdict can be repeated; and of those that learners get, which are others."""
 
 _recording: list[dict[str, list] | None] = [None]
+_judged: list[Lab | None] = [None]
 
 
 @cache
@@ -69,15 +74,18 @@ def agree(
                 _recording[0].setdefault(record, []).append([list(given_arguments), _hash(record, given_arguments, *wanted)])
             return
         got = _outcome(answer, given_arguments)
+        seen.append((given_arguments, *got))
         alike = wanted[0] == got[0] and (wanted[1] == got[1] if wanted[0] == "raised" else _same(same, wanted[1], got[1]))
         if not alike:
             raise MilestoneFailed(f"for {given_arguments!r}:\nexpected  {wanted[0]} {wanted[1]!r}\ngot       {got[0]} {got[1]!r}")
 
+    seen: list[tuple] = []
     for edge in first:
         compare(edge)
     quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck), "report_multiple_bugs": False}
     drawn = SEED if _recording[0] is None else RECORDED_SEED
     seed(drawn)(settings(max_examples=count, **quiet)(given(arguments)(compare)))()
+    _the_same_elsewhere(answer, seen, "the function{}")
 
 
 def agree_as_recorded(answer: Callable, test_file: str, record: str, of: str) -> None:
@@ -92,8 +100,10 @@ def agree_as_recorded(answer: Callable, test_file: str, record: str, of: str) ->
     if _recording[0] is not None:
         return
     recorded = json.loads(Path(test_file).with_name("inputs.json").read_text(encoding="utf-8"))
+    seen: list[tuple] = []
     for arguments, wanted in recorded[record]:
         how, value = _outcome(answer, tuple(arguments))
+        seen.append((tuple(arguments), how, value))
         if _hash(record, arguments, how, value) != wanted:
             if how == "raised" and _hash(record, arguments, how, "ValueError") != wanted:
                 answer(*copy.deepcopy(arguments))  # no error is due: this one says more of itself
@@ -103,6 +113,57 @@ def agree_as_recorded(answer: Callable, test_file: str, record: str, of: str) ->
                 f"got       {got if len(got) <= 400 else got[:400] + ' …'}\nof        {of.format(shown)}",
                 f"{record} {shown} {got}",
             )
+    _the_same_elsewhere(answer, seen, of)
+
+
+@contextlib.contextmanager
+def judging(lab: Lab):
+    """While this lasts, the exercises that are called elsewhere are those of `lab`, wherever they are."""
+    _judged[0] = lab
+    try:
+        yield
+    finally:
+        _judged[0] = None
+
+
+def _the_same_elsewhere(answer: Callable, seen: list[tuple], of: str) -> None:
+    """Fail the milestone unless each input gives what it gave before, on one rank of a job where torch sees a GPU.
+
+    Args:
+        answer: the exercise.
+        seen: arguments, and how the first call ended: "returned" and what, or "raised" and which error.
+        of: the call, for the message; the arguments take the place of the braces.
+    """
+    if _judged[0] is None:
+        return
+    differs = None
+    with _judged[0].elsewhere():
+        # The last one first: a result that is kept between calls (`@cache`) is met while the earlier one is remembered (`watched`).
+        for arguments, how, value in reversed(seen):
+            there = _outcome(answer, arguments)
+            if there == ("raised", "CallAtFault"):
+                answer(*copy.deepcopy(arguments))  # it says more of itself
+            if not _alike(there, (how, value)):
+                differs = arguments, (how, value), there
+                break
+    if differs:
+        arguments, here, there = differs
+        texts = [text if len(text) <= 300 else text[:300] + " …" for text in (f"{how} {value!r}" for how, value in (here, there))]
+        shown = f"({', '.join(map(repr, arguments))})"
+        if _alike(_outcome(answer, arguments), here):
+            likely = "it asks for the rank, WORLD_SIZE or a GPU of where it runs, though its arguments say all that it needs"
+        else:
+            likely = "something is kept from one call to the next, and changes the result"
+        raise MilestoneFailed(
+            f"expected  the same result wherever it is called: here {texts[0]}\n"
+            f"got       {texts[1]}, on rank 3 of a job of 5, where torch sees a GPU\n"
+            f"of        {of.format(shown if len(shown) <= 400 else shown[:400] + ' …')}\nlikely    {likely}",
+            f"elsewhere: {of.format(shown)} {there[0]} {there[1]!r}",
+        )
+
+
+def _alike(one: tuple[str, object], other: tuple[str, object]) -> bool:
+    return one[0] == other[0] and _plain(one[1]) == _plain(other[1])
 
 
 @contextlib.contextmanager

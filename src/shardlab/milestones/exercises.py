@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import traceback
 from pathlib import Path
 
@@ -97,6 +98,15 @@ class Lab:
     def observe(self, program: str, *args, **kwargs):
         """Call `module:function`, which uses the exercises where they are, and get back what it saw; the judging is done here."""
         return program_of(program)(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def elsewhere(self):
+        """While this lasts, the exercises are on one rank of a job, and torch sees a GPU there."""
+        self.observe("shardlab.milestones.elsewhere:go")
+        try:
+            yield
+        finally:
+            self.observe("shardlab.milestones.elsewhere:come_back")
 
     def close(self) -> None:
         for name, function in self._replaced.items():

@@ -18,6 +18,7 @@ import pytest
 
 from shardlab import hardware, labs, switch
 from shardlab.cluster import slurm
+from shardlab.milestones.agreement import judging
 from shardlab.milestones.exercises import BoxedLab, FileAtFault, Lab
 from shardlab.milestones.launches import launched, own_folder
 from shardlab.milestones.messages import MilestoneFailed, fingerprint, known_mistakes
@@ -92,7 +93,8 @@ def pytest_collection_modifyitems(config, items) -> None:
 def lab(request):
     """The exercise module that belongs to this milestone file."""
     module = _lab(request.node)
-    yield module
+    with judging(module):
+        yield module
     module.close()
 
 
