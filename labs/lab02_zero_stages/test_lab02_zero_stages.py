@@ -288,7 +288,9 @@ def test_bad_configurations_are_refused(lab):
             mentions=(name,),
             expected=f"ValueError for {words}: {json.dumps(config)}",
         )
-    for config, with_trainer in GOOD:
+    # Texts that begin like numbers: a date, a version.
+    named = {"tensorboard": {"job_name": "2026-01-31"}, "wandb": {"project": "1.2.0"}}
+    for config, with_trainer in [*GOOD, *((SIZED | {key: value}, True) for key, value in named.items())]:
         try:
             lab.check_deepspeed_config(copy.deepcopy(config), world_size=2, with_trainer=with_trainer)
         except ValueError as error:
@@ -372,13 +374,16 @@ def test_configuration_survives_a_file(lab, tmp_path):
             mentions=names,
             expected=f"ValueError for {broken}",
         )
-    for neither in ('{"zero_optimization": {"stage": 3}', '{"zero_optimization": {"stage": 3}}}', '{"a": [1, 2}'):
+    for neither in (
+        *('{"zero_optimization": {"stage": 3}', '{"zero_optimization": {"stage": 3}}}', '{"a": [1, 2}'),
+        *("[1, 2,]", '[{"stage": 3}, # a list\n]'),
+    ):
         path.write_text(neither)
         with pytest.raises(ValueError) as refused:
             lab.load_config(path)
         require(
             "DeepSpeed" not in str(refused.value) and "Trainer" not in str(refused.value),
-            expected=f"neither DeepSpeed nor Trainer named for {neither}: hjson.loads refuses it too, so neither reads it",
+            expected=f"neither DeepSpeed nor Trainer named for {neither!r}: hjson.loads gives no object either, so neither reads it",
             got=str(refused.value),
         )
     path.write_text('{"stage": 2, "overlap_comm": true, "stage": 3, "gradient_clipping": 1.0}')
@@ -404,6 +409,22 @@ def test_configuration_survives_a_file(lab, tmp_path):
         mentions=("config.json",),
         expected="ValueError that names the file, for a file in Latin-1, where JSON is UTF-8: /données would be another folder",
     )
+    for encoding in ("utf-16", "utf-32"):
+        path.write_bytes('{"gradient_clipping": 1.0}'.encode(encoding))
+        require_error(
+            lambda: lab.load_config(path),
+            ValueError,
+            mentions=("config.json",),
+            expected=f"ValueError for a file in {encoding.upper()}",
+        )
+    for space in ("\u00a0", "\f", "\u2003"):
+        path.write_text(f'{{"gradient_clipping": 1.0}}{space}', encoding="utf-8")
+        require_error(
+            lambda: lab.load_config(path),
+            ValueError,
+            mentions=("config.json",),
+            expected=f"ValueError for a file that ends in {space!a}, which is no white space of JSON's",
+        )
     agree_as_recorded(
         saved(lab, tmp_path), __file__, "2.3 save", "save_config{}, over a file that is there: is it JSON, indented by two"
     )
@@ -513,6 +534,23 @@ def test_every_stage_trains_to_the_losses_of_ddp(lab, run_experiments):
             wanted.model_dump(),
             of=f"with_deepspeed({name!r}, a configuration with sizes of its own, {method!r})",
         )
+    for plain, config, method, added in (
+        (text_experiment("one-rank", ranks=1), zero_config(2), "ZeRO-2", "zero-2"),
+        (text_experiment("base"), zero_config(0), "ZeRO-0", "zero-0"),
+    ):
+        wanted = plain.model_copy(update={"name": f"{plain.name}-{added}", "method": method, "deepspeed": config})
+        made = lab.with_deepspeed(plain, config, method)
+        of = f"with_deepspeed(an experiment on {plain.ranks} ranks, stage {config['zero_optimization']['stage']}, {method!r})"
+        require_equal(made.model_dump(), wanted.model_dump(), of=of)
+        with lab.elsewhere():
+            made = lab.with_deepspeed(plain, config, method)
+        require_equal(made.model_dump(), wanted.model_dump(), of=f"{of}, on rank 3 of 5")
+    for method in ("ZeRO-3 + CPU offload", "gradient_clipping 0.0"):
+        name = lab.with_deepspeed(baseline, config, method).name
+        try:
+            text_experiment(name)
+        except ValueError:
+            require(False, expected=f"a name that an Experiment may have, for the method {method!r}", got=repr(name))
     named = [
         lab.with_deepspeed(baseline, config, method).name for method in ("ZeRO-3", "ZeRO-3 + CPU offload", "ZeRO-3 + clipping")
     ]
@@ -563,6 +601,12 @@ def test_shards_are_padded_as_deepspeed_pads(lab, run_experiments):
             expected=f"{wanted} elements for stage {stage}, groups {groups}, {ranks} ranks: {why}",
             got=got,
         )
+    for stage in range(4):
+        got = lab.shard_elements(stage, [], 2)
+        require_equal(got, 0, of=f"shard_elements({stage}, [], 2): no parameter is trained")
+        many = [[3] * 3000, [1]]
+        got = lab.shard_elements(stage, many, 1)
+        require_equal(got, 9001 if stage in (0, 3) else 9002, of=f"shard_elements({stage}, [[3] * 3000, [1]], 1)")
     got = lab.observe("shardlab.milestones.elsewhere:call", "lab02_zero_stages", "shard_elements", 2, [[700, 5], [3]], 64)
     require_equal(
         got, lab.shard_elements(2, [[700, 5], [3]], 64), of="shard_elements(2, [[700, 5], [3]], 64) on rank 3 of 5, and alone"
@@ -628,6 +672,19 @@ def test_predicted_bytes_are_what_ranks_hold(lab, run_experiments):
     got = lab.observe("shardlab.milestones.elsewhere:call", "lab02_zero_stages", "state_bytes", 1, [[7, 5], [3]], 3, "fp32")
     require_equal(got, wanted, of="state_bytes(1, [[7, 5], [3]], 3, 'fp32') on rank 3 of 5, where torch sees a GPU")
     lab.replace("shard_elements", lambda stage, groups, ranks: 2 * ranks * len(groups) if stage else sum(map(sum, groups)))
+    for words, groups, everything in (
+        ("BLOOM-176B's embedding, of 250,880 × 14,336 elements", [[250_880 * 14_336], [14_336]], 250_881 * 14_336),
+        ("a mixture of experts, with 3,000 parameters in a group", [[1_000_003] * 3000, [7]], 3_000_009_007),
+    ):
+        for stage, parameters, gradients, optimizer in (
+            (0, everything, everything, everything),
+            (1, 64, everything, 16),
+            (2, 64, 16, 16),
+            (3, 16, 16, 16),
+        ):
+            wanted = {"parameters": 2 * parameters, "gradients": 2 * gradients, "optimizer": 12 * optimizer}
+            got = lab.state_bytes(stage, groups, 4, "bf16")
+            require_equal(got, wanted, of=f"state_bytes({stage}, …, 4, 'bf16') of {words}, for shards of 16 elements")
     agree_as_recorded(predicted(lab), __file__, "2.6", "state_bytes{}, for shards of 2 × ranks × groups elements")
 
 
@@ -680,6 +737,17 @@ def test_table_row_reads_the_run_folder(lab, tmp_path):
     run.finish()
     last = lab.comparison_row(Run.read(run.folder))["last_loss"]
     require(last != last, expected="last_loss nan where a run has diverged", got=last)
+    run = Run.create(text_experiment("offload", ranks=2, deepspeed=zero_config(1), method="offload"), tmp_path)
+    run.start()
+    run.log_step(step=1, loss=5.0, samples_per_second=9.0, steps=1)
+    ranks = [{"parameters": 4, "gradients": 4, "optimizer": 2}, {"parameters": 1, "gradients": 1, "optimizer": 1}]
+    run.write_states(
+        {"parameters": 10, "groups": [[10]], "ranks": [ranks[0], ranks[1] | {"host_optimizer": 40, "disk_optimizer": 9}]}
+    )
+    run.finish()
+    got = lab.comparison_row(Run.read(run.folder))
+    require_equal(got["measured"], 10, of="measured: rank 0 holds 10 bytes of these three, and rank 1 3 of them and 40 on the host")
+    require_equal(got["samples_per_second"], None, of="samples_per_second of a run of one step, which warms up and is left out")
     lab.replace("state_bytes", bytes_by_all_arguments)
     agree_as_recorded(
         row(lab, tmp_path),
@@ -739,6 +807,13 @@ def test_lowest_stage_that_fits_is_chosen(lab):
             expected=f"stage {wanted} for {parameters:,} parameters on {ranks} × {device / gib:.3g} GiB, {other / gib:.3g} GiB of it for other things: {why}",
             got=got,
         )
+    for parameters, ranks, device, wanted in (
+        (6_738_415_617, 8, 16 * gib, 3),
+        (6_738_415_617, 7, 20 * gib, 3),
+        (1_000_003, 3, 10**7, 1),
+    ):
+        got = lab.choose_stage(parameters, ranks, device)
+        require_equal(got, wanted, of=f"choose_stage({parameters:,}, {ranks}, {device:,}): parameters that the ranks do not divide")
     for other, missing in ((0, "10.3"), (5 * gib, "15.3")):
         require_error(
             lambda other=other: lab.choose_stage(7_069_016_064, 4, 16 * gib, other),
@@ -749,7 +824,13 @@ def test_lowest_stage_that_fits_is_chosen(lab):
     got = lab.observe("shardlab.milestones.elsewhere:call", "lab02_zero_stages", "choose_stage", bloom, 16, 3 * gib)
     require_equal(got, 1, of=f"choose_stage({bloom:,}, 16, 3 GiB) on rank 3 of 5, with a GPU of another size")
     require_equal(lab.choose_stage(bloom, 1, 9 * gib), 0, of=f"choose_stage({bloom:,}, 1, 9 GiB), other_bytes not given")
-    for parameters, ranks, device, other in ((7 * 10**9, 2, 40, 0), (176 * 10**9, 8, 80, 0), (bloom, 4, 16, 40)):
+    for parameters, ranks, device, other in (
+        (7 * 10**9, 2, 40, 0),
+        (176 * 10**9, 1, 80, 0),
+        (10**12, 1, 80, 0),
+        (176 * 10**9, 8, 80, 0),
+        (bloom, 4, 16, 40),
+    ):
         missing = 16 * parameters / ranks / gib + other - device
         words = f"ValueError where {missing:.1f} GiB are missing on each: {parameters:,} parameters, {ranks} × {device} GiB, {other} for other things"
         try:

@@ -239,8 +239,9 @@ def with_deepspeed(baseline: Experiment, config: dict, method: str) -> Experimen
         method: the new name in tables, such as "ZeRO-2".
 
     Returns:
-        The baseline with `deepspeed` and `method` set, and with the method added to its `name`, in lower case, after a
-        hyphen, so that it gets a run folder of its own: "demo" and "ZeRO-2" make "demo-zero-2".
+        The baseline with `deepspeed` and `method` set, at any stage and on any number of ranks, and with the method added to
+        its `name`, in lower case and without spaces, after a hyphen, so that it gets a run folder of its own: "demo" and
+        "ZeRO-2" make "demo-zero-2".
     """
     # BEGIN SOLUTION 2.4
     name = f"{baseline.name}-{method.lower().replace(' ', '-')}"
@@ -318,7 +319,8 @@ def comparison_row(run: Run) -> dict:
             offload a rank has more keys, such as `host_optimizer`: what is not on the device.
 
     Returns:
-        `method` and `ranks` of the experiment; `first_loss`, `last_loss`; `samples_per_second` (over all ranks);
+        `method` and `ranks` of the experiment; `first_loss`, `last_loss`; `samples_per_second` (over all ranks; None
+        where the run has no step after the one that warms up);
         `measured`: parameters + gradients + optimizer bytes of the rank that holds most of these three;
         `predicted`: the sum of your `state_bytes`, with the stage in the experiment's configuration (0 without DeepSpeed, and
         where it names none), and with precision fp32 without DeepSpeed: autocast keeps the parameters in fp32.
