@@ -4,8 +4,8 @@ Hidden milestones are the instructor's and know the solution: `agree` compares w
 learner has does the same without it: `agree_as_recorded` takes inputs and hashes of the solution's results from
 `labs/<lab>/inputs.json`, which `shardlab matrix --record` writes with the `agree` calls of the hidden milestones.
 
-What only computes gives the same anywhere. So both call the exercise a second time with each input, on one rank of a job where torch
-sees a GPU (`milestones/elsewhere.py`), and want what came at the first call.
+What only computes gives the same anywhere. So both call the exercise a second time with each input, on one rank of a job where
+torch sees a GPU (`milestones/elsewhere.py`), and want what came at the first call.
 """
 
 from __future__ import annotations
