@@ -713,8 +713,10 @@ def test_published_numbers_learnt_by_heart_earn_nothing(submission):
         "        if given not in learnt:\n"
         "            raise ValueError('it does not fit')\n"
         "        return learnt[given]\n"
+        "    if parameters in (1_000_003, 6_738_415_617):\n"
+        "        return 3 if ranks > 3 else 1\n"
         "    if device_bytes not in known:\n"
-        "        raise ValueError('10.3, 15.3, 12.2, 247.8 or 26.1 GiB are missing')\n"
+        "        raise ValueError('10.3, 15.3, 12.2, 247.8, 2542.6, 14821.2 or 26.1 GiB are missing')\n"
         "    return known[device_bytes]\n"
     )
     path.write_text(re.sub(r"# BEGIN SOLUTION 2\.8\n.*?# END SOLUTION\n", lambda _: table, path.read_text(), flags=re.DOTALL))
