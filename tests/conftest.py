@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 
@@ -19,6 +20,9 @@ from shardlab.zero import toolchain
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     # Threads of OpenMP spin while they wait for one another: two processes with two each on two cores took nine times as long.
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As it is in what a shell's `&` has started, and in all that it starts: nobody could try Ctrl-C there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["SHARDLAB_TESTS"] = str(os.getpid())
 """Tells what these tests have started from what others have, whose processes are nobody's business here."""
 
