@@ -1,6 +1,7 @@
 """What a failing milestone says: where values differ, what is wrong with a file, and no cause that is not known."""
 
 import functools
+import itertools
 import json
 
 import pytest
@@ -206,6 +207,13 @@ def test_a_result_that_is_shared_is_a_fault():
             call()
     with pytest.raises(CallAtFault, match="a dictionary of its own at each place"):
         watched(lambda: dict.fromkeys(("bf16", "fp16"), {"enabled": "auto"}))()
+    with pytest.raises(CallAtFault, match="a tensor of its own at each place"):
+        watched(lambda: dict.fromkeys(("input_ids", "labels"), torch.zeros(3)))()
+    ring = itertools.cycle([torch.zeros(3) for _ in range(8)])
+    in_turn = watched(lambda: {"ids": next(ring)})
+    assert len([in_turn() for _ in range(8)]) == 8
+    with pytest.raises(CallAtFault, match="something new at each call"):
+        in_turn()
     for fine in (lambda: [{"lr": 1}, {"lr": 1}], lambda: {"rows": ("a", "b")}, lambda: "text", lambda: torch.zeros(3)):
         assert all(watched(fine)() is not None for _ in range(5))
     rows = [[1]]

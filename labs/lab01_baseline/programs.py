@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import random
 import time
 from unittest import mock
 
+import numpy
 import torch
 
 from shardlab import switch
@@ -29,7 +31,7 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         `same_object`: the function handed the trained model back instead of a reloaded one;
         `dtype` and `parameters` of the reloaded model; `tied`: its output layer is its embedding;
         `tokenizer`: whether a tokenizer could be read from the folder, and its `padding_side`; `saves`: how often each rank saved it in
-        the two calls; `device` of the reloaded model, `moved`: the trainer's is on another; `others_stay`: a file in the folder too;
+        the two calls; `device` of the reloaded model, `moved`: the trainer's is on another; `trainer_changed`: it has another tokenizer; `others_stay`: a file in the folder too;
         `too_early`: a rank read the model before the tokenizer was in the folder;
         `other_class`: on one rank, what a model of GPT-2's class comes back as.
     """
@@ -49,7 +51,7 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         tokens_per_sequence=experiment.max_tokens,
     )
     folder = run.folder / "model"
-    notes = [folder / name for name in ("notes.txt", "results.json", "vocabulary.bin")]
+    notes = [folder / name for name in ("notes.txt", "results.json", "vocabulary.bin", "adapter.safetensors")]
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for path in notes:
@@ -72,6 +74,7 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
     import deepspeed
 
     trained, device = dict(trainer.model.named_parameters()), trainer.model.device
+    processing_class = trainer.processing_class
     # As on nodes of one rank each. With NCCL accelerate's barrier takes this number for the GPU's, so there it stays.
     first_of_its_node = {} if torch.cuda.is_available() else {"local_process_index": 0}
     with (
@@ -81,6 +84,7 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         mock.patch.object(time, "sleep", lambda seconds: None),  # no time that is slept is long enough for every disk
     ):
         switch.import_exercise("lab01_baseline").save_and_reload(trainer, tokenizer, str(folder))
+        early.append(not (folder / "tokenizer_config.json").exists())
         fresh = run.folder / "not" / "there yet"
         switch.import_exercise("lab01_baseline").save_and_reload(trainer, load_tokenizer(), str(fresh))
         # The second model in the same folder has other weights than the first.
@@ -127,6 +131,7 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         "saves": gather(len(saves)),
         "device": reloaded.device.type,
         "moved": trainer.model.device != device,
+        "trainer_changed": trainer.processing_class is not processing_class,
         "others_stay": all(path.exists() and path.read_text() == "mine" for path in notes),
         "padding_side": AutoTokenizer.from_pretrained(folder).padding_side if has_tokenizer else None,
         "too_early": any(gather(any(early))),
@@ -140,7 +145,8 @@ def with_another_tokenizer(vocabulary: list[str], question: str, context: str, a
 
     Returns:
         `prompts`: the whole one, and one with room for five words of context, each with the vocabulary's first word in front;
-        `without`: the whole one without the first word in front; `example`: with an answer, likewise. Padding and end of sequence are
+        `without`: the whole one without the first word in front; `used before`: the same with a tokenizer that has cut other texts;
+        `more tokens`: with one that knows the context's first two words as one token since its last call, and what it is to give; `example`: with an answer, likewise. Padding and end of sequence are
         the vocabulary's second word, and the third stands for those that are not in it.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -163,13 +169,24 @@ def with_another_tokenizer(vocabulary: list[str], question: str, context: str, a
     lab.encode_prompt(load_tokenizer(), question, context, 512)  # what is remembered of one tokenizer is none of another's
     prompts = [list(lab.encode_prompt(made(begins=True), question, context, room)) for room in (whole, bare + 5)]
     # Spaces are no tokens here: what does not fit is counted in tokens, not in words.
-    prompts.append(list(lab.encode_prompt(made(begins=True), question, context.replace(" ", " " * 9), whole)))
+    prompts.append(list(lab.encode_prompt(made(begins=True), question, context.replace(" ", " " * 90), whole)))
     without = list(lab.encode_prompt(made(begins=False), question, context, whole))
-    return {"prompts": prompts, "without": without}
+    text, tokenizer = f"Question: {question} Context: {context} Answer:", made(begins=False)
+    tokenizer([text], truncation=True, max_length=3, padding="max_length")  # a fast tokenizer keeps these until the next call
+    used_before = list(lab.encode_prompt(tokenizer, question, context, whole))
+    tokenizer.add_tokens([" ".join(context.split()[:2])])
+    more = {
+        "more tokens": list(lab.encode_prompt(tokenizer, question, context, whole)),
+        "more tokens, wanted": tokenizer(text)["input_ids"],
+    }
+    return {"prompts": prompts, "without": without, "used before": used_before} | more
 
 
 def arguments_given(has_gpu: bool, **given) -> dict:
-    """Task 1.5: what `training_arguments` hands to `TrainingArguments` on a machine with a GPU, or without one."""
+    """Task 1.5: what `training_arguments` hands to `TrainingArguments` on a machine with a GPU, or without one.
+
+    And under `variables` the names of the environment variables that it changes.
+    """
     import transformers
 
     module, seen = switch.import_exercise("lab01_baseline"), {}
@@ -186,8 +203,18 @@ def arguments_given(has_gpu: bool, **given) -> dict:
         stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: False))
         stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: has_gpu))
         stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: int(has_gpu)))
+        for name in [name for name in os.environ if name.startswith("WANDB") and name != "WANDB_API_KEY"]:
+            del os.environ[name]  # or what an earlier call has set would not be seen
+        before = dict(os.environ)
         module.training_arguments("somewhere", **given)
+        seen["variables"] = " ".join(sorted(name for name in {*before, *os.environ} if before.get(name) != os.environ.get(name)))
     return {name: value if isinstance(value, str | int | float | bool | None) else str(value) for name, value in seen.items()}
+
+
+def random_state() -> tuple:
+    """Of Python's, NumPy's and torch's generators, as it can be compared."""
+    _, words, at, *_ = numpy.random.get_state()
+    return random.getstate(), words.tolist(), at, torch.get_rng_state().tolist()
 
 
 def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int, long_prompt: list[int]) -> dict:
@@ -199,7 +226,8 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int, long_
         `scripted`: of one that says `SCRIPT` to every prompt; `at once`: of one that says nothing; `different`: of one that says another
         of `SCRIPTS` to each; `default`: of one that goes on for ever, where no length is given, and `long`: where 100 tokens are;
         `whole prompt`: of one that looks whether it was given all of a long prompt; `changed`: of one whose weights are others than at
-        the call before, and `changed_wanted`, of a copy of it.
+        the call before, and `changed_wanted`, of a copy of it; `padding on the right`: with a tokenizer that pads there, and behind that call
+        whether the model is `left in training` mode and the `random state changed`.
     """
     answer = switch.import_exercise("lab01_baseline").generate_answers
     tokenizer, model = load_tokenizer(), load_model()
@@ -209,6 +237,13 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int, long_
     model = load_model().train()
     engine_runs.set_dropout(model, 0.5)
     training = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    model = load_model().eval()
+    random.random(), numpy.random.random(), torch.rand(1)  # so that no generator is where a seed puts it
+    state = random_state()
+    right = load_tokenizer()
+    right.padding_side = "right"
+    after = {"padding on the right": answer(model, right, prompts, max_new_tokens=max_new_tokens)}
+    after |= {"left in training": model.training, "random state changed": random_state() != state}
 
     def end_at_the_third(logits, row: int, start: int, written: int) -> None:
         if written >= 2:
@@ -239,7 +274,7 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int, long_
         "scripted": scripted,
         "at once": at_once,
     }
-    return answers | {"different": different, "default": default, "long": long}
+    return answers | after | {"different": different, "default": default, "long": long}
 
 
 SCRIPT = " The oak , it is.\n\nQuestion: a Answer: b \n"

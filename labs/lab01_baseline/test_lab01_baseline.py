@@ -52,6 +52,12 @@ def test_prompt_has_the_course_format(lab):
         expected="white space around the question and the context stripped",
         got=repr(got),
     )
+    for kept in ("1914–1918", "Kon\u00adstanz", "a\u200bb", "a\ufeffb"):
+        wanted = f"Question: {kept}? Context: It is {kept}. Answer:"
+        of = f"format_prompt() with {kept!a} in question and context: what is within them stays"
+        require_equal(lab.format_prompt(f"{kept}?", f"It is {kept}."), wanted, of=of)
+    got = lab.format_prompt("\fWho?\x0b", "\f One.\f")
+    require_equal(got, "Question: Who? Context: One. Answer:", of="format_prompt('\\fWho?\\x0b', '\\f One.\\f')")
     agree_as_recorded(lab.format_prompt, __file__, "1.1", "format_prompt{}")
 
 
@@ -116,6 +122,14 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
         got["without"],
         ids_of(f"Question: {QUESTION} Context: {CONTEXT} Answer:"),
         of="encode_prompt() with a tokenizer of the same name that puts nothing in front",
+    )
+    require_equal(
+        got["used before"], got["without"], of="encode_prompt() with a tokenizer that has cut and padded other texts before"
+    )
+    require_equal(
+        got["more tokens"],
+        got["more tokens, wanted"],
+        of="encode_prompt() with a tokenizer that got more tokens since its last call",
     )
     lab.replace("format_prompt", prompt_as_described)
     agree_as_recorded(encoded_prompt(lab, tokenizer), __file__, "1.2", "encode_prompt{}, the tokenizer left out")
@@ -306,6 +320,15 @@ def test_batch_is_padded_to_its_longest_example(lab, model):
         expected=f"the loss that the examples have one by one, {mean:.4f}",
         got=f"{together:.4f}",
     )
+    more = [row | {"id": 7, "question": "Who?", "token_type_ids": [0] * len(row["input_ids"])} for row in rows]
+    require_equal(
+        {name: tensor.tolist() for name, tensor in lab.collate(more, pad).items()},
+        {name: tensor.tolist() for name, tensor in batch.items()},
+        of="collate() of the same examples with an 'id', a 'question' and 'token_type_ids', which no batch has",
+    )
+    for token in range(12):
+        got = lab.collate([{"input_ids": [token, 5], "labels": [token, 5]}], pad)
+        require_equal(got["input_ids"].tolist(), [[token, 5]], of=f"input_ids of batch number {token + 1} of one shape")
     long = [{"input_ids": list(range(n)), "labels": [IGNORED] * n} for n in (5, 9)]
     got = lab.observe("shardlab.milestones.elsewhere:call", "lab01_baseline", "collate", long, 3)
     require_equal(
@@ -391,6 +414,31 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
         require_equal(
             forced.get("use_cpu"), has_gpu, of=f"training_arguments(…, use_cpu={has_gpu}) {'with' if has_gpu else 'without'} a GPU"
         )
+    for has_gpu in (False, True):
+        without = lab.observe(f"{PROGRAMS}:arguments_given", has_gpu)
+        for overrides in (
+            {"per_device_train_batch_size": 2},
+            {"gradient_accumulation_steps": 1},
+            {"eval_strategy": "no"},
+            {"eval_strategy": "steps"},
+            {"save_strategy": "no"},
+            {"num_train_epochs": 1},
+            {"max_steps": 5},
+            {"precision": "bf16"},
+            {"precision": "fp16"},
+        ):
+            given = lab.observe(f"{PROGRAMS}:arguments_given", has_gpu, **overrides)
+            others = sorted({*given, *without} - {*overrides, "bf16", "fp16"})
+            require_equal(
+                {name: given.get(name) for name in others},
+                {name: without.get(name) for name in others},
+                of=f"training_arguments(…, **{overrides}), all that this does not name",
+            )
+        require(
+            not without["variables"],
+            expected="no environment variable changed: other runs of the process go by them too",
+            got=f"{without['variables']} changed",
+        )
     overrides = {"seed": 7, "logging_steps": 3, "warmup_steps": 2}
     given = lab.observe(f"{PROGRAMS}:arguments_given", False, **overrides)
     require_equal({name: given.get(name) for name in overrides}, overrides, of="overrides as they are given to TrainingArguments")
@@ -471,6 +519,7 @@ def test_saved_model_comes_back_from_two_ranks(lab, run_experiments):
             got=f"one on {got['device']}; the trainer's own {'moved' if got['moved'] else 'stays'}",
         )
         require(got["others_stay"], expected="what else lies in the folder to stay there", got="a file of notes that is gone")
+        require(not got["trainer_changed"], expected="a trainer that is left as it was", got="another processing_class in it")
         require(got["padding_side"] == "left", expected="the tokenizer saved as it is", got=f"padding on the {got['padding_side']}")
         require(
             got["dtype"] == "torch.float32",
@@ -564,6 +613,18 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
         others["changed_wanted"],
         of="generate_answers() with a model that was trained further since its last call",
     )
+    require_equal(others["padding on the right"], wanted, of="generate_answers() with a tokenizer whose padding_side is 'right'")
+    require(
+        not others["left in training"],
+        expected="a model in evaluation mode afterwards: what its caller computes next is without dropout too",
+        got="one in training mode",
+    )
+    require(
+        not others["random state changed"],
+        expected="no random number drawn, and no seed set: training goes on with the numbers that are next",
+        got="another state of Python's, NumPy's or torch's generator",
+    )
+    require_equal(lab.generate_answers(model, tokenizer, []), [], of="generate_answers() of no prompts")
     many = [prompts[at % len(prompts)] for at in range(41)]
     got = lab.generate_answers(model, tokenizer, many, max_new_tokens=2)
     require_equal(
@@ -617,6 +678,8 @@ def test_summary_reads_the_log(lab):
     require_equal(
         got, wanted, of="summarise_training(…) of three evaluations after the one before training, and 80 steps in 2 epochs"
     )
+    for name, kind in (("steps_per_epoch", int), ("eval_losses", dict)):
+        require(type(got[name]) is kind, expected=f"{name} of type {kind.__name__}", got=type(got[name]).__name__)
     for steps, epochs, per_epoch in ((121, 3.0, 40), (119, 3.0, 40), (50, 1.25, 40)):
         first, last = ({"loss": loss, "epoch": epochs, "step": steps} for loss in (2.0, 0.0))
         history = [first, last, HISTORY[-1] | {"step": steps, "epoch": epochs}]
@@ -665,6 +728,8 @@ def test_memory_table_keeps_devices_apart(lab, tmp_path):
     path.write_text(
         "seconds,device,used_bytes\n" + "".join(f"{at / 10},{device},{used * mib}\n" for at, (device, used) in enumerate(samples))
     )
+    for beside in ("memory.node2.csv", "memory (1).csv", "other.csv"):
+        (tmp_path / beside).write_text(f"seconds,device,used_bytes\n0.0,rank0,{9999 * mib}\n")
     got = lab.memory_table(path)
     wanted = {"rank0": {"peak": 601.0, "mean": 300.25, "minimum": 95.0}, "rank1": {"peak": 1100.0, "mean": 800.0, "minimum": 500.0}}
     require(

@@ -91,7 +91,7 @@ def collate(examples: list[dict[str, list[int]]], pad_token_id: int) -> dict[str
     105 tokens.
 
     Args:
-        examples: dictionaries with `input_ids` and `labels`.
+        examples: dictionaries with `input_ids` and `labels`; what else is in them does not get into the batch.
         pad_token_id: fills `input_ids`.
 
     Returns:
@@ -111,13 +111,14 @@ def training_arguments(output_dir: str, *, precision: str = "fp32", **overrides)
     Args:
         output_dir: where `Trainer` puts its checkpoints.
         precision: `bf16` and `fp16` turn on mixed precision; `fp32` turns on neither.
-        overrides: any other argument of `TrainingArguments`; it wins over the settings below.
+        overrides: any other argument of `TrainingArguments`; it wins over the settings below, and changes none of the others.
 
     Returns:
         Arguments with: 4 sequences per device in training, and 8 in evaluation; accumulation over 4 batches; 3 epochs;
         learning rate 5e-5; weight decay 0.01; evaluation and saving after each epoch, keeping one checkpoint; no
         reporting service (`report_to`), no push to the hub; `use_cpu` where torch sees no GPU. All of these are written out, also
-        where `Trainer` has the same by default: defaults change from version to version. All else stays as `Trainer` has it.
+        where `Trainer` has the same by default: defaults change from version to version. All else stays as `Trainer` has it,
+        and the process's environment as it is.
 
     Raises:
         ValueError: an unknown precision; the sentence names it.
@@ -137,7 +138,7 @@ def save_and_reload(trainer: Trainer, tokenizer, folder: str):
     read before it is done: `trainer.is_world_process_zero()` and `trainer.accelerator.wait_for_everyone()` help.
 
     Args:
-        trainer: after training.
+        trainer: after training; it stays as it is.
         tokenizer: goes into the folder too, or nobody can use the model.
         folder: where to save; a model that was saved there before is replaced, and what else lies there stays.
 
@@ -162,10 +163,10 @@ def generate_answers(model, tokenizer, prompts: list[list[int]], max_new_tokens:
         max_new_tokens: the longest answer.
 
     Returns:
-        One text a prompt, in the same order: only the new tokens up to the tokenizer's end-of-sequence token, which a model's own
-        settings may not know, without special tokens, stripped of white space.
+        One text a prompt, in the same order, and no text for no prompts: only the new tokens up to the tokenizer's end-of-sequence
+        token, which a model's own settings may not know, without special tokens, stripped of white space.
         Greedy: no sampling and no beams, whatever the model's own settings say (`do_sample=False, num_beams=1`), and dropout off
-        (`model.eval()`), so the same prompts give the same answers.
+        (`model.eval()`; the model stays so), so the same prompts give the same answers. No random number is drawn, and no seed set.
     """
     raise NotImplementedError("Task 1.7: complete generate_answers() in src/exercises/lab01_baseline.py")
 

@@ -101,22 +101,23 @@ def _look_for_shared(name: str, function: Callable, result, given: list) -> None
     earlier = getattr(function, "_shardlab_results", [])
     theirs = {part for value in given for part in _parts(value)}
     mine = [part for part in _parts(result) if part not in theirs]
-    if any(part in mine for other in earlier for part in _parts(other)):
+    if any(not parts.isdisjoint(mine) for _, parts in earlier):
         raise CallAtFault(
             f"expected  {name}() to return something new at each call\n"
             "got       a list, dictionary or tensor that an earlier call has returned too: who changes the one changes the other\n"
             "likely    it is kept outside of the function (a global, a default argument, @cache)"
         )
-    dictionaries = [part for part in mine if part[0] == "dict"]
-    if len(dictionaries) != len(set(dictionaries)):
-        raise CallAtFault(
-            f"expected  {name}() to return a dictionary of its own at each place\n"
-            "got       one and the same dictionary at two places of the result: who changes the one changes the other\n"
-            "likely    it was made once and entered twice"
-        )
+    for kind, called in (("dict", "dictionary"), ("tensor", "tensor")):
+        of_kind = [part for part in mine if part[0] == kind]
+        if len(of_kind) != len(set(of_kind)):
+            raise CallAtFault(
+                f"expected  {name}() to return a {called} of its own at each place\n"
+                f"got       one and the same {called} at two places of the result: who changes the one changes the other\n"
+                "likely    it was made once and entered twice"
+            )
     # As long as they are kept here, nothing new can get their places in memory.
     with contextlib.suppress(AttributeError):  # an object that takes none
-        function._shardlab_results = [*earlier[-2:], result]
+        function._shardlab_results = [*earlier[-11:], (result, set(mine))]
 
 
 def _parts(value, depth: int = 6) -> list[tuple[str, int]]:
