@@ -8,6 +8,7 @@ import inspect
 import math
 import random
 import time
+import weakref
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,11 +40,17 @@ def initialize(experiment: Experiment, run: Run) -> dict:
 
     from shardlab.data.models import load_model, parameter_count
 
-    rows = padded_rows(experiment)
+    # Besides its tokens a row has a fraction.
+    rows = [row | {"weight": number + 0.25} for number, row in enumerate(padded_rows(experiment))]
     model = load_model(experiment.model)
     config, optimizer = copy.deepcopy(experiment.deepspeed), None
+    if frozen := experiment.options.get("frozen"):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(frozen))
     if experiment.options.get("own_optimizer"):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.125, betas=(0.7, 0.95), weight_decay=0.3)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [{"params": trained[:3], "lr": 0.25, "weight_decay": 0.0}, {"params": trained[3:]}] if frozen else trained
+        optimizer = torch.optim.AdamW(groups, lr=0.125, betas=(0.7, 0.95), weight_decay=0.3)
     data = None if experiment.options.get("no_data") else Dataset.from_list(rows).with_format("torch")
     returned = _lab().initialize_deepspeed(model, config, optimizer, data)
     if not isinstance(returned, tuple) or len(returned) != 4:
@@ -77,7 +84,15 @@ def initialize(experiment: Experiment, run: Run) -> dict:
         "settings": [{name: group[name] for name in ("betas", "eps", "weight_decay", "lr")} for group in stepped.param_groups],
         "as_they_are": all(gather(all(as_they_are))),
         "devices": sorted(devices),
-        "parameters": parameter_count(model),
+        "frozen": sorted(name for name, parameter in model.named_parameters() if not parameter.requires_grad),
+        "universal": bool(engine.load_universal_checkpoint()),
+        "parameters": sum(
+            parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+            for parameter in model.parameters()
+            if parameter.requires_grad
+        )
+        if frozen
+        else parameter_count(model),
         "stepped": sum(sum(group) for group in held_bytes.parameter_groups(engine.optimizer)),
         "optimizer_is_the_engines": second is engine.optimizer,
         "scheduler_is_the_engines": scheduler is engine.lr_scheduler,
@@ -158,14 +173,29 @@ def train_steps(experiment: Experiment, run: Run) -> dict:
         for batch in engine_runs.epoch_batches(rows, epoch, experiment.micro_batch, world_size(), rank())[: wanted - len(losses)]:
             batch = not_moved(batch)
             engine.eval()  # as an evaluation may have left it
+            if len(losses) % 2:  # or one of a part of the model
+                engine.train()
+                engine.module.transformer.eval()
+            before = {name: tensor.clone() for name, tensor in batch.items()}
             loss = trainer.train_step(batch)
             kind = type(loss).__name__
             losses.append(float(loss))
             whole = whole and set(batch) == {"input_ids", "attention_mask", "labels"}
+            whole = whole and all(torch.equal(tensor, batch[name]) for name, tensor in before.items())
         epoch += 1
     counted = {"micro_steps": engine.micro_steps, "global_steps": engine.global_steps}
     if engine.lr_scheduler is not None:
         counted["scheduler_steps"] = engine.lr_scheduler.last_batch_iteration + 1
+    lengths: list[int] = []
+    long = {name: tensor.repeat(1, 1 + 1100 // tensor.shape[1]) for name, tensor in batch.items()}
+    long["labels"][:, 0] = 5  # nothing predicts it, but it is the caller's
+    watching = engine.module.register_forward_pre_hook(
+        lambda module, given, named: lengths.append(named["input_ids"].shape[1]), with_kwargs=True
+    )
+    while trainer.accumulating or not lengths:  # whole optimizer steps, for what comes after
+        trainer.train_step(long)
+    watching.remove()
+    whole = whole and bool((long["labels"][:, 0] == 5).all())
     random_after = []
     for seed in (5, 6):
         torch.manual_seed(seed)
@@ -183,6 +213,7 @@ def train_steps(experiment: Experiment, run: Run) -> dict:
         "samples": trainer.samples,
         "told": len(told),
         "batch_kept": whole,
+        "lengths": [long["input_ids"].shape[1], min(lengths)],
         "moved": all(gather(all(moved))),
         "seeded": random_after[0] == random_after[1],
         "of_nan": "nan" if math.isnan(lost) else lost,
@@ -195,11 +226,13 @@ class Drawing(torch.utils.data.Dataset):
 
     def __init__(self, rows: list[dict]):
         self.rows = [{key: torch.tensor(value) for key, value in row.items()} for row in rows]
+        self.read = 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict:
+        self.read += 1
         torch.rand(1)
         return self.rows[number]
 
@@ -207,7 +240,8 @@ class Drawing(torch.utils.data.Dataset):
 def train_epochs(experiment: Experiment, run: Run) -> dict:
     """Task 3.3: the rows seen in two epochs, one cut short and one resumed, and the trainer's book-keeping."""
     lab, engine, rows = _lab(), engine_runs.build(experiment), text_rows(experiment)[0]
-    loader = engine.deepspeed_io(Drawing(rows), num_local_io_workers=0, pin_memory=False)
+    drawing = Drawing(rows)
+    loader = engine.deepspeed_io(drawing, num_local_io_workers=0, pin_memory=False)
     numbers = {tuple(row["input_ids"]): number for number, row in enumerate(rows)}
     seen, losses, random_at, diverges = [], [], [], []
 
@@ -221,8 +255,10 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
     def call(trainer, last_step=None) -> dict:
         for record in (seen, losses, random_at, told, epochs):
             record.clear()
+        drawing.read = 0
         returned = trainer.train_epoch(loader, last_step)
         return {
+            "read": drawing.read,
             "returned": None if returned is None or math.isnan(returned) else returned,
             "nan": returned is not None and math.isnan(returned),
             "seen": gather(list(seen)),
@@ -247,6 +283,7 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
     results = {"first": call(trainer), "second": call(trainer), "cut": call(trainer, engine.global_steps + 1)}
     left = (len(rows) - trainer.samples) // (experiment.accumulation * experiment.micro_batch * world_size())
     results["at_the_end"] = call(trainer, engine.global_steps + left)
+    results["behind_the_end"] = call(trainer, engine.global_steps)
     resumed = Recording(engine, note)
     resumed.epoch, resumed.samples = 1, 2 * experiment.accumulation * experiment.micro_batch * world_size()
     torch.manual_seed(4321)
@@ -258,6 +295,9 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
     resumed.epoch, resumed.samples = 1, 0
     resumed.random_state_to_restore = state
     results["begun"] = call(resumed)
+    resumed.epoch, resumed.samples = 1, experiment.micro_batch * world_size() // 2
+    resumed.random_state_to_restore = state
+    results["of_another_batch"] = call(resumed)
     resumed.epoch, resumed.samples = 0, len(rows)
     resumed.random_state_to_restore = state
     results["nothing_left"] = call(resumed) | {"random_at_end": fingerprint(torch.get_rng_state())}
@@ -301,6 +341,36 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
 
     _lab().DeepSpeedTrainer(engine).evaluate([not_moved(batch) for batch in batches])
     facts["moved"] = all(gather(all(moved)))
+    alive: list[int] = []
+    outputs: list[weakref.ref] = []
+
+    def count(module, given, output):
+        outputs.append(weakref.ref(output.logits))
+        alive.append(sum(one() is not None for one in outputs))
+
+    counting = engine.module.register_forward_hook(count)
+    _lab().DeepSpeedTrainer(engine).evaluate(batches)
+    counting.remove()
+    tokens = batches.batches[0]["input_ids"].shape[1]
+    uneven = [
+        *({name: tensor[:, : tokens - number] for name, tensor in batch.items()} for number, batch in enumerate(batches)),
+        {name: tensor[:1] for name, tensor in batches.batches[-1].items()},
+    ]
+    of_uneven = float(_lab().DeepSpeedTrainer(engine).evaluate(uneven))
+    rows_alone = [
+        {name: tensor[at : at + 1] for name, tensor in batch.items()} for batch in uneven for at in range(len(batch["labels"]))
+    ]
+    sums = numpy.zeros(2)
+    engine.eval()
+    with torch.no_grad():
+        for row in rows_alone:
+            labels = int((row["labels"][:, 1:] != -100).sum())
+            loss = engine(**{name: tensor.to(engine.device) for name, tensor in row.items()}).loss.item()
+            sums += (loss * labels, labels) if labels else (0, 0)
+    engine.train()
+    loss, labels = map(sum, zip(*gather(sums.tolist())))
+    facts |= {"uneven": [of_uneven, loss / labels], "outputs_alive": max(gather(max(alive)))}
+    facts["of_no_batch"] = str(float(_lab().DeepSpeedTrainer(engine).evaluate([])))
     unlabelled = [batch | {"labels": torch.full_like(batch["labels"], -100)} for batch in batches]
     nothing = float(_lab().DeepSpeedTrainer(engine).evaluate(unlabelled))
     alone = float(_lab().DeepSpeedTrainer(engine).evaluate(unlabelled if rank() else batches))
@@ -322,6 +392,20 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
         "of_nan": "nan" if math.isnan(lost) else lost,
         "of_nothing": "nan" if math.isnan(nothing) else nothing,
     }
+
+
+def evaluate_between(experiment: Experiment, run: Run) -> dict:
+    """Task 3.4: how far the weights after an optimizer step are from each other, with an evaluation within its accumulation and without."""
+    rows, found = text_rows(experiment)[0], []
+    batches = engine_runs.epoch_batches(rows, 0, experiment.micro_batch, world_size(), rank())
+    for evaluates in (False, True):
+        engine = engine_runs.build(experiment)
+        for batch in batches[: experiment.accumulation]:
+            engine_runs.micro_step(engine, batch)
+            if evaluates:
+                _lab().DeepSpeedTrainer(engine).evaluate(batches[-1:])
+        found.append({name: weight.detach().cpu().clone() for name, weight in engine.module.named_parameters()})
+    return {"apart": max((found[1][name] - weight).abs().max().item() for name, weight in found[0].items())}
 
 
 MANY_BATCHES = 150
@@ -423,11 +507,12 @@ def save(experiment: Experiment, run: Run) -> dict:
     wanted = gather(fingerprints(_lab().random_state()))
     # What an earlier life of the run left behind.
     manifest, save_checkpoint = folder / tag / "complete.json", engine.save_checkpoint
-    older = folder / "step-2" / "complete.json"
+    older, newer = folder / "step-2" / "complete.json", folder / "step-99" / "complete.json"
     if rank() == 0:
         manifest.parent.mkdir(parents=True)
-        older.parent.mkdir()
-        older.write_text('{"ranks": 2, "universal": false, "files": {}}')
+        for path in (older, newer):
+            path.parent.mkdir()
+            path.write_text('{"ranks": 2, "universal": false, "files": {}}')
         manifest.write_text('{"ranks": 2, "universal": false, "files": {}}')
     barrier()
     complete_at_first: list[bool] = []
@@ -451,9 +536,11 @@ def save(experiment: Experiment, run: Run) -> dict:
     refused += refusals()
     return {
         "kept": gather(manifest.exists()),
-        "is_path": isinstance(returned, Path) and isinstance(first, Path),
+        "is_path": all(gather(isinstance(returned, Path) and isinstance(first, Path))),
+        "returned_by_rank": gather(str(returned)),
         "first": gather(Path(run.folder, "fresh", tag, "complete.json").exists()),
         "older_kept": gather(older.exists()),
+        "newer_kept": gather(newer.exists()),
         "refused": gather(refused),
         "random": wanted,
         "returned": str(returned),
@@ -537,7 +624,7 @@ def load_of_other_ranks(saved: int, here: int, me: int = 0, client=None, tag: st
         return facts
 
     def load(*args, **kwargs):
-        left_out.extend(name for name, value in kwargs.items() if value is False)
+        left_out.extend(name for name, value in kwargs.items() if value is (name == "load_module_only"))
         return "folder", state
 
     def newest(path, ranks):

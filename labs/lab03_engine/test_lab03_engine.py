@@ -137,6 +137,7 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
             "train_micro_batch_size_per_gpu",
         ),
         ("'auto' with an optimizer of one's own", without | {"train_batch_size": "auto"}, "another", "train_batch_size"),
+        ("no optimizer, and null for one in the configuration", without | {"optimizer": None}, None, "optimizer"),
     ):
         require_error(
             lambda: lab.initialize_deepspeed(None, configuration, optimizer),
@@ -162,6 +163,14 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
                 2,
                 deepspeed=without | {"scheduler": WARM_UP},
                 options={"own_optimizer": True},
+            ),
+            # Parameter groups of its own, some parameters frozen, and an entry of the configuration that only loading needs.
+            experiment(
+                "grouped",
+                f"{PROGRAMS}:initialize",
+                1,
+                deepspeed={key: value for key, value in config(1, universal=True).items() if key != "optimizer"},
+                options={"own_optimizer": True, "no_data": True, "frozen": "transformer.ln_f"},
             ),
             # DeepSpeed works out the micro-batch.
             experiment("alone", f"{PROGRAMS}:initialize", 1, ranks=1, deepspeed=without_micro_batch),
@@ -194,6 +203,28 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
         own["stepped"] == own["parameters"],
         expected=f"an optimizer over all {own['parameters']:,} parameters, the tied embedding once",
         got=f"{own['stepped']:,}",
+    )
+    grouped = runs["grouped"].results
+    of_groups = [settings[0] | {"lr": 0.25, "weight_decay": 0.0}, settings[0]]
+    require_equal(
+        grouped.get("settings"),
+        of_groups,
+        of="the settings of the engine's optimizer, by group, where an AdamW of two groups is given",
+    )
+    require_equal(
+        grouped["frozen"],
+        ["transformer.ln_f.bias", "transformer.ln_f.weight"],
+        of="the parameters that are not trained, of a model whose last layer norm is frozen",
+    )
+    require(
+        grouped["stepped"] == grouped["parameters"],
+        expected=f"an optimizer over the {grouped['parameters']:,} parameters that are trained",
+        got=f"{grouped['stepped']:,}",
+    )
+    require(
+        grouped["universal"] and not own["universal"],
+        expected="the configuration as it is given, with load_universal, which says how a checkpoint is to be loaded",
+        got=f"load_universal {grouped['universal']}, and {own['universal']} without it",
     )
     for name, words in (("scheduled", "an optimizer of one's own"), ("alone", "the configuration's optimizer")):
         require(
@@ -253,7 +284,7 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
     )
     require(
         got["as_they_are"] and got["devices"] == ["cpu"],
-        expected="batches of the rows as they are, -100 among the labels too, on the CPU",
+        expected="batches of the rows as they are, -100 among the labels and a column of fractions too, on the CPU",
         got=f"others, or on {got['devices']}",
     )
 
@@ -336,7 +367,12 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
             "with what lies on the CPU",
             got="tensors as the batch brought them",
         )
-        require(got["batch_kept"], expected="a batch that is left as it was", got="one without some of its tensors")
+        require(got["batch_kept"], expected="a batch that is left as it was", got="one without some of its tensors, or with others")
+        require(
+            got["lengths"][0] == got["lengths"][1],
+            expected=f"all {got['lengths'][0]:,} tokens of a long micro-batch given to the model",
+            got=f"{got['lengths'][1]:,}",
+        )
         require(got["of_nan"] == "nan", expected="nan where the model's loss is nan: that is to be seen", got=got["of_nan"])
         apart = max(abs(loss / wanted[0] - 1) for loss in got["by_rank"][0][:accumulation])
         require(
@@ -432,6 +468,17 @@ def test_epoch_keeps_its_place(lab, run_experiments):
         expected="with last_step 9, which is the epoch's last batch: back in epoch 2 with samples 24; the epoch ends in the next call",
         got=f"step {ended['global_steps']}, epoch {ended['epoch']}, samples {ended['samples']}",
     )
+    behind = got["behind_the_end"]
+    require(
+        (behind["epoch"], behind["samples"], behind["seen"][0]) == (3, 0, []) and behind["nan"],
+        expected="the next call, where last_step has been taken and no batch is left: nan, epoch 3 and samples 0",
+        got=f"epoch {behind['epoch']}, samples {behind['samples']}, {len(behind['seen'][0])} micro-batches",
+    )
+    require(
+        cut["read"] == sum(map(len, cut["seen"][0])),
+        expected=f"no row read after last_step: {sum(map(len, cut['seen'][0]))} of 12, since reading a row may draw random numbers",
+        got=f"{cut['read']} rows read",
+    )
     for words, epoch in (("first", 0), ("second", 1)):
         require(
             set(got[words]["epochs_told"]) == {epoch},
@@ -491,6 +538,12 @@ def test_epoch_keeps_its_place(lab, run_experiments):
         expected="the restored random state at the first step, where the checkpoint is of an epoch's beginning (samples 0)",
         got="another one",
     )
+    require(
+        got["of_another_batch"]["random_at_first"] == [[got["random_wanted"]]] * 2,
+        expected="the restored random state at the first step too where samples is no multiple of micro-batch × ranks: the run that saved it "
+        "had smaller micro-batches",
+        got="another one",
+    )
     # 5 micro-batches with accumulation 2: the last one, of one row, waits for the next epoch's first.
     for words in ("first", "second"):
         call, steps = runs["rest"].results[words], {"first": [(0, 2), (2, 4)], "second": [(0, 1), (1, 3), (3, 5)]}[words]
@@ -537,7 +590,9 @@ def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
     gathering = config({"stage": 3, "stage3_param_persistence_threshold": 0})
     plan = experiment("evaluate", f"{PROGRAMS}:evaluate", 3, options={"dropout": 0.3}, deepspeed=gathering)
     with ranks_come_back():
-        got = run_experiments([plan], timeout=45)["evaluate"].results
+        plans = [plan] + [experiment(f"evaluate-between-{stage}", f"{PROGRAMS}:evaluate_between", stage) for stage in (0, 1)]
+        runs = run_experiments(plans, timeout=45)
+        got = runs["evaluate"].results
     by_token, by_row = engine_runs.mean_losses(masked_rows(plan))
     mine, other = [losses[0] for losses in got["losses"]]
     require(
@@ -577,6 +632,24 @@ def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
         expected=f"{wanted:.4f}, the mean over the tokens of 150 batches on each rank, of rows of 1,100 tokens",
         got=got["of_many"],
     )
+    require(
+        abs(got["uneven"][0] - got["uneven"][1]) < 1e-4 * abs(got["uneven"][1]),
+        expected=f"{got['uneven'][1]:.4f}, the mean over the tokens of batches of other lengths, the last of one row",
+        got=got["uneven"][0],
+    )
+    require_equal(got["of_no_batch"], "nan", of="evaluate([]): the mean of nothing")
+    require(
+        got["outputs_alive"] <= 2,
+        expected="a batch's logits let go of before the ones after the next come: of a large vocabulary they take GiB",
+        got=f"those of {got['outputs_alive']} batches in memory at once",
+    )
+    for stage in (0, 1):
+        apart = runs[f"evaluate-between-{stage}"].results["apart"]
+        require(
+            apart <= 1e-6,
+            expected=f"the gradients that an accumulation has gathered left alone: the same weights after its step (stage {stage})",
+            got=f"weights that differ by {apart:.3g}",
+        )
     require(got["random_kept"], expected="torch's random numbers where they were: an evaluation draws none", got="another state")
     require(
         got["of_nan"] == "nan",
@@ -617,6 +690,8 @@ def test_checkpoint_is_complete(lab, run_experiments):
         ]
         plans.append(experiment("save-alone", f"{PROGRAMS}:save", 2, ranks=1, accumulation=1))
         plans.append(experiment("save-whole", f"{PROGRAMS}:save", 0, accumulation=1))
+        from_universal = config(1, accumulation=1, universal=True)
+        plans.append(experiment("save-on", f"{PROGRAMS}:save", 1, accumulation=1, deepspeed=from_universal))
         runs = run_experiments(plans, timeout=45)
     for stage, run in ((2, runs["save2"]), (3, runs["save3"])):
         got, parent = run.results, run.folder / "checkpoints"
@@ -628,9 +703,10 @@ def test_checkpoint_is_complete(lab, run_experiments):
         )
         require(
             got["is_path"] and all(got["first"]),
-            expected="a Path returned, and a whole checkpoint in a folder that did not exist, given as text, with None as client_state",
+            expected="a Path returned on every rank, and a whole checkpoint in a folder that did not exist, given as text, with None as client_state",
             got=f"a Path: {got['is_path']}; complete.json on return: {got['first']}",
         )
+        require_equal(got["returned_by_rank"], [str(folder)] * 2, of="what save_checkpoint() returns, by rank")
         require(
             all(said for by_rank in got["refused"] for said in by_rank),
             expected=f"ValueError after each micro-batch of an optimizer step but the last, of {stage}",
@@ -642,6 +718,11 @@ def test_checkpoint_is_complete(lab, run_experiments):
             got="one without its complete.json",
         )
         require(all(got["older_kept"]), expected="an older checkpoint, step-2, left where it is", got="it is gone")
+        require(
+            all(got["newer_kept"]),
+            expected="another checkpoint, step-99, left whole, where a run went on from an older one",
+            got="without its complete.json",
+        )
         names = sorted(path.name for path in folder.rglob("*") if path.is_file())
         missing = [rank for rank in (0, 1) if not any(f"zero_pp_rank_{rank}_" in name and "optim" in name for name in names)]
         require(
@@ -707,6 +788,12 @@ def test_checkpoint_is_complete(lab, run_experiments):
         "mp_rank_00_model_states.pt" in manifest.get("files", {}),
         expected="a whole checkpoint at stage 0, where every rank has everything, and all of them save",
         got=manifest or "no complete.json",
+    )
+    went_on = json.loads((runs["save-on"].folder / "checkpoints" / "step-11" / "complete.json").read_text())
+    require(
+        went_on["universal"] is False,
+        expected="universal False in complete.json of a run that went on from a universal checkpoint: what it saves are shards again",
+        got=went_on["universal"],
     )
     alone = runs["save-alone"].folder / "checkpoints" / "step-11" / "complete.json"
     require(
@@ -811,8 +898,13 @@ def test_resumed_training_goes_on_as_if_never_stopped(lab, run_experiments):
             got=[round(x, 5) for x in run.losses()],
         )
 
-    for saved, here, me, random, client in ((3, 1, 0, None, {"note": "kept"}), (2, 4, 1, None, []), (4, 4, 2, {"of": 2}, 0)):
-        for tag in ("step-3", None):
+    for saved, here, me, random, client in (
+        (3, 1, 0, None, {"note": "kept"}),
+        (2, 4, 1, None, []),
+        (4, 4, 2, {"of": 2}, 0),
+        (2, 2, 1, {"of": 1}, {3: ("a", "tuple")}),
+    ):
+        for tag in ("step-3", None, "run7-final"):
             other = lab.observe(f"{PROGRAMS}:load_of_other_ranks", saved, here, me, client, tag)
             require_equal(
                 other,
@@ -834,7 +926,9 @@ def test_broken_checkpoints_are_refused(lab, tmp_path):
         "zero/large.pt": b"l" * (2**20 + 5),
         "weights.safetensors": b"w" * 30,
         "zero/empty.pt": b"",
+        ".parts/names.pt": b"n" * 20,
     }
+    (whole / ".parts").mkdir()
     (whole / "zero" / "a" / "b").mkdir(parents=True)
     for name, content in contents.items():
         (whole / name).write_bytes(content)
@@ -846,6 +940,28 @@ def test_broken_checkpoints_are_refused(lab, tmp_path):
         expected="no error for a whole checkpoint of 2 ranks, and what complete.json says",
         got=lab.check_checkpoint(whole, 2),
     )
+
+    in_brackets = tmp_path / "lr[1e-3]" / "step-4"
+    shutil.copytree(whole, in_brackets)
+    os.utime(in_brackets / "zero" / "fp32.pt", (2**31, 2**31))
+    try:
+        lab.check_checkpoint(in_brackets, 2)
+    except ValueError as error:
+        require(
+            False,
+            expected="no error for a whole checkpoint below a folder with brackets in its name, of which a file is newer than complete.json, "
+            "as after copying",
+            got=f"ValueError: {error}",
+        )
+    (in_brackets / "zero" / "fp32.pt").write_bytes(b"z" * 20)
+    (in_brackets / "complete.json").write_text(json.dumps(manifest | {"ranks": 5}))
+    with lab.elsewhere():
+        require_error(
+            lambda: lab.check_checkpoint(in_brackets, 5),
+            ValueError,
+            mentions=("fp32.pt",),
+            expected="ValueError for a truncated file on every rank, on rank 3 of 5 too",
+        )
 
     def refused(name: str, change, ranks: int, mentions: tuple, expected: str) -> None:
         folder = tmp_path / name
@@ -865,6 +981,16 @@ def test_broken_checkpoints_are_refused(lab, tmp_path):
         2,
         ("half",),
         "ValueError that names the folder, without complete.json",
+    )
+    said = []
+    for name in ("step-9", "half"):
+        with pytest.raises(ValueError) as error:
+            lab.check_checkpoint(tmp_path / name, 2)
+        said.append(str(error.value).replace(str(tmp_path / name), "…").replace(name, "…"))
+    require(
+        said[0] != said[1],
+        expected="another reason where there is no folder than where the save did not come to its end",
+        got=f"for both: {said[0]}",
     )
     refused(
         "missing",
@@ -1014,7 +1140,7 @@ def test_consolidated_model_is_the_engines(lab, run_experiments, tmp_path):
             shape = json.loads((base / "config.json").read_text())
             (base / "config.json").write_text(json.dumps(shape | {"layer_norm_epsilon": 0.004}))
     for stage in (2, 3):
-        out = tmp_path / f"model{stage}"
+        out = tmp_path / "model"  # the second time it holds the model of another checkpoint
         folder = checkpoints(f"stage{stage}") / "step-2"
         returned = lab.consolidate(str(folder) if stage == 2 else folder, str(base), str(out))
         weights = torch.load(shared_folder() / f"stage{stage}.pt", weights_only=True, map_location="cpu")
@@ -1070,6 +1196,7 @@ def test_consolidated_model_is_the_engines(lab, run_experiments, tmp_path):
         ("longer", {"n_layer": 2}, "has a layer more than the checkpoint: it would keep random weights"),
         ("shorter", {"n_layer": 0}, "has a layer less than the checkpoint: it would be lost"),
         ("wider", {"hidden_size": 36}, "has another hidden size than the checkpoint"),
+        ("another vocabulary", {"vocab_size": 1040}, "has another vocabulary than the checkpoint"),
     ):
         other = visible_folder() / "engine" / name
         with once(name) as first:
@@ -1095,9 +1222,11 @@ def test_universal_checkpoint_fits_any_number_of_ranks(lab, run_experiments, wor
     def convert(source, name: str, end: str = "", *, fresh: bool = False):
         parent = workspace / "engine" / name
         shutil.rmtree(parent, ignore_errors=True)
-        other = parent / "step-1" / "complete.json"
+        others = [parent / other / "complete.json" for other in ("step-1", f"{source.name}0")]
         earlier = parent / source.name / "complete.json"  # of a checkpoint that had the same name
-        for path, text in () if fresh else ((other, "{}"), (earlier, '{"ranks": 2, "universal": true, "files": {}}')):
+        for path, text in (
+            () if fresh else (*((other, "{}") for other in others), (earlier, '{"ranks": 2, "universal": true, "files": {}}'))
+        ):
             path.parent.mkdir(parents=True)
             path.write_text(text)
         left_over = parent / source.name / "zero" / "of.another.model" / "fp32.pt"
@@ -1116,7 +1245,10 @@ def test_universal_checkpoint_fits_any_number_of_ranks(lab, run_experiments, wor
             expected="nothing left of an earlier checkpoint of that name: whoever loads it would take its files for the new one's",
             got=f"{left_over.relative_to(parent)}, as it was",
         )
-        require(fresh or other.exists(), expected="other universal checkpoints left where they are", got="step-1 gone")
+        there = sorted(path.name for path in parent.iterdir() if path.is_dir())
+        wanted = sorted([source.name] + [other.parent.name for other in others if not fresh])
+        require_equal(there, wanted, of="the folders in the given path: other universal checkpoints stay, and nothing else is left")
+        require(fresh or all(map(os.path.exists, others)), expected="other universal checkpoints left as they are", got="others")
         manifest = json.loads((out / "complete.json").read_text())
         ranks = json.loads((source / "complete.json").read_text())["ranks"]
         require_equal(
