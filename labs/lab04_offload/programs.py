@@ -8,9 +8,13 @@ import errno
 import inspect
 import io
 import os
+import resource
+import shutil
 import sys
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -25,9 +29,6 @@ from shardlab.zero import ops
 
 def configure_offload_with_free_bytes(folder, free: int, needed: int) -> dict:
     """Task 4.1: the configuration for states of so many bytes on a disk of which a hundredth is free, in `folder` alone."""
-    import shutil
-    from types import SimpleNamespace
-
     create = switch.import_exercise("lab04_offload").create_offload_config
 
     def usage(path):
@@ -102,6 +103,17 @@ def configure_offload_on_a_disk_that_says(folder, name: str) -> dict:
         return create(3, optimizer_offload=True, offload_device="nvme", nvme_path=folder)
 
 
+def configure_offload_where_files_stay_empty(folder) -> dict:
+    """Task 4.1: where files can be made and nothing can be written into them, as on a full disk."""
+    create = switch.import_exercise("lab04_offload").create_offload_config
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        return create(3, optimizer_offload=True, offload_device="nvme", nvme_path=folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 STEP_SECONDS = (5, 1, 2, 6, 100, 24)
 """What the steps of a `Sum` take, times its factor. The first is not the slowest, and 5 steps have a median between two of them."""
 
@@ -134,11 +146,13 @@ class Sum(torch.optim.Optimizer):
     def __init__(self, parameters, factor: float, clock: Clock, elements: slice = slice(None)):
         super().__init__(parameters, {})
         self.factor, self.gradients, self.clock, self.elements = factor, [], clock, elements
+        self.threads: set[int] = set()
         self.parameter = self.param_groups[0]["params"][0]
         self.start = self.parameter.detach().clone()
 
     def step(self, closure=None):
         now = self.clock.now
+        self.threads.add(torch.get_num_threads())
         self.gradients.append(self.parameter.grad.clone())
         self.parameter.data.sub_(self.parameter.grad)
         self.parameter.data[self.elements].sub_((self.factor - 1.0) * self.parameter.grad[self.elements])
@@ -192,6 +206,7 @@ def compare_two_sums(size: int, steps: int, seed: int, factor: float = 3.0, firs
     return {
         "returned": returned,
         "left_alone": left_alone,
+        "threads": sorted(first.threads | second.threads),
         "apart": (first.parameter.detach() - second.parameter.detach()).abs().max().item(),
         "seconds": {factor: [factor * seconds for seconds in STEP_SECONDS[:steps]] for factor in (1, 3)},
         "same_tensor": first.parameter.data_ptr() == second.parameter.data_ptr(),
@@ -264,6 +279,78 @@ def save_offloaded(experiment: Experiment, run: Run) -> dict:
         "whole": all(whole),
         "two_in_memory": ("read", "read") in zip(events, events[1:]),
     }
+
+
+@contextlib.contextmanager
+def _with_groups(lab, groups: list[tuple], me: int):
+    """Let the exercises meet these sub-groups on rank `me`, without an engine and a disk of DeepSpeed's."""
+    alone = {"swapped_groups": lambda engine: iter(groups), "rank": lambda: me, "barrier": lambda: None}
+    alone |= {name: lambda engine: contextlib.nullcontext() for name in ("without_its_nvme_part", "parameters_renewed")}
+    with contextlib.ExitStack() as stack:
+        for name, stand_in in alone.items():
+            stack.enter_context(mock.patch.object(lab, name, stand_in))
+        yield
+
+
+def save_groups(path, sizes: tuple[int, ...], me: int) -> dict:
+    """Task 4.7: a checkpoint of sub-groups of so many elements, next to another one of the same rank.
+
+    Returns:
+        `returned`; `files` in the checkpoint's folder; `other_tag`: whether the other one has kept its own.
+    """
+    lab, other = switch.import_exercise("lab04_offload"), Path(path, "step-2", "offloaded", f"rank{me}-group0.pt")
+    shutil.rmtree(path, ignore_errors=True)
+    other.parent.mkdir(parents=True)
+    other.touch()
+    moments = {name: torch.ones for name in ("exp_avg", "exp_avg_sq")}
+    groups = [
+        (number, torch.ones(size), {"step": 3} | {name: make(size) for name, make in moments.items()})
+        for number, size in enumerate(sizes)
+    ]
+
+    def save_checkpoint(save_dir, tag=None, *args, **kwargs):
+        Path(save_dir, tag).mkdir(parents=True, exist_ok=True)
+
+    with _with_groups(lab, groups, me):
+        returned = lab.save_offloaded(SimpleNamespace(save_checkpoint=save_checkpoint, global_steps=4), path, "step-4", {})
+    folder = Path(path, "step-4", "offloaded")
+    files = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else "no such folder"
+    return {"returned": returned, "files": files, "other_tag": other.exists()}
+
+
+def load_groups(path, sizes: tuple[int, ...], me: int) -> dict:
+    """Task 4.8: a checkpoint of sub-groups of so many elements; the master weights of each are its number plus one.
+
+    Returns:
+        `client`: what came back; `left_out`: what the engine was told not to load; `masters`: a number of each sub-group afterwards;
+        `alive`: at most so many master weights of others were in memory when one was read.
+    """
+    lab, folder = switch.import_exercise("lab04_offload"), Path(path, "step-4", "offloaded")
+    shutil.rmtree(path, ignore_errors=True)
+    folder.mkdir(parents=True)
+    names = ("exp_avg", "exp_avg_sq")
+    for number, size in enumerate(sizes):
+        state = {"master": torch.full((size,), number + 1.0), "step": 3} | {name: torch.ones(size) for name in names}
+        torch.save(state, folder / f"rank{me}-group{number}.pt")
+    groups = [(number, torch.zeros(size), {}) for number, size in enumerate(sizes)]
+    left_out: list[str] = []
+    read: list[weakref.ref] = []
+    alive, load = [0], torch.load
+
+    def load_checkpoint(load_dir, tag=None, **kwargs):
+        left_out.extend(name for name, value in kwargs.items() if value is (name == "load_module_only"))
+        return str(load_dir), {"note": "kept"}
+
+    def load_noted(*args, **kwargs):
+        alive.append(sum(one() is not None for one in read))
+        state = load(*args, **kwargs)
+        read.append(weakref.ref(state["master"]))
+        return state
+
+    with _with_groups(lab, groups, me), mock.patch.object(torch, "load", load_noted):
+        client = lab.load_offloaded(SimpleNamespace(load_checkpoint=load_checkpoint), path, "step-4")
+    masters = [master[0].item() for _, master, _ in groups]
+    return {"client": client, "left_out": left_out, "masters": masters, "alive": max(alive)}
 
 
 def load_offloaded(experiment: Experiment, run: Run) -> dict:

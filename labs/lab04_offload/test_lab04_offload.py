@@ -119,7 +119,8 @@ def test_offload_configuration(lab, judge, tmp_path):
 
     both = {"stage": 3, "optimizer_offload": True}
     refused("stage 4", ("4",), stage=4)
-    refused("the device 'disk'", ("disk",), stage=1, offload_device="disk")
+    for device in ("disk", "nvm", "c", ""):
+        refused(f"the device {device!r}", (device or "offload_device",), stage=1, offload_device=device)
     refused("parameters below stage 3", ("param", "3"), stage=2, param_offload=True)
     refused("the optimizer at stage 0", ("optimizer", "0"), stage=0, optimizer_offload=True)
     refused(
@@ -161,6 +162,9 @@ def test_offload_configuration(lab, judge, tmp_path):
             mentions=(str(path) or "nvme_path",),
             expected=f"ValueError from check_nvme_path({str(path)!r}, 0) itself",
         )
+    left_over = tmp_path / "zero_stage_3" / "optimizer" / "rank0" / "0_5.tensor.swp"  # of a run before
+    left_over.parent.mkdir(parents=True)
+    left_over.write_bytes(b"x" * 4096)
     require_error(
         lambda: lab.observe(f"{PROGRAMS}:configure_offload_with_free_bytes", tmp_path, 1000, 1001),
         ValueError,
@@ -178,6 +182,13 @@ def test_offload_configuration(lab, judge, tmp_path):
             mentions=(str(tmp_path),),
             expected=f"ValueError that names the path, on {words} ({name})",
         )
+    require_error(
+        lambda: lab.observe(f"{PROGRAMS}:configure_offload_where_files_stay_empty", tmp_path),
+        ValueError,
+        mentions=(str(tmp_path),),
+        expected="ValueError that names the path, on a disk where a file can be made and nothing written into it",
+    )
+    shutil.rmtree(tmp_path / "zero_stage_3")
     lost = lab.observe(f"{PROGRAMS}:files_overwritten", tmp_path)
     require(not lost, expected="files that are in the nvme_path to stay as they are, whatever their names", got=f"{lost} lost")
     # Only the folder's own disk counts.
@@ -318,7 +329,13 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
         ([[2**18]], 1, 3 * 2**20, "a tensor of just 1 MiB is written"),
         ([[2**18 - 1]], 1, 0, "a tensor of less than 1 MiB stays in memory"),
         ([[2**18 + 1]], 1, 3 * (2**20 + 1024), "one element more takes a whole block of 1,024 bytes"),
-        ([[1001] * 600], 2, 3 * 1175 * 1024, "each of the 600 parameters is cut on its own, 501 elements on each rank, and together they are one tensor of 300,600"),
+        (
+            [[1001] * 600],
+            2,
+            3 * 1175 * 1024,
+            "each of the 600 parameters is cut on its own, 501 elements on each rank, and together they are one tensor of 300,600",
+        ),
+        ([[401] * 3000], 2, 3 * 2356 * 1024, "3,000 parameters of 201 elements on each rank"),
         ([[1_572_863]], 6, 3 * 2**20, "⌈1,572,863 / 6⌉ = 262,144 elements on each of 6 ranks"),
         ([[2**18, 2**18 + 1], [100]], 2, 3 * (2**20 + 1024), "stage 3 rounds each parameter up: 131,072 + 131,073 elements"),
     ]
@@ -354,6 +371,9 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
     parameters = disk / "zero_stage_3" / "bfloat16params" / "rank1"  # of a run with both on NVMe
     parameters.mkdir(parents=True)
     (parameters / "0_param.tensor.swp").write_bytes(b"x" * 512)
+    of_another_run = disk / "run2" / "zero_stage_3" / "optimizer" / "rank1"
+    of_another_run.mkdir(parents=True)
+    (of_another_run / "0_5.tensor.swp").write_bytes(b"x" * 256)
     for rank, block in ((1, 1024), (10, 8192), (0, 2048), (104, 16_384), (4, 512)):
         folder = disk / "zero_stage_3" / "optimizer" / f"rank{rank}"
         folder.mkdir(parents=True)
@@ -373,6 +393,8 @@ def test_bytes_on_disk(lab, run_experiments, tmp_path):
     )
     (folder.parent / "rank1" / "1_5.tensor.swp").write_bytes(b"x" * 100)
     require_equal(lab.bytes_found(disk, 1), 3172, of="bytes_found() of rank 1, when a file of 100 bytes has been added since")
+    (folder.parent / "rank1" / "1_5.tensor.swp").write_bytes(b"x" * 300)
+    require_equal(lab.bytes_found(disk, 1), 3372, of="bytes_found() of rank 1, when that file has grown to 300 bytes")
     agree_as_recorded(swapped(lab), __file__, "4.3", "swapped_bytes{}, of (groups, ranks)")
 
 
@@ -436,6 +458,11 @@ def test_two_optimizers_take_the_same_steps(lab):
         expected="torch's own random generator and number of threads as they were before",
         got="changed",
     )
+    require(
+        seen["threads"] == [2],
+        expected="each step taken with the number of threads that was set, 2",
+        got=seen["threads"],
+    )
     for size, factor, first_element, words in (
         (50, 1.0 + 2e-7, 0, "that differ by rounding"),
         (1_500_000, 3.0, 1_499_999, "of 1.5 million elements that differ in the last one"),
@@ -482,6 +509,11 @@ def test_two_optimizers_take_the_same_steps(lab):
         expected="DeepSpeedCPUAdam and torch's AdamW within 1e-5 after 20 steps",
         got=real["largest_difference"],
     )
+    require(
+        min(real["first_seconds"], real["second_seconds"]) > 0,
+        expected="seconds as they were measured: a step of 10,000 elements takes some microseconds, and the notebook divides by them",
+        got=f"{real['first_seconds']} and {real['second_seconds']} s",
+    )
 
 
 @pytest.mark.milestone(task="4.5", points=15, section="What a step pays")
@@ -506,6 +538,19 @@ def test_accumulation_pays_for_offload(lab):
             expected=f"{wanted:.4f} of the samples/s at accumulation {accumulation}, with (a, b) = {plain} and {offloaded}",
             got=got,
         )
+    got = lab.share_kept(1, (0.5, -0.25), (0.625, 0.125))
+    require(
+        abs(got - 0.25 / 0.75) < 1e-9,
+        expected="0.3333 for (a, b) = (0.5, -0.25) and (0.625, 0.125), as lines through noise are",
+        got=got,
+    )
+    for share, plain_line, offloaded_line, wanted in (
+        (1.0, (1.125, 0.5), (1.0, 3.0), 20),
+        (1.0625, (1.125, 0.5), (1.0, 3.0), 43),
+        (0.5, (1.0, 0.0), (1.0, 2e6), 2_000_000),
+    ):
+        got = lab.accumulation_for(share, plain_line, offloaded_line)
+        require_equal(got, wanted, of=f"accumulation_for({share}, {plain_line}, {offloaded_line})")
     for share in (0.2, 0.28, 0.29, 0.51, 0.6, 0.76, 0.79):
         wanted = next(k for k in range(1, 10_000) if (plain[0] * k + plain[1]) / (offloaded[0] * k + offloaded[1]) >= share)
         got = lab.accumulation_for(share, plain, offloaded)
@@ -541,6 +586,14 @@ def test_largest_model_that_fits(lab):
             "padding: 1 to 64 parameters take 100 bytes, 65 to 128 take 200",
             lambda n: {"device": 100 * ceil(n / 64), "host": 0},
             6400,
+        ),
+        ("padding, and a byte besides", lambda n: {"device": 100 * ceil(n / 64) + 1, "host": 0}, 6336),
+        ("less than a byte a parameter, as of ZeRO-3 on many ranks", lambda n: {"device": ceil(n / 8), "host": 0}, 80_000),
+        ("less than a byte a parameter on the host", lambda n: {"device": 0, "host": ceil(n / 8)}, 128_000),
+        (
+            "a formula in integers of 64 bits, 16 bytes per parameter",
+            lambda n: {"device": (16 * n + 2**63) % 2**64 - 2**63, "host": 0},
+            625,
         ),
         ("nothing fits", lambda n: {"device": 20_000 + n, "host": 0}, 0),
         ("5,000 bytes besides", lambda n: {"device": 5_000 + 10 * n, "host": 0}, 500),
@@ -593,7 +646,19 @@ def whole_run(run_experiments):
 def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
     import torch
 
-    lab.save_offloaded  # noqa: B018
+    for sizes in ((), (5, 7, 3, 4)):
+        for me in (0, 1):
+            seen = lab.observe(f"{PROGRAMS}:save_groups", workspace / f"saved-{len(sizes)}-{me}", sizes, me)
+            of = f"save_offloaded() on rank {me}, whose sub-groups on disk have {list(sizes) or 'no'} elements"
+            require_equal(seen["returned"], workspace / f"saved-{len(sizes)}-{me}" / "step-4", of=f"{of}: what it returns")
+            require_equal(
+                seen["files"],
+                [f"rank{me}-group{number}.pt" for number in range(len(sizes))],
+                of=f"{of}: the files in the folder offloaded",
+            )
+            require(
+                seen["other_tag"], expected="another checkpoint's folder, step-2/offloaded, left as it is", got="files gone from it"
+            )
     losses = whole_run(run_experiments).losses()
     try:
         run = run_experiments([nvme_experiment("nvme-saved", f"{PROGRAMS}:save_offloaded", workspace)])["nvme-saved"]
@@ -682,7 +747,22 @@ def test_saving_what_lies_on_nvme(lab, run_experiments, workspace):
 def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
     import torch
 
-    lab.load_offloaded  # noqa: B018
+    for sizes in ((), (5, 7, 3, 4, 6)):
+        for me in (0, 1):
+            seen = lab.observe(f"{PROGRAMS}:load_groups", workspace / f"loaded-{len(sizes)}-{me}", sizes, me)
+            of = f"load_offloaded() on rank {me}, whose sub-groups on disk have {list(sizes) or 'no'} elements"
+            require_equal(seen["client"], {"note": "kept"}, of=of)
+            require_equal(seen["left_out"], [], of=f"{of}: what engine.load_checkpoint is told to leave out")
+            require(
+                seen["masters"] == [float(number + 1) for number in range(len(sizes))],
+                expected=f"the saved master weights in each of {len(sizes)} sub-groups",
+                got=seen["masters"],
+            )
+            require(
+                seen["alive"] <= 1,
+                expected="what was read of a sub-group let go of before the one after the next is read: only one must fit into memory",
+                got=f"master weights of {seen['alive']} others in memory while one is read",
+            )
     whole = whole_run(run_experiments)
     reference = visible_folder() / "offload" / "reference"
     (reference / "latest").write_text("step-1")  # of which nothing is left: the tag that is asked for counts

@@ -73,6 +73,17 @@ def test_node_lists(lab):
             mentions=(bad,),
             expected=f"ValueError for {bad!r}",
         )
+    for bad in ("node[3-1]", "n[1-x]", "n[1-2"):
+        require_error(
+            lambda bad=bad: lab.expand_nodelist(f"a1,b[2-3],{bad}" + ",c" * bad.endswith("]")),
+            ValueError,
+            mentions=(f"'{bad}'",),
+            expected=f"ValueError for {bad!r} within a list, with that part alone in single quotes",
+        )
+    wide = lab.expand_nodelist("ip[010000000007-010000000008],n[000000001]")
+    require_equal(
+        wide, ["ip010000000007", "ip010000000008", "n000000001"], of="expand_nodelist('ip[010000000007-010000000008],n[000000001]')"
+    )
     for empty in ("", "a,,b", "a,"):
         require_error(
             lambda empty=empty: lab.expand_nodelist(empty),
@@ -121,6 +132,13 @@ def test_rendezvous(lab):
         expected="another port for another job",
         got="the same",
     )
+    array = {"SLURM_ARRAY_JOB_ID": "123400", "SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "9"}
+    came = lab.rendezvous(task_variables(**array, SLURM_JOBID="1", SLURM_NNODES="2"), "10.0.0.7", 4)
+    require_equal(
+        came, by_node[1], of="rendezvous() on node 1, where job 123456 is a task of the array 123400: each task is a job of its own"
+    )
+    came = lab.rendezvous(task_variables(SLURM_NODEID="4096", SLURM_JOB_NUM_NODES="5000"), "10.0.0.7", 4)
+    require_equal(came["rdzv-conf"], "is_host=false", of="rdzv-conf on node 4096 of 5000")
     for name in ("SLURM_JOB_ID", "SLURM_NODEID", "SLURM_JOB_NUM_NODES"):
         without = {key: value for key, value in task_variables().items() if key != name}
         require_error(
@@ -135,7 +153,7 @@ def test_rendezvous(lab):
         wanted | {"nnodes": "3", "nproc-per-node": "16", "rdzv-conf": "is_host=true"},
         of="rendezvous(os.environ, '10.0.0.7', 16) on node 0",
     )
-    for address in ("localhost", "127.0.0.1", "127.0.1.1"):
+    for address in ("localhost", "127.0.0.1", "127.0.1.1", "127.0.0.1/8", "127.0.0.1%lo"):
         require_error(
             lambda address=address: lab.rendezvous(task_variables(), address, 4),
             ValueError,
@@ -181,6 +199,8 @@ def test_hostfile(lab, tmp_path):
         (["a", "b", "c", "d", "e"], "1,8(x3),2", [1, 8, 8, 8, 2]),
         ([f"n{number}" for number in range(12)], "4(x12)", [4] * 12),
         ([f"n{number}" for number in range(1500)], "8(x1499),3", [8] * 1499 + [3]),
+        ([f"n{number}" for number in range(12_000)], "8(x12000)", [8] * 12_000),
+        (["n1", "n2", "n3"], "1024(x2),1152", [1024, 1024, 1152]),
         ([f"n{number}" for number in range(1300)], ",".join(["4", "3"] * 650), [4, 3] * 650),
         (("gpu1.cluster.example", "gpu1.other.example"), "4(x2)", [4, 4]),
     ):
@@ -209,6 +229,12 @@ def test_hostfile(lab, tmp_path):
             ValueError,
             mentions=(bad,),
             expected=f"ValueError for the counts {bad!r}",
+        )
+    for nodes, bad in ((["n1", "n2"], "4(x2)\n"), (["n1"], "2\n"), (["n1", "n2"], "4\n,3"), (["n1"], " 2")):
+        require_error(
+            lambda bad=bad, nodes=nodes: lab.hostfile(nodes, bad),
+            ValueError,
+            expected=f"ValueError for the counts {bad!r}, with white space",
         )
     agree_as_recorded(lab.hostfile, __file__, "6.3", "hostfile{}")
 
@@ -298,9 +324,15 @@ def test_batch_script(lab, run_experiments, workspace, slurm_beside_exercises):
         lab.batch_script(**(settings | {"nodes": 7}), log="/tmp/log.out", setup=f"{FIRST_OF_SETUP}\ntrue", program=AWKWARD),
         "/tmp/log.out",
     )
+    day = lab.batch_script(**(settings | {"minutes": 1500}), log="/tmp/log.out", setup="true", program=AWKWARD)
+    require(
+        directives(day).get("time", "").strip() in ("1500", "1500:00", "25:00:00", "1-1", "1-01", "1-1:0", "1-01:00", "1-01:00:00"),
+        expected="a time limit of 1,500 minutes, as Slurm reads it",
+        got=directives(day).get("time"),
+    )
     # By bash alone, where srun, torchrun and getent are stood in for: four nodes, and what goes wrong before the ranks start.
     on_nodes = settings | {"nodes": 4, "ranks_per_node": 3, "log": "/tmp/log.out"}
-    odd = [*AWKWARD, "`date`", "$HOME $(date)", "a\\\\b\\c", 'say "so"', "*", ""]
+    odd = [*AWKWARD, "for i in range(2):\n    print(i)", "`date`", "$HOME $(date)", "a\\\\b\\c", 'say "so"', "*", ""]
     ran = lab.observe(f"{PROGRAMS}:started_on_nodes", on_nodes, odd)
     require(
         [node for node, _ in ran["torchruns"]] == [0, 1, 2, 3] and ran["status"] == 0,
@@ -437,6 +469,15 @@ def test_shares_of_the_global_batch(lab, run_experiments):
             expected=f"{global_batch} over {ranks} ranks: none has more than one more, the first ranks have those",
             got=sizes,
         )
+    for where, wanted in (
+        ((14_000, 5000, 8000), range(10_000, 10_002)),
+        ((14_000, 7999, 8000), range(13_999, 14_000)),
+        ((40_000_003, 1, 3), range(13_333_335, 26_666_669)),
+        ((40_000_003, 2, 3), range(26_666_669, 40_000_003)),
+    ):
+        require_equal(lab.share(*where), wanted, of="share({:,}, {:,}, {:,})".format(*where))
+    weight = lab.loss_weight(12_000, 1999, 10_000)
+    require(abs(weight - 5 / 3) < 1e-9, expected="loss_weight(12_000, 1999, 10_000) = 2 × 10,000 / 12,000", got=weight)
     require_error(
         lambda: lab.share(4, 0, 5), ValueError, mentions=("4", "5"), expected="ValueError for 4 sequences on 5 ranks",
     )  # fmt: skip
@@ -504,6 +545,15 @@ def test_reading_a_job(lab, slurm_beside_exercises):
         ("PENDING", 0),
         of="state and restarts of a pending job whose comment says JobState=FAILED Restarts=9",
     )
+    for state in ("OUT_OF_MEMORY", "NODE_FAIL", "TIMEOUT", "CANCELLED"):
+        line = JOB.format(**(cases[2][0] | {"state": state, "restarts": 120}))
+        line = line.replace("JobId=17 ", "JobId=18 ArrayJobId=17 ArrayTaskId=3 ")
+        came = lab.read_job(line)
+        require_equal(
+            {key: came.get(key) for key in ("state", "restarts", "name")},
+            {"state": state, "restarts": 120, "name": "my job"},
+            of=f"state, restarts and name of a task of a job array: {line[:200]} …",
+        )
     site = jobs.site()
     log = "--output=/dev/null"
     done, failed = jobs.run_jobs(["#!/bin/bash\nsleep 1\n", "#!/bin/bash\nexit 7\n"], log, "--job-name=two words", "--time=5")
@@ -572,6 +622,23 @@ def test_scaling(lab, tmp_path):
             expected=f"{len(wanted)} rows",
             got=len(came["rows"]),
         )
+    again = made_run(tmp_path, "again", [1.0, 84.0, 84.0], ranks=1, micro_batch=4, accumulation=2)
+    came = lab.scaling([again, weak[1], weak[2]])
+    require_equal(
+        [came["kind"], [row["ranks"] for row in came["rows"]]],
+        ["weak", [1, 1, 2]],
+        of="kind and ranks of scaling(runs on 1, 1 and 2 ranks), which are two numbers of ranks",
+    )
+    many = [made_run(tmp_path, f"many{n}", [1.0, 9.0 * n, 9.0 * n], ranks=n, micro_batch=4, accumulation=1) for n in range(1, 13)]
+    came = lab.scaling(many)
+    require_equal([row["ranks"] for row in came["rows"]], list(range(1, 13)), of="the ranks in the rows of scaling(twelve runs)")
+    nearly = [
+        made_run(tmp_path, f"nearly{n}", [1.0, 9.0, 9.0], ranks=n, micro_batch=micro_batch, accumulation=1)
+        for n, micro_batch in ((4, 4096), (3, 5461))
+    ]
+    require_error(
+        lambda: lab.scaling(nearly), ValueError, expected="ValueError for global batches of 4 × 4096 = 16,384 and 3 × 5461 = 16,383"
+    )
     for runs in (weak[:1], [weak[1], strong[1]]):
         require_error(
             lambda runs=runs: lab.scaling(runs),

@@ -285,7 +285,8 @@ def test_three_ranks_stop_together(lab, run_experiments):
         name="stop-three", program="labs/lab06_multi_node/programs.py:stop_at_different_steps", ranks=3, options={"steps": 9}
     )
     last = plan.model_copy(update={"name": "stop-last", "options": {"steps": 9, "asked": [7, 8, 2]}})
-    for run in run_experiments([plan, last], timeout=60).values():
+    middle = plan.model_copy(update={"name": "stop-middle", "options": {"steps": 9, "asked": [7, 2, 8]}})
+    for run in run_experiments([plan, last, middle], timeout=60).values():
         assert run.results["stopped"] == [min(run.results["asked"])] * 3
 
 
