@@ -7,6 +7,7 @@ import contextlib
 import errno
 import inspect
 import io
+import math
 import os
 import resource
 import shutil
@@ -157,7 +158,7 @@ class Sum(torch.optim.Optimizer):
         self.parameter.data.sub_(self.parameter.grad)
         self.parameter.data[self.elements].sub_((self.factor - 1.0) * self.parameter.grad[self.elements])
         self.parameter.grad.fill_(7.0)  # as one that decays weights changes its gradient in place
-        self.clock.now = now + round(self.factor) * STEP_SECONDS[len(self.gradients) - 1]
+        self.clock.now = now + (round(self.factor) if math.isfinite(self.factor) else 1) * STEP_SECONDS[len(self.gradients) - 1]
 
 
 Sum.step.hooked = True  # or torch wraps it for its profiler at first use, and it looks as if somebody had replaced it

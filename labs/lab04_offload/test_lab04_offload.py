@@ -473,6 +473,8 @@ def test_two_optimizers_take_the_same_steps(lab):
             expected=f"a largest_difference of {close['apart']} for two {words}",
             got=close["returned"]["largest_difference"],
         )
+    lost = lab.observe(f"{PROGRAMS}:compare_two_sums", 50, 2, 7, float("nan"), 49)["returned"]["largest_difference"]
+    require(lost != lost, expected="a largest_difference of nan where an optimizer has made an element nan", got=lost)
     took, timed = seen["seconds"], {"first_seconds": 1, "second_seconds": 3}
     require(
         all(abs(got[key] - median(took[factor][1:])) < 1e-6 for key, factor in timed.items()),

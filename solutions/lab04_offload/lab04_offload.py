@@ -206,7 +206,8 @@ def compare_optimizers(make_first: Callable, make_second: Callable, elements: in
         seed: of parameter and gradients.
 
     Returns:
-        `largest_difference`: the largest absolute difference between the two parameters after the last step.
+        `largest_difference`: the largest absolute difference between the two parameters after the last step; nan
+        where one has an element that is nan.
         `first_seconds`, `second_seconds`: of one `step()`, the median of all steps but the first, which allocates the
         moments. Drawing the gradients and putting them in place is not timed.
 

@@ -171,8 +171,9 @@ class DeepSpeedTrainer:
         The model's loss is a mean over the micro-batch's labels that are not −100, the first of each row left out, since
         nothing predicts it. Batches with few labels must not count as much as batches with many; the loss of a batch without any is
         the mean of nothing, nan, and counts for nothing. (Any other nan is the model's, and the mean is then nan too.) Dropout is
-        off while this runs, and on again afterwards. No gradients are kept (`torch.no_grad`), and torch's random numbers stay where
-        they are.
+        off while this runs, and on again afterwards. No gradients are kept (`torch.no_grad`), those of an accumulation that has
+        begun stay, and torch's random numbers stay where they are. The model's output is let go of batch by batch: its logits are
+        large.
 
         Args:
             dataloader: batches for this rank, on any device, to be gone through once; every rank has equally many, or stage 3
@@ -279,7 +280,7 @@ def consolidate(folder: str | Path, base_model: str, out: str | Path):
         folder: of one checkpoint, such as checkpoints/step-4.
         base_model: the model that was trained; `load_model(base_model, random_weights=True)` builds one of that shape, and
             `load_tokenizer(base_model)` reads its tokenizer.
-        out: the model folder to write.
+        out: the model folder to write; a model that lies there is replaced.
 
     Returns:
         The model, on the CPU.

@@ -53,8 +53,9 @@ def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_
         ValueError: a sentence that names the argument and its value (the path, where it is about that; of an offload that the stage
             does not allow, the stage): an unknown stage; an unknown device; `param_offload` without stage 3;
             `optimizer_offload` at stage 0; and, where something is to be offloaded to "nvme": a stage below 3; no `nvme_path`,
-            or an empty one; a path that is no folder, or that cannot be written (try it, and leave all as it was: root may write
-            where the permissions say no, and nobody can on a read-only disk); less room on it than `bytes_on_disk`
+            or an empty one; a path that is no folder, or that cannot be written (try it with a byte, and leave all as it was: root
+            may write where the permissions say no, nobody can on a read-only disk, and on a full one there is room for an empty
+            file); less room on it than `bytes_on_disk`
             (`shutil.disk_usage`); a key that is not in `AIO`; parameters without `largest_parameter`.
 
     Source: https://www.deepspeed.ai/docs/config-json/, and deepspeed 0.19.8, `runtime/zero/offload_config.py`.
@@ -143,7 +144,8 @@ def compare_optimizers(make_first: Callable, make_second: Callable, elements: in
         seed: of parameter and gradients.
 
     Returns:
-        `largest_difference`: the largest absolute difference between the two parameters after the last step.
+        `largest_difference`: the largest absolute difference between the two parameters after the last step; nan
+        where one has an element that is nan.
         `first_seconds`, `second_seconds`: of one `step()`, the median of all steps but the first, which allocates the
         moments. Drawing the gradients and putting them in place is not timed.
 
