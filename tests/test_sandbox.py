@@ -14,8 +14,12 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from shardlab.hardware import ROOT
+from shardlab.milestones.agreement import agree, judging
+from shardlab.milestones.exercises import BoxedLab
+from shardlab.milestones.messages import MilestoneFailed
 from shardlab.run.experiment import Experiment
 from shardlab.sandbox import boxes, wire
 from shardlab.sandbox.boxes import Box, BoxEnded
@@ -206,6 +210,7 @@ def apply(f, x): return f(x) + double(1)
 def keep(x):
     SEEN["x"] = x
 def kept(): return SEEN.get("x")
+def ranks(number): return number * int(os.environ.get("WORLD_SIZE", 1))
 def write(path):
     path.write_text("written")
     return path
@@ -252,6 +257,16 @@ def test_each_milestone_has_a_process_of_its_own(box):
     caller.ask({"op": "get", "lab": "lab", "name": "keep"})[1](5)
     assert caller.ask({"op": "get", "lab": "lab", "name": "kept"})[1]() == 5
     assert function(box, "kept")() is None
+
+
+def test_what_only_computes_gives_the_same_on_a_rank_in_the_box(box):
+    lab, numbers = BoxedLab("lab", box), st.tuples(st.integers(1, 9))
+    with judging(lab):
+        agree(lab.double, lambda number: 2 * number, numbers, count=5)
+        with pytest.raises(MilestoneFailed, match="asks for the rank, WORLD_SIZE"):
+            agree(lab.ranks, lambda number: number, numbers, count=5)
+    assert lab.ranks(3) == 3 and "WORLD_SIZE" not in os.environ
+    lab.close()
 
 
 def test_files_travel_with_a_call(box, tmp_path):
