@@ -134,7 +134,7 @@ def _the_same_elsewhere(answer: Callable, seen: list[tuple], of: str) -> None:
         seen: arguments, and how the first call ended: "returned" and what, or "raised" and which error.
         of: the call, for the message; the arguments take the place of the braces.
     """
-    if _judged[0] is None:
+    if _judged[0] is None or not seen:  # nothing is seen while inputs are recorded
         return
     differs = None
     with _judged[0].elsewhere():
