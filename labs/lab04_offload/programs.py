@@ -324,14 +324,14 @@ def load_groups(path, sizes: tuple[int, ...], me: int) -> dict:
 
     Returns:
         `client`: what came back; `left_out`: what the engine was told not to load; `masters`: a number of each sub-group afterwards;
-        `alive`: at most so many master weights of others were in memory when one was read.
+        `steps`: Adam's count in each; `alive`: at most so many master weights of others were in memory when one was read.
     """
     lab, folder = switch.import_exercise("lab04_offload"), Path(path, "step-4", "offloaded")
     shutil.rmtree(path, ignore_errors=True)
     folder.mkdir(parents=True)
     names = ("exp_avg", "exp_avg_sq")
     for number, size in enumerate(sizes):
-        state = {"master": torch.full((size,), number + 1.0), "step": 3} | {name: torch.ones(size) for name in names}
+        state = {"master": torch.full((size,), number + 1.0), "step": number + 3} | {name: torch.ones(size) for name in names}
         torch.save(state, folder / f"rank{me}-group{number}.pt")
     groups = [(number, torch.zeros(size), {}) for number, size in enumerate(sizes)]
     left_out: list[str] = []
@@ -351,7 +351,8 @@ def load_groups(path, sizes: tuple[int, ...], me: int) -> dict:
     with _with_groups(lab, groups, me), mock.patch.object(torch, "load", load_noted):
         client = lab.load_offloaded(SimpleNamespace(load_checkpoint=load_checkpoint), path, "step-4")
     masters = [master[0].item() for _, master, _ in groups]
-    return {"client": client, "left_out": left_out, "masters": masters, "alive": max(alive)}
+    steps = [state.get("step") for _, _, state in groups]
+    return {"client": client, "left_out": left_out, "masters": masters, "steps": steps, "alive": max(alive)}
 
 
 def load_offloaded(experiment: Experiment, run: Run) -> dict:

@@ -760,6 +760,7 @@ def test_going_on_from_states_on_nvme(lab, run_experiments, workspace):
                 expected=f"the saved master weights in each of {len(sizes)} sub-groups",
                 got=seen["masters"],
             )
+            require_equal(seen["steps"], [number + 3 for number in range(len(sizes))], of=f"{of}: Adam's step in each sub-group")
             require(
                 seen["alive"] <= 1,
                 expected="what was read of a sub-group let go of before the one after the next is read: only one must fit into memory",

@@ -498,13 +498,6 @@ def test_shares_of_the_global_batch(lab, run_experiments):
             expected=f"on {run.experiment.ranks} ranks, the gradient of the mean over the global batch of 10, as one rank has it",
             got=f"one that differs by {run.results['difference']:.2g}; weights {run.results['weights']}",
         )
-    for function in ("share", "loss_weight"):
-        elsewhere = lab.observe("shardlab.milestones.elsewhere:call", "lab06_multi_node", function, 300, 1, 200)
-        require_equal(
-            elsewhere,
-            getattr(lab, function)(300, 1, 200),
-            of=f"{function}(300, 1, 200) on a rank of a process group of 5, and without one",
-        )
     agree_as_recorded(share_of(lab), __file__, "6.5 share", "share{}")
     agree_as_recorded(lab.loss_weight, __file__, "6.5 weight", "loss_weight{}")
 

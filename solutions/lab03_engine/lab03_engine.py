@@ -36,7 +36,8 @@ def initialize_deepspeed(model, config: dict, optimizer=None, training_data: Dat
 
     Args:
         model: a `transformers` model.
-        config: DeepSpeed's configuration, without "auto": there is no `Trainer` to fill it in.
+        config: DeepSpeed's configuration, without "auto": there is no `Trainer` to fill it in. An `optimizer` of None, null in the
+            file, is none; DeepSpeed itself fails at it (AttributeError), so it gets a configuration without the key.
         optimizer: a torch optimizer over the model's parameters; None if the configuration has an `optimizer`.
         training_data: rows of tensors on the CPU, of equal shapes, such as `Dataset.from_list(rows).with_format("torch")`. The
             loader's batches stay there; each step moves its own (`on_device`).
@@ -55,7 +56,8 @@ def initialize_deepspeed(model, config: dict, optimizer=None, training_data: Dat
     Source: https://deepspeed.readthedocs.io/en/latest/initialize.html
     """
     # BEGIN SOLUTION 3.1
-    if (optimizer is None) == (config.get("optimizer") is None):
+    config = {key: value for key, value in config.items() if key != "optimizer" or value is not None}
+    if (optimizer is None) == ("optimizer" not in config):
         raise ValueError("the optimizer: give one, or name one in the configuration, but not both")
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if config.get(key) == "auto":

@@ -8,8 +8,6 @@ import sys
 from types import SimpleNamespace
 from unittest import mock
 
-from shardlab import switch
-
 JOB = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "5", "LOCAL_WORLD_SIZE": "5", "SLURM_NTASKS": "5", "SLURM_PROCID": "3"}
 
 CARD = SimpleNamespace(name="a GPU without bf16", total_memory=16 * 2**30, major=7, minor=0)
@@ -37,21 +35,3 @@ def go() -> None:
 def come_back() -> None:
     """Let this process be again what it was before `go`."""
     _until_back.pop().close()
-
-
-def call(stem: str, function: str, *arguments, **named):
-    """What a function that computes returns on rank 3 of 5, where torch sees a GPU: the same as anywhere.
-
-    Args:
-        stem: of the lab.
-        function: the exercise's name.
-        arguments, named: its own.
-    """
-    import torch  # noqa: F401  (so that it can be asked)
-
-    exercise = getattr(switch.import_exercise(stem), function)
-    go()
-    try:
-        return exercise(*arguments, **named)
-    finally:
-        come_back()
