@@ -242,6 +242,11 @@ def leave_a_lock(op: str, age: float = 60) -> Path:
     return lock
 
 
+def test_null_in_a_configuration_needs_no_op():
+    nothing = {"optimizer": None, "zero_optimization": {"stage": 3, "offload_optimizer": None, "offload_param": None}}
+    assert ops.needed_by(nothing, "cuda") == ops.needed_by({"zero_optimization": None}, "cuda") == []
+
+
 def test_an_op_that_is_not_built_is_not_here(ops_folder):
     finding = toolchain.check_op("cpu_adam")
     assert finding.state == "not here"

@@ -4,9 +4,12 @@ import ast
 
 import pytest
 
+from shardlab.course import small_changes
 from shardlab.course.proven import SMALL_CHANGES, digest, recorded, starts_something
 from shardlab.course.small_changes import changes, equivalents, judged
+from shardlab.errors import UsageError
 from shardlab.labs import catalogue
+from shardlab.milestones.scoreboard import Milestone
 
 SOURCE = '''"""A module."""
 import math
@@ -101,6 +104,15 @@ def test_equivalents_are_changes_that_there_are(lab):
     made = {(change.task, change.told) for change in changes(lab.solution.read_text())}
     assert set(equivalents(lab.stem)) <= made
     assert all(len(why) > 20 for why in equivalents(lab.stem).values())
+
+
+def test_nothing_is_said_of_the_changes_to_a_solution_that_fails(monkeypatch):
+    def fails(*args, task, **kwargs):
+        return [Milestone("lab02_zero_stages", task, "test_shards", 10, "failed", "expected 1")]
+
+    monkeypatch.setattr(small_changes, "grade", fails)
+    with pytest.raises(UsageError, match="the solution itself fails 2.5.*expected 1"):
+        next(judged("lab02_zero_stages", task="2.5"))
 
 
 @pytest.mark.ranks

@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardlab.course import proven
+from shardlab.course.authoring import tasks
 from shardlab.course.matrix import package_with
+from shardlab.errors import UsageError
 from shardlab.labs import named
 from shardlab.milestones.grade import grade
 from shardlab.milestones.markers import files_of
+from shardlab.milestones.scoreboard import Milestone
 
 COMPARISONS = {
     ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
@@ -201,17 +204,32 @@ def judged(stem: str, *, task: str | None = None, every: int = 1) -> Iterator[Ve
     Args:
         stem: the lab's name.
         task: only the changes of this task.
-        every: only one change of so many.
+        every: only one change of so many, as a sample; the solution is then taken to pass.
+
+    Raises:
+        UsageError: the solution itself fails, so nothing can be said of its changes.
     """
     solution = named(stem).solution.read_text()
+    passing = set(tasks(solution)) if every > 1 else set()
     for change in [change for change in changes(solution) if task in (None, change.task)][::every]:
-        started, limit = time.monotonic(), SLOW if proven.starts_something(stem, change.task) else QUICK
-        with tempfile.TemporaryDirectory() as temporary:
-            package = package_with(Path(temporary), stem, change.apply(solution))
-            outcome = grade(stem, exercises=package, task=change.task, files=files_of(stem), limit=limit)
-        verdicts = {m.verdict for m in outcome}
+        if change.task not in passing:
+            failed = [m for m in _graded(stem, change.task, solution) if m.verdict not in ("passed", "not run")]
+            if failed:
+                raise UsageError(
+                    f"{stem}: the solution itself fails {change.task}, so all of its changes would seem caught: {failed[0].message}"
+                )
+            passing.add(change.task)
+        started = time.monotonic()
+        verdicts = {m.verdict for m in _graded(stem, change.task, change.apply(solution))}
         verdict = "survived" if verdicts == {"passed"} else "not run" if verdicts <= {"passed", "not run"} else "caught"
         yield Verdict(change, verdict, time.monotonic() - started)
+
+
+def _graded(stem: str, task: str, source: str) -> list[Milestone]:
+    limit = SLOW if proven.starts_something(stem, task) else QUICK
+    with tempfile.TemporaryDirectory() as temporary:
+        package = package_with(Path(temporary), stem, source)
+        return grade(stem, exercises=package, task=task, files=files_of(stem), limit=limit)
 
 
 def equivalents(stem: str) -> dict[tuple[str, str], str]:

@@ -100,17 +100,16 @@ def needed_by(config: dict | None, on: str | None = None) -> list[str]:
     """The ops that a run with this DeepSpeed configuration will load, with its ranks on `cuda` or `cpu`."""
     if config is None:
         return []
-    zero = config.get("zero_optimization", {})
-    optimizer = config.get("optimizer", {})
-    device = zero.get("offload_optimizer", {}).get("device", "none")
-    devices = {device, zero.get("offload_param", {}).get("device", "none")}
+    # Any of these may be null.
+    zero, optimizer = (config.get(name) or {} for name in ("zero_optimization", "optimizer"))
+    device, other = ((zero.get(f"offload_{what}") or {}).get("device", "none") for what in ("optimizer", "param"))
     needed = [] if (on or hardware.device()) == "cuda" else ["deepspeed_shm_comm"]
     torch_adam = optimizer.get("params", {}).get("torch_adam", False)
     if device != "none":
         needed.append("cpu_adam")
     elif optimizer.get("type", "").lower() in ("adam", "adamw") and not torch_adam:
         needed.append("fused_adam")
-    if "nvme" in devices:
+    if "nvme" in (device, other):
         needed += ["pin_memory", "async_io"]
     return needed
 
