@@ -131,3 +131,17 @@ def test_nothing_of_the_job_is_left_behind():
         assert os.environ["WORLD_SIZE"] == "5"
         raise RuntimeError
     assert dict(os.environ) == before
+
+
+def test_exercises_are_called_with_one_thread_and_the_threads_come_back():
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        lab = Lab("lab01_baseline")
+        assert lab.collate is not None and torch.get_num_threads() == 1
+        lab.close()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

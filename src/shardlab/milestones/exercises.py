@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import sys
 import traceback
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class Lab:
     def __init__(self, stem: str):
         self.stem = stem
         self._replaced: dict[str, object] = {}
+        self._threads: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -53,7 +55,13 @@ class Lab:
 
     def _module(self):
         try:
-            return switch.import_exercise(self.stem)
+            module = switch.import_exercise(self.stem)
+            if self._threads is None and (torch := sys.modules.get("torch")):
+                # What is called here is small. Several threads would wait for each other by spinning, and where other programs
+                # have the cores, minutes would go by.
+                self._threads = torch.get_num_threads()
+                torch.set_num_threads(1)
+            return module
         except Exception as error:
             lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(self.path)]
             raise self._not_imported(error, [f"line {frame.lineno}: {frame.line}" for frame in lines]) from None
@@ -109,6 +117,8 @@ class Lab:
             self.observe("shardlab.milestones.elsewhere:come_back")
 
     def close(self) -> None:
+        if self._threads is not None:
+            sys.modules["torch"].set_num_threads(self._threads)
         for name, function in self._replaced.items():
             setattr(switch.import_exercise(self.stem), name, function)
 
