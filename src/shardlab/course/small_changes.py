@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shardlab.course import proven
-from shardlab.course.authoring import tasks
 from shardlab.course.matrix import package_with
 from shardlab.errors import UsageError
 from shardlab.labs import named
@@ -195,7 +194,8 @@ class Verdict:
 
 
 QUICK, SLOW = 10.0, 60.0
-"""Seconds for a milestone that only calls a function, and for one that starts ranks or jobs: a change can make an endless loop."""
+"""Seconds that a milestone has at least, where it only calls a function, and where it starts ranks or jobs: a change can make an
+endless loop."""
 
 
 def judged(stem: str, *, task: str | None = None, every: int = 1) -> Iterator[Verdict]:
@@ -210,23 +210,28 @@ def judged(stem: str, *, task: str | None = None, every: int = 1) -> Iterator[Ve
         UsageError: the solution itself fails, so nothing can be said of its changes.
     """
     solution = named(stem).solution.read_text()
-    passing = set(tasks(solution)) if every > 1 else set()
+    limits: dict[str, float] = {}
     for change in [change for change in changes(solution) if task in (None, change.task)][::every]:
-        if change.task not in passing:
-            failed = [m for m in _graded(stem, change.task, solution) if m.verdict not in ("passed", "not run")]
-            if failed:
-                raise UsageError(
-                    f"{stem}: the solution itself fails {change.task}, so all of its changes would seem caught: {failed[0].message}"
-                )
-            passing.add(change.task)
+        if change.task not in limits:
+            limits[change.task] = SLOW if proven.starts_something(stem, change.task) else QUICK
+            if every == 1:
+                limits[change.task] = max(limits[change.task], 3 * _seconds_of_solution(stem, change.task, solution))
         started = time.monotonic()
-        verdicts = {m.verdict for m in _graded(stem, change.task, change.apply(solution))}
+        verdicts = {m.verdict for m in _graded(stem, change.task, change.apply(solution), limits[change.task])}
         verdict = "survived" if verdicts == {"passed"} else "not run" if verdicts <= {"passed", "not run"} else "caught"
         yield Verdict(change, verdict, time.monotonic() - started)
 
 
-def _graded(stem: str, task: str, source: str) -> list[Milestone]:
-    limit = SLOW if proven.starts_something(stem, task) else QUICK
+def _seconds_of_solution(stem: str, task: str, solution: str) -> float:
+    """How long the milestones of a task take where all is right."""
+    started = time.monotonic()
+    failed = [m for m in _graded(stem, task, solution, None) if m.verdict not in ("passed", "not run")]
+    if failed:
+        raise UsageError(f"{stem}: the solution itself fails {task}, so all of its changes would seem caught: {failed[0].message}")
+    return time.monotonic() - started
+
+
+def _graded(stem: str, task: str, source: str, limit: float | None) -> list[Milestone]:
     with tempfile.TemporaryDirectory() as temporary:
         package = package_with(Path(temporary), stem, source)
         return grade(stem, exercises=package, task=task, files=files_of(stem), limit=limit)
