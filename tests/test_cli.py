@@ -18,10 +18,11 @@ def shardlab(*words: str, timeout: float = 300, **variables: str) -> subprocess.
     )
 
 
-def test_help_names_every_command():
-    shown = shardlab("--help").stdout
+def test_help_names_every_command_in_whole_sentences():
+    shown = shardlab("--help", COLUMNS="80").stdout
     for command in ("demo", "run", "report", "doctor", "build", "matrix"):
         assert f"  {command} " in shown
+    assert not [line for line in shown.splitlines()[1:] if line.endswith("...")], "the sentences fit into 80 columns"
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def _given(**options) -> dict:
     return {name: value for name, value in options.items() if value is not None}
 
 
-@app.command()
+@app.command(short_help="Fine-tune BLOOM with the plain Trainer and each ZeRO stage.")
 def demo(
     data: Data = None,
     skip_bad: SkipBad = False,
@@ -130,7 +130,7 @@ def demo(
         raise error
 
 
-@app.command()
+@app.command(short_help="Train once, with the exercises, and fill a run folder.")
 def run(
     name: Annotated[str, typer.Argument(help="The run folder's name.")],
     method: Annotated[str, typer.Option(help="How to train; `shardlab demo --list-methods` lists the methods.")] = "baseline",
@@ -211,7 +211,7 @@ def run(
     report.print_table(finished)
 
 
-@app.command(name="report")
+@app.command(name="report", short_help="Print a table of runs; write report.html and report.png.")
 def report_command(folder: Annotated[Path, typer.Argument(help="A folder of run folders, or one run folder.")]) -> None:
     """Print the table of some runs, and write report.html and report.png next to them."""
 
@@ -225,7 +225,7 @@ def report_command(folder: Annotated[Path, typer.Argument(help="A folder of run 
     print(f"Report: {report.write_report(found, folder, f'Runs in {folder}')}")
 
 
-@app.command()
+@app.command(short_help="Check this machine; name the command that mends what fails.")
 def doctor(
     build_ops: Annotated[bool, typer.Option("--build-ops", help="Compile DeepSpeed's ops now.")] = False,
 ) -> None:
@@ -235,7 +235,7 @@ def doctor(
     raise typer.Exit(examine.run(build_ops))
 
 
-@app.command()
+@app.command(short_help="For authors: write skeletons and notebooks from solutions/.")
 def build(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if skeletons or notebooks have drifted.")] = False,
     execute: Annotated[
@@ -265,7 +265,7 @@ def build(
 slurm_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Batch jobs: scripts rendered from slurm/site.toml, submitted, followed. slurm/local_cluster.sh starts a Slurm to try.",
+    help="Batch jobs: rendered from slurm/site.toml, submitted, followed. slurm/local_cluster.sh starts a Slurm to try.",
 )
 app.add_typer(slurm_app, name="slurm")
 
@@ -370,7 +370,7 @@ def _follow(number: int, folder: Path | None) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Grade submissions in boxes: gradebook, feedback, overview.")
 def grade(
     paths: Annotated[
         list[Path],
@@ -425,7 +425,7 @@ def grade(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Write the course as learners get it, without its answers.")
 def release(
     target: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
     labs: Annotated[str | None, typer.Option(help="Labs, such as 1,2,3; all by default.")] = None,
@@ -451,7 +451,7 @@ def skeleton_command(
     print(authoring.skeleton_of(wanted), end="")
 
 
-@app.command()
+@app.command(short_help="For authors: prove solutions, skeletons and wrong answers.")
 def matrix(
     labs: Annotated[list[str] | None, typer.Argument(help="Labs, by number or name; all by default.")] = None,
     only: Annotated[str | None, typer.Option(help="solutions, skeletons, mutants, or a task number.")] = None,
