@@ -1,0 +1,121 @@
+"""What a `torch.profiler` trace says of collectives: which were called, with how many bytes, and when.
+
+The trace is the JSON that `profile(…, record_shapes=True).export_chrome_trace(path)` writes; the same file opens in Perfetto. On
+gloo and NCCL alike, each collective that a program calls is an event `c10d::…` with the shapes of its tensors. What a library
+sends past torch is not in it, such as DeepSpeed's all-reduce over shared memory on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from shardlab.errors import CourseError
+
+BYTES = {
+    "float": 4, "double": 8, "c10::Half": 2, "c10::BFloat16": 2, "signed char": 1, "unsigned char": 1, "bool": 1,
+    "int": 4, "long": 8, "short": 2,
+}  # fmt: skip
+"""Of one element, by the profiler's name for its type."""
+
+COLLECTIVES = {
+    "c10d::allreduce_": ("all-reduce", 0),
+    "c10d::allreduce_coalesced_": ("all-reduce", 0),
+    "c10d::allgather_": ("all-gather", 0),
+    "c10d::_allgather_base_": ("all-gather", 0),
+    "c10d::allgather_into_tensor_coalesced_": ("all-gather", 0),
+    "c10d::reduce_scatter_": ("reduce-scatter", 1),
+    "c10d::_reduce_scatter_base_": ("reduce-scatter", 1),
+    "c10d::reduce_scatter_tensor_coalesced_": ("reduce-scatter", 1),
+    "c10d::alltoall_": ("all-to-all", 1),
+    "c10d::alltoall_base_": ("all-to-all", 1),
+    "c10d::broadcast_": ("broadcast", 0),
+    "c10d::reduce_": ("reduce", 0),
+}
+"""By event: what it is called in this course, and which of its arguments is the whole tensor, every rank's part of it included."""
+
+
+class TraceError(CourseError, ValueError):
+    """A file that is no trace; the message names it."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call of a collective on one rank.
+
+    Attributes:
+        name: such as `all-reduce`.
+        elements: of the whole tensor: what is reduced, what is there after an all-gather, what is there before a reduce-scatter.
+        bytes: of the same.
+        start, end: microseconds, of the call on the host; the transfer itself can go on after it.
+    """
+
+    name: str
+    elements: int
+    bytes: int
+    start: float
+    end: float
+
+
+def events(path: Path) -> list[dict]:
+    """The events of a trace that have a beginning and a duration, in the order of their beginnings.
+
+    Raises:
+        TraceError: the file is no trace, or is cut off.
+    """
+    try:
+        found = json.loads(Path(path).read_text())["traceEvents"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TraceError(f"{path} is no trace that torch.profiler has written: {error}") from error
+    return sorted((event for event in found if event.get("ph") == "X"), key=lambda event: event["ts"])
+
+
+def collectives(path: Path) -> list[Collective]:
+    """The collectives that a rank called, in order.
+
+    Raises:
+        TraceError: the file is no trace, or was written without `record_shapes=True`.
+    """
+    found, every = [], events(path)
+    for at, event in enumerate(every):
+        if event["name"] not in COLLECTIVES:
+            continue
+        name, whole = COLLECTIVES[event["name"]]
+        arguments = event["args"]
+        if "Input Dims" not in arguments:
+            raise TraceError(f"{path}: {event['name']} has no shapes; profile with record_shapes=True")
+        shapes, kind = arguments["Input Dims"][whole], arguments["Input type"][whole]
+        of_lists = kind in ("TensorList", "") or (shapes and isinstance(shapes[0], list))
+        elements = _elements(shapes) if of_lists else math.prod(shapes)
+        if kind not in BYTES:
+            kind = _type_below(every, at)
+        found.append(Collective(name, elements, elements * BYTES[kind], event["ts"], event["ts"] + event["dur"]))
+    return found
+
+
+def _elements(shapes: list) -> int:
+    """Of a list of tensors, or of a list of such lists."""
+    if not shapes:
+        return 0
+    if any(isinstance(inner, list) and inner and isinstance(inner[0], list) for inner in shapes):
+        return sum(_elements(inner) for inner in shapes)
+    return sum(math.prod(shape) for shape in shapes)
+
+
+NAMED_BY_NCCL = {
+    "Float": "float", "BFloat16": "c10::BFloat16", "Half": "c10::Half", "Double": "double", "Byte": "unsigned char",
+    "Char": "signed char", "Int": "int", "Long": "long", "Bool": "bool",
+}  # fmt: skip
+
+
+def _type_below(every: list[dict], at: int) -> str:
+    """The type of a list of tensors, which the profiler does not name: that of the first event of the transport after the call."""
+    for below in every[at + 1 :]:
+        arguments = below.get("args", {})
+        if below["name"].startswith("gloo:") and arguments.get("Input type"):
+            return arguments["Input type"][0]
+        if "dtype" in arguments and "Collective name" in arguments:
+            return NAMED_BY_NCCL[arguments["dtype"]]
+    raise TraceError("a collective over a list of tensors whose type stands nowhere in the trace")
