@@ -138,8 +138,21 @@ def load_vit_model(model_name: str, num_labels: int, torch_dtype: torch.dtype = 
         enable_gradient_checkpointing: activations are computed again in the backward pass instead of kept.
     """
     # BEGIN SOLUTION 5.4
-    raise NotImplementedError
+    if model_name == "vit-tiny":
+        model = ViTForImageClassification(ViTConfig(num_labels=num_labels, **VIT_TINY)).to(torch_dtype)
+    else:
+        model = AutoModelForImageClassification.from_pretrained(
+            model_name, num_labels=num_labels, dtype=torch_dtype, ignore_mismatched_sizes=True)
+    if enable_gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train()
     # END SOLUTION
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a model: the children of its longest `ModuleList`."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
 
 
 # --- Task 5.5 -------------------------------------------------------------------------------------------------------
@@ -164,6 +177,92 @@ def wrap_model(model: nn.Module, method: str, device: torch.device) -> nn.Module
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model
+    # END SOLUTION
+
+
+def initialize_deepspeed_model(model: nn.Module, config_path: str | Path, *, micro_batch_size: int,
+                               gradient_accumulation_steps: int, learning_rate: float):
+    """A DeepSpeed engine around the model, by a configuration file of lab 02.
+
+    Args:
+        config_path: a JSON file whose sizes and learning rate are "auto"; `Trainer` would fill them in, and here you do.
+        micro_batch_size, gradient_accumulation_steps, learning_rate: what they become; the global batch too.
+
+    Returns:
+        The engine.
+    """
+    # BEGIN SOLUTION 5.5
+    config = json.loads(Path(config_path).read_text())
+    config |= {"train_micro_batch_size_per_gpu": micro_batch_size, "gradient_accumulation_steps": gradient_accumulation_steps,
+               "train_batch_size": micro_batch_size * gradient_accumulation_steps * dist.get_world_size()}
+    config["optimizer"] = {"type": "AdamW", "params": {"lr": learning_rate, "torch_adam": True}}
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    # END SOLUTION
+
+
+# --- Task 5.6 -------------------------------------------------------------------------------------------------------
+
+
+def train_epoch_standard(model, loader, optimizer, device: torch.device, gradient_accumulation_steps: int,
+                         dtype: torch.dtype = torch.float32) -> list[float]:
+    """One epoch of a model that is no DeepSpeed engine, with autocast where the dtype is not float32.
+
+    Each optimizer step is the mean over `gradient_accumulation_steps` micro-batches; those that are left at the end of an epoch
+    are dropped. With DDP, gradients are reduced in the last micro-batch of a step only (`no_sync` in the others).
+
+    Returns:
+        The loss of each optimizer step: the mean over its micro-batches and over all ranks.
+    """
+    # BEGIN SOLUTION 5.6
+    model.train()
+    losses, step = [], []
+    for images, labels in loader:
+        last = len(step) + 1 == gradient_accumulation_steps
+        quiet = contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+        with quiet, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = model(pixel_values=images.to(device), labels=labels.to(device)).loss
+            (loss / gradient_accumulation_steps).backward()
+        step.append(loss.detach())
+        if last:
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(mean_over_ranks(torch.stack(step).mean()))
+            step = []
+    optimizer.zero_grad()
+    return losses
+    # END SOLUTION
+
+
+def train_epoch_deepspeed(engine, loader, device: torch.device) -> list[float]:
+    """The same with DeepSpeed's engine, which divides, accumulates, reduces and steps by itself."""
+    # BEGIN SOLUTION 5.6
+    engine.train()
+    losses, step = [], []
+    for images, labels in loader:
+        loss = engine(pixel_values=images.to(device), labels=labels.to(device)).loss
+        engine.backward(loss)
+        last = engine.is_gradient_accumulation_boundary()
+        engine.step()
+        step.append(loss.detach().float())
+        if last:
+            losses.append(mean_over_ranks(torch.stack(step).mean()))
+            step = []
+    return losses
+    # END SOLUTION
+
+
+# --- Task 5.7 -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(model, loader, device: torch.device) -> dict[str, float]:
+    """Loss, top-1 and top-5 over the rows of all ranks, of which some may have more than others.
+
+    torchmetrics' `MulticlassAccuracy` adds up counts over the ranks when `compute` is called; the loss is a sum over rows, added up
+    over the ranks too. Under ZeRO-3 and FSDP2 each forward pass gathers: a rank with one batch fewer must take part with an empty
+    turn, so every rank makes as many forward passes as the one that has most.
+    """
+    # BEGIN SOLUTION 5.7
+    raise NotImplementedError
     # END SOLUTION
 
 
