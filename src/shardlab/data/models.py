@@ -17,6 +17,18 @@ SHAPES = {
 }
 """Shapes by name, for measuring with random weights where the hub cannot be reached."""
 
+VIT_SHAPES = {
+    "vit-tiny": {
+        "hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 192, "image_size": 32, "patch_size": 8,
+        "initializer_range": 0.06,
+    },
+    "google/vit-huge-patch14-224-in21k": {
+        "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120, "image_size": 224,
+        "patch_size": 14,
+    },
+}  # fmt: skip
+"""Of Vision Transformers. The tiny one is the course's own: 320,165 parameters with 101 classes."""
+
 
 class ModelError(CourseError, ValueError):
     """A model that cannot be had; the message says why and what to do."""
@@ -83,6 +95,37 @@ def model_config(name: str):
         return AutoConfig.from_pretrained(model_path(name))
     except (OSError, ValueError) as error:
         raise ModelError(_not_found(name, "configuration", error)) from error
+
+
+def vit_config(name: str, num_labels: int):
+    """The configuration of a Vision Transformer of `VIT_SHAPES`, without dropout.
+
+    Raises:
+        ModelError: there is no shape of that name.
+    """
+    from transformers import ViTConfig
+
+    if name not in VIT_SHAPES:
+        raise ModelError(f"Model '{name}': there is no Vision Transformer of that name here; there are {', '.join(VIT_SHAPES)}.")
+    return ViTConfig(num_labels=num_labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **VIT_SHAPES[name])
+
+
+def image_settings(name: str) -> tuple[int, list[float], list[float]]:
+    """The size in pixels, and mean and deviation per channel, of the images that a Vision Transformer takes.
+
+    Raises:
+        ModelError: the model's image processor cannot be found.
+    """
+    if name in VIT_SHAPES:  # that of google/vit-huge-patch14-224-in21k says the same
+        return VIT_SHAPES[name]["image_size"], [0.5] * 3, [0.5] * 3
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(_not_found(name, "image processor", error)) from error
+    size = processor.size
+    return size.get("height", size.get("shortest_edge")), list(processor.image_mean), list(processor.image_std)
 
 
 def parameter_count(model) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from shardlab.errors import CourseError
 
 BYTES = {
     "float": 4, "double": 8, "c10::Half": 2, "c10::BFloat16": 2, "signed char": 1, "unsigned char": 1, "bool": 1,
-    "int": 4, "long": 8, "short": 2,
+    "int": 4, "long": 8, "long int": 8, "short": 2,
 }  # fmt: skip
 """Of one element, by the profiler's name for its type."""
 
@@ -57,6 +58,32 @@ class Collective:
     bytes: int
     start: float
     end: float
+
+
+def profile_to(path: Path, take_step: Callable[[], object], steps: int) -> None:
+    """Take some steps under `torch.profiler`, and write their trace, of the GPU too where there is one.
+
+    Args:
+        path: of the file to write; it opens in https://ui.perfetto.dev.
+        take_step: called without arguments.
+        steps: how often.
+    """
+    import torch
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities, record_shapes=True) as profiler:
+        for number in range(steps):
+            with record_function(f"{STEP}{number}"):
+                take_step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+
+
+STEP = "step "
+"""How the events of whole steps are called, with their number."""
 
 
 def events(path: Path) -> list[dict]:

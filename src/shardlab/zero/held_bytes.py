@@ -44,6 +44,7 @@ def held_bytes(model, optimizer, *, host_is_device: bool | None = None) -> State
             DeepSpeed was told to offload count as the host's all the same.
     """
     import torch
+    from torch.distributed.tensor import DTensor
 
     seen: set[int] = set()
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -54,6 +55,8 @@ def held_bytes(model, optimizer, *, host_is_device: bool | None = None) -> State
     def count(tensors, offloaded: bool, parts: bool = False) -> tuple[int, int]:
         device = host = 0
         for tensor in tensors:
+            if isinstance(tensor, DTensor):  # FSDP2's: of the whole, this rank holds its own part
+                tensor = tensor.to_local()
             storage = tensor.untyped_storage()
             key = tensor.data_ptr() if parts else storage.data_ptr()
             if storage.nbytes() == 0 or key in seen:
@@ -95,6 +98,28 @@ def held_bytes(model, optimizer, *, host_is_device: bool | None = None) -> State
     gradient_bytes = [sum(pair) for pair in zip(*counts, strict=True)]
     on_device, on_host = zip(parameters, gradient_bytes, optimizer_states, strict=True)
     return States(*on_device, *on_host, *_swapped_out(optimizer))
+
+
+def held_before_step(model, optimizer, take_step) -> States:
+    """Bytes of model states that this rank holds just before an optimizer step, where gradients exist.
+
+    Args:
+        model: what is trained; the module within where it is DDP's or a DeepSpeed engine.
+        optimizer: torch's, or the engine's.
+        take_step: called without arguments; takes at least one step with that optimizer.
+    """
+    found, step = [], optimizer.step
+
+    def count_first(*args, **kwargs):
+        found.append(held_bytes(getattr(model, "module", model), optimizer))
+        return step(*args, **kwargs)
+
+    optimizer.step = count_first
+    try:
+        take_step()
+    finally:
+        del optimizer.step  # it was the instance's; the class has its own
+    return found[0]
 
 
 def _swapped_out(optimizer) -> tuple[int, int]:
