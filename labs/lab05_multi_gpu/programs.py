@@ -8,7 +8,6 @@ import inspect
 import json
 import math
 import os
-import random
 import resource
 import tempfile
 from pathlib import Path
@@ -101,7 +100,13 @@ def set_up_with_gpus(rank: int, local_rank: int, world_size: int, gpus: int) -> 
         for owner, name, stand_in in (
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "device_count", lambda: gpus),
-            (torch.cuda, "set_device", lambda device: asked["current"].append(str(torch.device(device)) if isinstance(device, torch.device | str) else f"cuda:{device}")),
+            (
+                torch.cuda,
+                "set_device",
+                lambda device: asked["current"].append(
+                    str(torch.device(device)) if isinstance(device, torch.device | str) else f"cuda:{device}"
+                ),
+            ),
             (dist, "is_initialized", lambda: False),
             (dist, "init_process_group", init),
         ):
@@ -149,7 +154,13 @@ def transform(name: str, image_size: int, mean: list[float], std: list[float]) -
         "values": whole,
         "draws": drew,
         "kept": given.tobytes() == before and (given.size, given.mode) == (size, mode),
-        "turns": [["mirrored" if torch.equal(one, whole.flip(-1)) else "as it was" if torch.equal(one, whole) else "other" for one in turn] for turn in turns],
+        "turns": [
+            [
+                "mirrored" if torch.equal(one, whole.flip(-1)) else "as it was" if torch.equal(one, whole) else "other"
+                for one in turn
+            ]
+            for turn in turns
+        ],
         "again": torch.equal(validation(given), whole),
     }
 
@@ -176,12 +187,16 @@ def load(rows: int, test_rows: int, micro_batch_size: int, ranks: int, seed: int
     """What each rank's loaders give: in some epochs of training, and in evaluation."""
     train_set, test_set, found = Numbered(rows), Numbered(test_rows), []
     for one in range(ranks):
-        train, test = _lab().create_data_loaders(train_set, test_set, micro_batch_size=micro_batch_size, rank=one, world_size=ranks, seed=seed)
+        train, test = _lab().create_data_loaders(
+            train_set, test_set, micro_batch_size=micro_batch_size, rank=one, world_size=ranks, seed=seed
+        )
         by_epoch = []
         for epoch in range(epochs):
             train.sampler.set_epoch(epoch)
             by_epoch.append([[int(number) for number in images[:, 0]] for images, _ in train])
-        evaluation = [[[int(number), int(label)] for number, label in zip(images[:, 0], labels, strict=True)] for images, labels in test]
+        evaluation = [
+            [[int(number), int(label)] for number, label in zip(images[:, 0], labels, strict=True)] for images, labels in test
+        ]
         torch.manual_seed(one)
         train.sampler.set_epoch(0)
         again = [[int(number) for number in images[:, 0]] for images, _ in train]
@@ -191,7 +206,11 @@ def load(rows: int, test_rows: int, micro_batch_size: int, ranks: int, seed: int
                 "again": again == by_epoch[0],
                 "evaluation": evaluation,
                 "evaluation_again": [len(labels) for _, labels in test] == [len(batch) for batch in evaluation],
-                "labels": all(int(label) == int(number) % 7 for images, labels in train for number, label in zip(images[:, 0], labels, strict=True)),
+                "labels": all(
+                    int(label) == int(number) % 7
+                    for images, labels in train
+                    for number, label in zip(images[:, 0], labels, strict=True)
+                ),
                 "workers": [train.num_workers, test.num_workers],
                 "samplers": [type(train.sampler).__name__, type(test.sampler).__name__],
             }
@@ -236,7 +255,14 @@ def load_models(stored_labels: int = 10, labels: int = 101) -> dict:
     def same(one: nn.Module, other: nn.Module) -> bool:
         return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
-    small = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 8, "patch_size": 4}
+    small = {
+        "hidden_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 8,
+        "patch_size": 4,
+    }
     stored = ViTForImageClassification(ViTConfig(num_labels=stored_labels, **small))
     with tempfile.TemporaryDirectory() as folder:
         stored.save_pretrained(folder)
@@ -403,7 +429,10 @@ def engine(experiment: Experiment, run: Run) -> dict:
     path = Path(options["file"])
     before = path.read_text()
     sizes = {"micro_batch_size": 3, "gradient_accumulation_steps": experiment.accumulation, "learning_rate": ADAM["lr"]}
+    if "dtype" in options:
+        sizes["torch_dtype"] = getattr(torch, options["dtype"])
     made = _lab().initialize_deepspeed_model(small(seed), path, **sizes)
+    watch = Watch(made.module)
 
     def step(given) -> float:
         found = []
@@ -429,6 +458,8 @@ def engine(experiment: Experiment, run: Run) -> dict:
         "losses": losses,
         "held": gather(vars(held)),
         "sent": sent_in(run, lambda: step(mine[4 * count :])),
+        "dtypes": sorted(set(watch.dtypes)),
+        "parameters": sorted({str(parameter.dtype) for parameter in made.module.parameters()}),
         "file_kept": path.read_text() == before,
     }
 
@@ -466,7 +497,9 @@ def train_standard(experiment: Experiment, run: Run) -> dict:
         parameter.grad = torch.ones_like(parameter)  # as a step that was broken off leaves it
     dtype = getattr(torch, options.get("dtype", "float32"))
     found: list = []
-    sent = sent_in(run, lambda: found.append(_lab().train_epoch_standard(model, loader, optimizer, here(), experiment.accumulation, dtype)))
+    sent = sent_in(
+        run, lambda: found.append(_lab().train_epoch_standard(model, loader, optimizer, here(), experiment.accumulation, dtype))
+    )
     return {
         "losses": found[0],
         "kind": sorted({type(loss).__name__ for loss in found[0]}) if isinstance(found[0], list) else type(found[0]).__name__,
@@ -541,7 +574,10 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
     ranks, size = world_size(), experiment.micro_batch
     filled = math.ceil(rows / ranks) * ranks
     mine = [(images[min(n, rows - 1)], labels[n] if n < rows else torch.tensor(-100)) for n in range(rank(), filled, ranks)]
-    given = [(torch.stack([i for i, _ in mine[at : at + size]]), torch.stack([y for _, y in mine[at : at + size]])) for at in range(0, len(mine), size)]
+    given = [
+        (torch.stack([i for i, _ in mine[at : at + size]]), torch.stack([y for _, y in mine[at : at + size]]))
+        for at in range(0, len(mine), size)
+    ]
     model = small(seed, dropout=0.5)
     model = made_engine(experiment, model) if experiment.deepspeed else model.to(here())
     module = model.module if experiment.deepspeed else model
@@ -551,7 +587,10 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
         model.train(training)
         scores.append(_lab().evaluate(model, loader, here(), CLASSES))
         modes.append(module.training == training)
-    kept = all(torch.equal(a.as_subclass(torch.Tensor), b) and torch.equal(c.as_subclass(torch.Tensor), d) for (a, c), (b, d) in zip(loader, given, strict=True))
+    kept = all(
+        torch.equal(a.as_subclass(torch.Tensor), b) and torch.equal(c.as_subclass(torch.Tensor), d)
+        for (a, c), (b, d) in zip(loader, given, strict=True)
+    )
     return {
         "scores": gather(scores),
         "kinds": sorted({type(value).__name__ for value in scores[0].values()}),
@@ -602,7 +641,12 @@ def throughput(seconds: list[float], samples: int, device: str, **named) -> dict
 
 def memory(device: str) -> dict:
     """Task 5.10: what is made of memory that is known."""
-    numbers = {"max_memory_allocated": 3_000_000_000, "max_memory_reserved": 5_500_000_000, "memory_allocated": 7, "memory_reserved": 8}
+    numbers = {
+        "max_memory_allocated": 3_000_000_000,
+        "max_memory_reserved": 5_500_000_000,
+        "memory_allocated": 7,
+        "memory_reserved": 8,
+    }
     asked = []
 
     def said(name):
@@ -645,13 +689,38 @@ class Standing:
         return iter([f"{self.name} 0", f"{self.name} 1", f"{self.name} 2"])
 
 
-def orchestrate(method: str, device: str, rank: int, ranks: int, *, epochs: int = 2, accumulation: int = 3, micro_batch: int = 4,
-                dtype: str = "float32", seed: int = 17, profile: bool = True) -> dict:
+def orchestrate(
+    method: str,
+    device: str,
+    rank: int,
+    ranks: int,
+    *,
+    epochs: int = 2,
+    accumulation: int = 3,
+    micro_batch: int = 4,
+    dtype: str = "float32",
+    seed: int = 17,
+    profile: bool = True,
+) -> dict:
     """Task 5.11: what the exercise calls, in which order and with what, where every function that it puts together is stood in for."""
     lab, log, clock = _lab(), [], Clock()
-    originals = {name: getattr(lab, name) for name in (
-        "load_vit_model", "wrap_model", "initialize_deepspeed_model", "train_epoch_standard", "train_epoch_deepspeed", "evaluate",
-        "measure_throughput", "get_memory_stats", "held_before_step", "profile_to", "collectives", "communication_table")}
+    originals = {
+        name: getattr(lab, name)
+        for name in (
+            "load_vit_model",
+            "wrap_model",
+            "initialize_deepspeed_model",
+            "train_epoch_standard",
+            "train_epoch_deepspeed",
+            "evaluate",
+            "measure_throughput",
+            "get_memory_stats",
+            "held_before_step",
+            "profile_to",
+            "collectives",
+            "communication_table",
+        )
+    }
     model = nn.Linear(2, 2)
     made = SimpleNamespace(optimizer=SimpleNamespace(name="the engine's"), module=model)
     train, test = Standing("train", log), Standing("test", log)
@@ -669,33 +738,85 @@ def orchestrate(method: str, device: str, rank: int, ranks: int, *, epochs: int 
             seconds = 10.0 if batches is train else 0.5
             clock.now += seconds + (train.sampler.epoch or 0)
             optimizer = arguments.get("optimizer")
-            log.append([name, {
-                "loader": "train" if batches is train else list(batches),
-                "model": "the model" if arguments.get("model") is model else "the engine" if arguments.get("engine") is made else "another",
-                "optimizer": None if optimizer is None else [type(optimizer).__name__, optimizer.defaults["lr"], optimizer.defaults["weight_decay"], id(optimizer)],
-                "device": str(arguments["device"]),
-                "accumulation": arguments.get("gradient_accumulation_steps"),
-                "dtype": str(arguments.get("dtype")),
-            }])
+            log.append(
+                [
+                    name,
+                    {
+                        "loader": "train" if batches is train else list(batches),
+                        "model": "the model"
+                        if arguments.get("model") is model
+                        else "the engine"
+                        if arguments.get("engine") is made
+                        else "another",
+                        "optimizer": None
+                        if optimizer is None
+                        else [
+                            type(optimizer).__name__,
+                            optimizer.defaults["lr"],
+                            optimizer.defaults["weight_decay"],
+                            id(optimizer),
+                        ],
+                        "device": str(arguments["device"]),
+                        "accumulation": arguments.get("gradient_accumulation_steps"),
+                        "dtype": str(arguments.get("dtype")),
+                    },
+                ]
+            )
             return [float(next(losses)), float(next(losses))]
+
         return stand_in
 
     def calls_a_step(name, result):
         def stand_in(*args, **named):
             arguments = given(name, args, named)
-            log.append([name, {key: str(value) for key, value in arguments.items() if key not in ("take_step", "model", "optimizer")} | (
-                {"model": "the model" if arguments["model"] is model else "the engine" if arguments["model"] is made else "another",
-                 "optimizer": "the engine's" if arguments["optimizer"] is made.optimizer else type(arguments["optimizer"]).__name__} if "model" in arguments else {})])
+            log.append(
+                [
+                    name,
+                    {key: str(value) for key, value in arguments.items() if key not in ("take_step", "model", "optimizer")}
+                    | (
+                        {
+                            "model": "the model"
+                            if arguments["model"] is model
+                            else "the engine"
+                            if arguments["model"] is made
+                            else "another",
+                            "optimizer": "the engine's"
+                            if arguments["optimizer"] is made.optimizer
+                            else type(arguments["optimizer"]).__name__,
+                        }
+                        if "model" in arguments
+                        else {}
+                    ),
+                ]
+            )
             arguments["take_step"]()
             log.append([f"{name} ends", None])
             return result
+
         return stand_in
 
     def simple(name, result):
         def stand_in(*args, **named):
             arguments = given(name, args, named)
-            log.append([name, {key: "the model" if value is model else "the engine" if value is made else "test" if value is test else value if isinstance(value, int | float | list) else str(value) for key, value in arguments.items()}])
+            log.append(
+                [
+                    name,
+                    {
+                        key: "the model"
+                        if value is model
+                        else "the engine"
+                        if value is made
+                        else "test"
+                        if value is test
+                        else value
+                        if isinstance(value, int | float | list)
+                        else str(value)
+                        for key, value in arguments.items()
+                    },
+                ]
+            )
             return result() if callable(result) else result
+
         return stand_in
 
     def loaded():
@@ -727,9 +848,22 @@ def orchestrate(method: str, device: str, rank: int, ranks: int, *, epochs: int 
         stack.enter_context(clock.in_place_of_time(lab))
         try:
             result = lab.run_training_experiment(
-                method, "some-vit", train, test, rank, ranks, device=torch.device(device), num_labels=9, num_epochs=epochs,
-                micro_batch_size=micro_batch, gradient_accumulation_steps=accumulation, learning_rate=0.125,
-                torch_dtype=getattr(torch, dtype), seed=seed, enable_profiling=Path("/traces") if profile else None)
+                method,
+                "some-vit",
+                train,
+                test,
+                rank,
+                ranks,
+                device=torch.device(device),
+                num_labels=9,
+                num_epochs=epochs,
+                micro_batch_size=micro_batch,
+                gradient_accumulation_steps=accumulation,
+                learning_rate=0.125,
+                torch_dtype=getattr(torch, dtype),
+                seed=seed,
+                enable_profiling=Path("/traces") if profile else None,
+            )
         except ValueError as error:
             return {"refused": str(error), "log": log}
     numbers: dict[int, int] = {}

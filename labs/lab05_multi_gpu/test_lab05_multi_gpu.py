@@ -13,7 +13,9 @@ from shardlab.run.experiment import Experiment, program_of
 PROGRAMS = "labs/lab05_multi_gpu/programs.py"
 
 
-def experiment(name: str, program: str, *, ranks: int = 2, accumulation: int = 1, seed: int = 3, options=None, **more) -> Experiment:
+def experiment(
+    name: str, program: str, *, ranks: int = 2, accumulation: int = 1, seed: int = 3, options=None, **more
+) -> Experiment:
     sizes = {"ranks": ranks, "micro_batch": 3, "accumulation": accumulation, "steps": 4}
     return Experiment(name=name, program=f"{PROGRAMS}:{program}", method=name, seed=seed, options=options or {}, **(sizes | more))
 
@@ -69,9 +71,7 @@ def test_process_group(lab, run_experiments):
         require_equal(got["numbers"], wanted, of=f"rank, local rank and world size of setup_distributed(), {where}, by rank")
         require(got["kind"] == "device", expected="a torch.device first", got=got["kind"])
         require_equal(got["devices"], got["wanted_devices"], of=f"the device of setup_distributed(), {where}, by rank")
-        require(
-            got["sum"] == len(wanted), expected=f"an all-reduce that reaches all ranks, {where}: {len(wanted)}", got=got["sum"]
-        )
+        require(got["sum"] == len(wanted), expected=f"an all-reduce that reaches all ranks, {where}: {len(wanted)}", got=got["sum"])
         require(all(got["again"]), expected=f"the same from a second call, {where}", got="something else, on a rank")
         require(not got["left"], expected=f"no process group after cleanup_distributed(), {where}", got="one that is still there")
     got = lab.observe(f"{PROGRAMS}:set_up_with_gpus", 5, 1, 8, 2)
@@ -113,7 +113,9 @@ def test_image_transforms(lab):
             f"and {[round(v, 4) for v in wanted[0, 0].tolist()]} was expected",
         )
         require(
-            not got["draws"] and got["again"], expected="a validation transform that draws nothing", got="one that draws random numbers"
+            not got["draws"] and got["again"],
+            expected="a validation transform that draws nothing",
+            got="one that draws random numbers",
         )
         require(got["kept"], expected="an image that is left as it was", got="it was changed")
         turns = got["turns"]
@@ -156,7 +158,9 @@ def check_loaders(lab, rows: int, test_rows: int, micro_batch: int, ranks: int, 
     for number, rank in enumerate(got):
         require(rank["labels"], expected=f"each image with its own label ({case})", got="another label")
         require(
-            rank["again"], expected="an order that the seed and the epoch draw, and nothing else", got="another after torch.manual_seed"
+            rank["again"],
+            expected="an order that the seed and the epoch draw, and nothing else",
+            got="another after torch.manual_seed",
         )
         require_equal(rank["workers"], [0, 0], of=f"num_workers of the two loaders of rank {number}")
         require(
@@ -180,7 +184,9 @@ def check_loaders(lab, rows: int, test_rows: int, micro_batch: int, ranks: int, 
     )
     filled = sum(len(batch) for rank in got for batch in rank["evaluation"]) - test_rows
     require(
-        filled == -test_rows % ranks, expected=f"{-test_rows % ranks} rows that only fill up ({case})", got=f"{filled} rows with the label IGNORED"
+        filled == -test_rows % ranks,
+        expected=f"{-test_rows % ranks} rows that only fill up ({case})",
+        got=f"{filled} rows with the label IGNORED",
     )
     order = [sum(rank["evaluation"], []) for rank in got]
     numbers = [row for together in zip(*order, strict=True) for row, _ in together][:test_rows]
@@ -190,10 +196,22 @@ def check_loaders(lab, rows: int, test_rows: int, micro_batch: int, ranks: int, 
 
 @pytest.mark.milestone(task="5.3", points=10, section="Who sees which row")
 def test_data_loaders(lab):
-    for rows, test_rows, micro_batch, ranks in ((101, 103, 4, 2), (103, 101, 8, 3), (24, 24, 4, 2), (7, 7, 2, 2), (7, 7, 2, 3), (7, 1, 8, 2), (9, 5, 2, 1)):
+    for rows, test_rows, micro_batch, ranks in (
+        (101, 103, 4, 2),
+        (103, 101, 8, 3),
+        (24, 24, 4, 2),
+        (7, 7, 2, 2),
+        (7, 7, 2, 3),
+        (7, 1, 8, 2),
+        (9, 5, 2, 1),
+    ):
         check_loaders(lab, rows, test_rows, micro_batch, ranks)
     orders = [lab.observe(f"{PROGRAMS}:load", 40, 8, 4, 2, seed, 1)[0]["epochs"] for seed in (0, 0, 5)]
-    require(orders[0] == orders[1] != orders[2], expected="an order that the seed draws", got="the same for any seed" if orders[0] == orders[2] else "another each time")
+    require(
+        orders[0] == orders[1] != orders[2],
+        expected="an order that the seed draws",
+        got="the same for any seed" if orders[0] == orders[2] else "another each time",
+    )
     for gpu in (True, False):
         got = lab.observe(f"{PROGRAMS}:pinned", gpu)
         require_equal(got, [gpu, gpu], of=f"pin_memory of the two loaders, where torch sees {'a' if gpu else 'no'} GPU")
@@ -225,7 +243,9 @@ def test_vision_transformer(lab):
     require(not got["other seed"], expected="other weights of vit-tiny after another torch.manual_seed", got="the same")
     require(got["its body"], expected="the body's weights as the folder has them", got="others")
     require(got["its head"] == [101, 12], expected="a new head of 101 classes where the folder's has 10", got=got["its head"])
-    require(got["as stored"], expected="all weights as the folder has them, in fp32, where its head has as many classes", got="others")
+    require(
+        got["as stored"], expected="all weights as the folder has them, in fp32, where its head has as many classes", got="others"
+    )
 
 
 def check_wrapped(got: dict, method: str, ranks: int, seed: int) -> None:
@@ -244,7 +264,11 @@ def check_wrapped(got: dict, method: str, ranks: int, seed: int) -> None:
             expected="the two blocks and the whole model, each sharded by a fully_shard of its own: 3",
             got=got["gathered_together"],
         )
-        require(got["sharded"] == len(small_parameters()), expected="every parameter sharded", got=f"{got['sharded']} of {len(small_parameters())}")
+        require(
+            got["sharded"] == len(small_parameters()),
+            expected="every parameter sharded",
+            got=f"{got['sharded']} of {len(small_parameters())}",
+        )
         require(sum(got["elements"]) == whole, expected=f"{whole} elements on all ranks together", got=got["elements"])
         # The root's own parameters are gathered once, each block's in the forward pass and again in the backward pass.
         require_equal(sorted(got["sent"]), ["all-gather", "reduce-scatter"], of="the collectives of a step (fsdp2)")
@@ -253,11 +277,19 @@ def check_wrapped(got: dict, method: str, ranks: int, seed: int) -> None:
             expected=f"{padded} elements in a step's reduce-scatters: each parameter, its first dimension padded to a multiple of {ranks}",
             got=got["sent"]["reduce-scatter"],
         )
-        require(len(got["sent"]["all-gather"]) == 5, expected="5 all-gathers in a step: root, and each block twice", got=got["sent"]["all-gather"])
+        require(
+            len(got["sent"]["all-gather"]) == 5,
+            expected="5 all-gathers in a step: root, and each block twice",
+            got=got["sent"]["all-gather"],
+        )
     else:
         require(got["elements"] == [whole] * ranks, expected=f"all {whole} elements on each rank ({method})", got=got["elements"])
         wanted_sent = {"all-reduce": whole} if method == "ddp" else {}
-        require_equal({name: sum(sizes) for name, sizes in got["sent"].items()}, wanted_sent, of=f"the elements of a step's collectives ({method})")
+        require_equal(
+            {name: sum(sizes) for name, sizes in got["sent"].items()},
+            wanted_sent,
+            of=f"the elements of a step's collectives ({method})",
+        )
     held = [[rank["parameters"], rank["gradients"], rank["optimizer"]] for rank in got["held"]]
     # FSDP2's shards of parameters are padded in memory, gradients and moments are not.
     own = 4 * padded // ranks if sharded else 4 * whole
@@ -266,7 +298,11 @@ def check_wrapped(got: dict, method: str, ranks: int, seed: int) -> None:
         [[own, 4 * count, 8 * count] for count in got["elements"]],
         of=f"bytes of parameters, gradients and Adam's moments just before a step, by rank ({method})",
     )
-    require(method.split()[0] in ("ddp", "fsdp2", "single_gpu_simple") and "zero2" in got["refused"], expected="ValueError for method 'zero2', which names it", got=got["refused"])
+    require(
+        method.split()[0] in ("ddp", "fsdp2", "single_gpu_simple") and "zero2" in got["refused"],
+        expected="ValueError for method 'zero2', which names it",
+        got=got["refused"],
+    )
 
 
 @pytest.mark.milestone(task="5.5", points=10, section="What each method sends, and when")
@@ -294,7 +330,12 @@ def zero_files() -> dict[str, str]:
     with once("configurations"):
         files = {f"stage {stage}": reference("zero_file", folder, stage) for stage in (1, 2, 3)}
         (folder / "numbers").mkdir(exist_ok=True)
-        numbers = {"train_micro_batch_size_per_gpu": 7, "gradient_accumulation_steps": 5, "train_batch_size": 70, "gradient_clipping": 0.25}
+        numbers = {
+            "train_micro_batch_size_per_gpu": 7,
+            "gradient_accumulation_steps": 5,
+            "train_batch_size": 70,
+            "gradient_clipping": 0.25,
+        }
         files["numbers"] = program_of(f"{PROGRAMS}:zero_file")(folder / "numbers", 1, **numbers)
     return files
 
@@ -308,12 +349,20 @@ def check_engine(got: dict, stage: int, ranks: int, accumulation: int, seed: int
     require(got["clipping"] == clipping, expected=f"the file's gradient_clipping {clipping}", got=got["clipping"])
     adam = reference_adam()
     wanted = [adam["lr"], adam["eps"], adam["weight_decay"]]
-    require(all(group == wanted for group in got["optimizer"]), expected=f"lr, eps and weight_decay {wanted}, the last two from the file", got=got["optimizer"])
+    require(
+        all(group == wanted for group in got["optimizer"]),
+        expected=f"lr, eps and weight_decay {wanted}, the last two from the file",
+        got=got["optimizer"],
+    )
     require(got["file_kept"], expected="a file that is left as it was", got="it was changed")
     if clipping:
         return
     losses = reference("plain_losses", seed, ranks, 3 * accumulation, 3, accumulation)
-    require(farthest(got["losses"], losses) < 1e-5, expected=f"the losses of plain PyTorch, {[round(x, 5) for x in losses]} ({what})", got=[round(x, 5) for x in got["losses"]])
+    require(
+        farthest(got["losses"], losses) < 1e-5,
+        expected=f"the losses of plain PyTorch, {[round(x, 5) for x in losses]} ({what})",
+        got=[round(x, 5) for x in got["losses"]],
+    )
     whole = math.ceil(elements() / (2 * ranks)) * 2 * ranks  # DeepSpeed pads to pairs of elements for each rank
     if stage == 3:
         sent = {"reduce-scatter": accumulation * padded_elements(ranks)}
@@ -322,7 +371,9 @@ def check_engine(got: dict, stage: int, ranks: int, accumulation: int, seed: int
         sent = {"all-reduce": (elements() if stage == 1 else accumulation * elements()), "all-gather": whole}
     counted = {name: sum(sizes) for name, sizes in got["sent"].items()}
     for name, count in sent.items():
-        require(abs(counted.get(name, 0) - count) <= ranks, expected=f"{count} elements per step in each {name} ({what})", got=counted)
+        require(
+            abs(counted.get(name, 0) - count) <= ranks, expected=f"{count} elements per step in each {name} ({what})", got=counted
+        )
     parameters = [rank["parameters"] for rank in got["held"]]
     share = 4 * (padded_elements(ranks) // ranks if stage == 3 else whole)
     require(parameters == [share] * ranks, expected=f"{share} bytes of parameters on each rank ({what})", got=parameters)
@@ -333,7 +384,11 @@ def test_engines(lab, run_experiments):
     lab.initialize_deepspeed_model  # noqa: B018
     for text, mentions, what in (
         ('{"optimizer": {"type": "AdamW"}, "bf16": {"enabled": "auto"}}', ("bf16.enabled",), "'auto' at bf16.enabled"),
-        ('{"optimizer": {"type": "AdamW", "params": {"weight_decay": "auto"}}}', ("optimizer.params.weight_decay",), "'auto' at optimizer.params.weight_decay"),
+        (
+            '{"optimizer": {"type": "AdamW", "params": {"weight_decay": "auto"}}}',
+            ("optimizer.params.weight_decay",),
+            "'auto' at optimizer.params.weight_decay",
+        ),
         ('{"train_batch_size": "auto"}', ("optimizer",), "a file without an optimizer"),
     ):
         said = lab.observe(f"{PROGRAMS}:refuse", text)
@@ -351,28 +406,47 @@ def test_engines(lab, run_experiments):
         experiment("stage2", "engine", options={"file": files["stage 2"]}, accumulation=2),
         experiment("stage3", "engine", options={"file": files["stage 3"]}),
         experiment("numbers", "engine", options={"file": files["numbers"]}),
+        experiment("bf16", "engine", options={"file": files["stage 1"], "dtype": "bfloat16"}),
     ]
     with ranks_come_back():
         runs = run_experiments(plans, timeout=90)
     for stage, accumulation in ((1, 2), (2, 2), (3, 1)):
         check_engine(runs[f"stage{stage}"].results, stage, 2, accumulation, 3)
     check_engine(runs["numbers"].results, 1, 2, 1, 3, clipping=0.25)
+    for name, dtype in (("stage2", "torch.float32"), ("bf16", "torch.bfloat16")):
+        got = runs[name].results
+        require(got["dtypes"] == [dtype], expected=f"logits in {dtype}, where torch_dtype is {dtype}", got=got["dtypes"])
+        require(got["parameters"] == ["torch.float32"], expected="parameters that stay float32", got=got["parameters"])
 
 
 def check_epoch(got: dict, seed: int, ranks: int, count: int, accumulation: int, what: str, *, exact: bool = True) -> None:
     """What an epoch has to return, and what has to happen in it."""
     steps = count // accumulation
     wanted = reference("plain_losses", seed, ranks, count, 3, accumulation)
-    require(isinstance(got["losses"], list) and got["kind"] in ([], ["float"]), expected=f"a list of floats ({what})", got=got["kind"])
-    require(len(got["losses"]) == steps, expected=f"{steps} losses, one per optimizer step, for {count} micro-batches ({what})", got=len(got["losses"]))
-    require(got["passes"] == steps * accumulation, expected=f"{steps * accumulation} forward passes: what makes no whole step is left out ({what})", got=got["passes"])
+    require(
+        isinstance(got["losses"], list) and got["kind"] in ([], ["float"]), expected=f"a list of floats ({what})", got=got["kind"]
+    )
+    require(
+        len(got["losses"]) == steps,
+        expected=f"{steps} losses, one per optimizer step, for {count} micro-batches ({what})",
+        got=len(got["losses"]),
+    )
+    require(
+        got["passes"] == steps * accumulation,
+        expected=f"{steps * accumulation} forward passes: what makes no whole step is left out ({what})",
+        got=got["passes"],
+    )
     near = 1e-5 if exact else 3e-2
     require(
         farthest(got["losses"], wanted) < near,
         expected=f"the losses of plain PyTorch, means over micro-batches and ranks: {[round(loss, 5) for loss in wanted]} ({what})",
         got=[round(loss, 5) for loss in got["losses"]],
     )
-    require(all(losses == got["losses"] for losses in got["by_rank"]), expected=f"the same losses on every rank ({what})", got=got["by_rank"])
+    require(
+        all(losses == got["losses"] for losses in got["by_rank"]),
+        expected=f"the same losses on every rank ({what})",
+        got=got["by_rank"],
+    )
     require(got["moved"], expected=f"images and labels on the model's device ({what})", got="a batch left where it was")
     require(got["training"], expected=f"the model in training mode, whatever it was in before ({what})", got="evaluation mode")
 
@@ -404,7 +478,11 @@ def test_epochs(lab, run_experiments):
     check_epoch(runs["bf16"].results, 3, 2, 3, 1, "DDP, bf16", exact=False)
     got = runs["engine"].results
     check_epoch(got, 3, 2, 5, 2, "an engine, accumulation 2")
-    require((got["micro_steps"], got["steps"]) == (4, 2), expected="4 micro-steps and 2 optimizer steps of the engine", got=(got["micro_steps"], got["steps"]))
+    require(
+        (got["micro_steps"], got["steps"]) == (4, 2),
+        expected="4 micro-steps and 2 optimizer steps of the engine",
+        got=(got["micro_steps"], got["steps"]),
+    )
 
 
 def check_scores(got: dict, seed: int, rows: int, what: str) -> None:
@@ -419,10 +497,16 @@ def check_scores(got: dict, seed: int, rows: int, what: str) -> None:
                     got=f"{scores[name]:.5f}" if isinstance(scores[name], float) else scores[name],
                 )
     require(got["kinds"] == ["float"], expected="floats", got=got["kinds"])
-    require(got["passes"] == got["batches"], expected=f"the model called once for each batch, filled up or not ({what}): {got['batches']}", got=got["passes"])
+    require(
+        got["passes"] == got["batches"],
+        expected=f"the model called once for each batch, filled up or not ({what}): {got['batches']}",
+        got=got["passes"],
+    )
     require(got["off"], expected="a model in evaluation mode: dropout off", got="training mode")
     require(got["modes"], expected="afterwards the mode that the model was in before, of two that were tried", got="another")
-    require(not got["gradients"], expected="forward passes that keep nothing for a backward pass (torch.no_grad)", got="with gradients")
+    require(
+        not got["gradients"], expected="forward passes that keep nothing for a backward pass (torch.no_grad)", got="with gradients"
+    )
     require(got["moved"], expected="images on the model's device", got="a batch left where it was")
     require(got["kept"], expected="batches that are left as they were", got="they were changed")
 
@@ -439,7 +523,12 @@ def test_evaluation(lab, run_experiments):
     with ranks_come_back():
         runs = run_experiments(plans, timeout=90)
     for name, seed, rows in (("lone", 8, 8), ("seven", 5, 7), ("nineteen", 6, 19), ("zero3", 7, 13)):
-        check_scores(runs[name].results, seed, rows, f"{rows} rows, {'one rank' if name == 'lone' else 'two ranks'}{', ZeRO-3' * (name == 'zero3')}")
+        check_scores(
+            runs[name].results,
+            seed,
+            rows,
+            f"{rows} rows, {'one rank' if name == 'lone' else 'two ranks'}{', ZeRO-3' * (name == 'zero3')}",
+        )
 
 
 @pytest.mark.milestone(task="5.9", points=10, section="A ring")
@@ -454,13 +543,18 @@ def test_bytes_sent(lab):
     ):
         require_equal(lab.bytes_sent(collective, size, ranks), wanted, of=f"bytes_sent({collective!r}, {size}, {ranks})")
     for given, name in ((("all-to-none", 10, 2), "all-to-none"), (("all-reduce", 10, 0), "0")):
-        require_error(lambda given=given: lab.bytes_sent(*given), ValueError, mentions=(name,), expected=f"ValueError for bytes_sent{given}")
+        require_error(
+            lambda given=given: lab.bytes_sent(*given), ValueError, mentions=(name,), expected=f"ValueError for bytes_sent{given}"
+        )
     agree_as_recorded(lab.bytes_sent, __file__, "5.9 sent", "bytes_sent{}, of (collective, size, ranks)")
     rows = [["all-reduce", 400], ["all-gather", 80], ["all-reduce", 4], ["all-gather", 80]]
     got = lab.observe(f"{PROGRAMS}:table", rows, 4, 2)
     require_equal(
         got["table"],
-        [["all-reduce", {"calls": 1.0, "bytes": 202.0, "sent": 303.0}], ["all-gather", {"calls": 1.0, "bytes": 80.0, "sent": 60.0}]],
+        [
+            ["all-reduce", {"calls": 1.0, "bytes": 202.0, "sent": 303.0}],
+            ["all-gather", {"calls": 1.0, "bytes": 80.0, "sent": 60.0}],
+        ],
         of="communication_table() of two all-reduces of 400 and 4 bytes and two all-gathers of 80, 4 ranks, 2 steps",
     )
     require(got["kept"], expected="a list of collectives that is left as it was", got="it was changed")
@@ -476,7 +570,11 @@ def tabled(of):
 def test_measurements(lab):
     seconds = [100.0, 50.0, 1.0, 2.0, 3.0, 4.0, 5.0, 1000.0]
     for device in ("cpu", "cuda:0"):
-        for named, wanted, steps in (({}, 5 * 24 / 15, 7), ({"warm_up_steps": 0, "measured_steps": 2}, 2 * 24 / 150, 2), ({"warm_up_steps": 3, "measured_steps": 1}, 24 / 2, 4)):
+        for named, wanted, steps in (
+            ({}, 5 * 24 / 15, 7),
+            ({"warm_up_steps": 0, "measured_steps": 2}, 2 * 24 / 150, 2),
+            ({"warm_up_steps": 3, "measured_steps": 1}, 24 / 2, 4),
+        ):
             got = lab.observe(f"{PROGRAMS}:throughput", seconds, 24, device, **named)
             case = f"measure_throughput(…, 24, torch.device('{device}'){''.join(f', {key}={value}' for key, value in named.items())}) of steps of {', '.join(f'{s:g}' for s in seconds)} s"
             require(got["steps"] == steps, expected=f"{steps} steps by {case}", got=got["steps"])
@@ -486,11 +584,22 @@ def test_measurements(lab):
                 got=got["found"],
             )
         synchronized = [entry for entry in got["log"] if entry.startswith("synchronize")]
-        require(bool(synchronized) == (device != "cpu"), expected=f"{'no ' * (device == 'cpu')}torch.cuda.synchronize on {device}", got=synchronized)
+        require(
+            bool(synchronized) == (device != "cpu"),
+            expected=f"{'no ' * (device == 'cpu')}torch.cuda.synchronize on {device}",
+            got=synchronized,
+        )
         require(set(synchronized) <= {"synchronize cuda:0"}, expected="the given device synchronized", got=synchronized)
-    for device, wanted in (("cpu", {"peak_allocated_gb": 2.048, "peak_reserved_gb": 2.048}), ("cuda:1", {"peak_allocated_gb": 3.0, "peak_reserved_gb": 5.5})):
+    for device, wanted in (
+        ("cpu", {"peak_allocated_gb": 2.048, "peak_reserved_gb": 2.048}),
+        ("cuda:1", {"peak_allocated_gb": 3.0, "peak_reserved_gb": 5.5}),
+    ):
         got = lab.observe(f"{PROGRAMS}:memory", device)
-        where = "ru_maxrss is 2,000,000 KiB" if device == "cpu" else "3,000,000,000 bytes at most were allocated and 5,500,000,000 reserved"
+        where = (
+            "ru_maxrss is 2,000,000 KiB"
+            if device == "cpu"
+            else "3,000,000,000 bytes at most were allocated and 5,500,000,000 reserved"
+        )
         require(
             set(got["found"]) == set(wanted) and all(abs(got["found"][key] - value) < 1e-6 for key, value in wanted.items()),
             expected=f"{wanted} of get_memory_stats(torch.device('{device}')), where {where}",
@@ -503,7 +612,19 @@ KEYS = ["method", "not_run", "final_accuracy", "final_top5", "eval_loss", "train
         "peak_memory_gb", "communication"]  # fmt: skip
 
 
-def check_run(lab, method: str, device: str, rank: int, ranks: int, *, epochs: int = 2, accumulation: int = 3, dtype: str = "float32", seed: int = 17, profile: bool = True) -> None:
+def check_run(
+    lab,
+    method: str,
+    device: str,
+    rank: int,
+    ranks: int,
+    *,
+    epochs: int = 2,
+    accumulation: int = 3,
+    dtype: str = "float32",
+    seed: int = 17,
+    profile: bool = True,
+) -> None:
     """What the runner has to call, with what, and to make of it."""
     settings = {"epochs": epochs, "accumulation": accumulation, "dtype": dtype, "seed": seed, "profile": profile}
     got = lab.observe(f"{PROGRAMS}:orchestrate", method, device, rank, ranks, **settings)
@@ -520,43 +641,105 @@ def check_run(lab, method: str, device: str, rank: int, ranks: int, *, epochs: i
     result = got["result"]
     require_equal(sorted(result), sorted(KEYS), of=f"the keys of the result ({what})")
     require_equal(calls("seed"), [seed], of=f"the seed that torch has when the model is loaded ({what})")
-    require_equal(calls("load_vit_model"), [{"model_name": "some-vit", "num_labels": 9, "torch_dtype": "torch.float32", "enable_gradient_checkpointing": False}], of=f"the calls of load_vit_model ({what})")
+    require_equal(
+        calls("load_vit_model"),
+        [{"model_name": "some-vit", "num_labels": 9, "torch_dtype": "torch.float32", "enable_gradient_checkpointing": False}],
+        of=f"the calls of load_vit_model ({what})",
+    )
     if deepspeed:
         given = calls(made)
-        require(len(given) == 1 and given[0]["config_path"].endswith(f"labs/lab05_multi_gpu/configs/{method}.json"), expected=f"one engine, by CONFIGS/{method}.json", got=[one.get("config_path") for one in given])
-        sizes = {key: given[0][key] for key in ("micro_batch_size", "gradient_accumulation_steps", "learning_rate")}
-        require_equal(sizes, {"micro_batch_size": 4, "gradient_accumulation_steps": accumulation, "learning_rate": 0.125}, of=f"what initialize_deepspeed_model is called with ({what})")
+        require(
+            len(given) == 1 and given[0]["config_path"].endswith(f"labs/lab05_multi_gpu/configs/{method}.json"),
+            expected=f"one engine, by CONFIGS/{method}.json",
+            got=[one.get("config_path") for one in given],
+        )
+        sizes = {key: given[0][key] for key in ("micro_batch_size", "gradient_accumulation_steps", "learning_rate", "torch_dtype")}
+        wanted = {
+            "micro_batch_size": 4,
+            "gradient_accumulation_steps": accumulation,
+            "learning_rate": 0.125,
+            "torch_dtype": f"torch.{dtype}",
+        }
+        require_equal(sizes, wanted, of=f"what initialize_deepspeed_model is called with ({what})")
     else:
-        require_equal(calls(made), [{"model": "the model", "method": method, "device": device}], of=f"the calls of wrap_model ({what})")
+        require_equal(
+            calls(made), [{"model": "the model", "method": method, "device": device}], of=f"the calls of wrap_model ({what})"
+        )
     require_equal(calls("set_epoch"), list(range(epochs)), of=f"the epochs that the sampler is told ({what})")
     whole = [at for at, (name, given) in enumerate(log) if name == epoch and given["loader"] == "train"]
-    require(len(whole) == epochs, expected=f"{epochs} epochs over the training loader by {epoch} ({what})", got=f"{len(whole)}; called were {names}")
+    require(
+        len(whole) == epochs,
+        expected=f"{epochs} epochs over the training loader by {epoch} ({what})",
+        got=f"{len(whole)}; called were {names}",
+    )
     told = [at for at, name in enumerate(names) if name == "set_epoch"]
-    require(all(a < b for a, b in zip(told, whole, strict=True)) and told == sorted(told), expected=f"each epoch told to the sampler before it begins ({what})", got=names)
+    require(
+        all(a < b for a, b in zip(told, whole, strict=True)) and told == sorted(told),
+        expected=f"each epoch told to the sampler before it begins ({what})",
+        got=names,
+    )
     evaluated = names.index("evaluate") if "evaluate" in names else -1
-    require(evaluated > whole[-1] and names.count("evaluate") == 1, expected=f"one evaluation, after the last epoch ({what})", got=names)
+    require(
+        evaluated > whole[-1] and names.count("evaluate") == 1, expected=f"one evaluation, after the last epoch ({what})", got=names
+    )
     model = "the engine" if deepspeed else "the model"
-    require_equal(calls("evaluate"), [{"model": model, "loader": "test", "device": device, "num_classes": 9}], of=f"what evaluate is called with ({what})")
+    require_equal(
+        calls("evaluate"),
+        [{"model": model, "loader": "test", "device": device, "num_classes": 9}],
+        of=f"what evaluate is called with ({what})",
+    )
     for given in calls(epoch):
-        require(given["model"] == model and given["device"] == device, expected=f"{epoch} with what {made} has returned, on {device} ({what})", got=given)
+        require(
+            given["model"] == model and given["device"] == device,
+            expected=f"{epoch} with what {made} has returned, on {device} ({what})",
+            got=given,
+        )
         if not deepspeed:
-            require_equal(given["optimizer"], ["AdamW", 0.125, 0.01, 0], of=f"the optimizer, its lr and weight_decay, and its number: one for all steps ({what})")
-            require(given["accumulation"] == accumulation and given["dtype"] == f"torch.{dtype}", expected=f"accumulation {accumulation} and dtype torch.{dtype} ({what})", got=given)
+            require_equal(
+                given["optimizer"],
+                ["AdamW", 0.125, 0.01, 0],
+                of=f"the optimizer, its lr and weight_decay, and its number: one for all steps ({what})",
+            )
+            require(
+                given["accumulation"] == accumulation and given["dtype"] == f"torch.{dtype}",
+                expected=f"accumulation {accumulation} and dtype torch.{dtype} ({what})",
+                got=given,
+            )
     measured = calls("measure_throughput")
-    require(len(measured) == 1 and names.index("measure_throughput") > evaluated, expected=f"throughput measured once, after the evaluation, so that its steps change no result ({what})", got=names)
-    require(measured[0]["samples_per_step"] == str(4 * accumulation * ranks), expected=f"{4 * accumulation * ranks} samples per step: micro-batch 4 × accumulation {accumulation} × {ranks} ranks", got=measured[0]["samples_per_step"])
+    require(
+        len(measured) == 1 and names.index("measure_throughput") > evaluated,
+        expected=f"throughput measured once, after the evaluation, so that its steps change no result ({what})",
+        got=names,
+    )
+    require(
+        measured[0]["samples_per_step"] == str(4 * accumulation * ranks),
+        expected=f"{4 * accumulation * ranks} samples per step: micro-batch 4 × accumulation {accumulation} × {ranks} ranks",
+        got=measured[0]["samples_per_step"],
+    )
     steps = [given["loader"] for name, given in log if name == epoch and given["loader"] != "train"]
-    require(steps and all(step == ["train 0"] * accumulation for step in steps), expected=f"measured steps of {accumulation} times the training loader's first micro-batch ({what})", got=steps)
+    require(
+        steps and all(step == ["train 0"] * accumulation for step in steps),
+        expected=f"measured steps of {accumulation} times the training loader's first micro-batch ({what})",
+        got=steps,
+    )
     held = calls("held_before_step")
     owner = "the engine's" if deepspeed else "AdamW"
-    require(len(held) == 1 and held[0]["model"] == model and held[0]["optimizer"] == owner, expected=f"held_before_step({model}, the optimizer of it, …) once ({what})", got=held)
+    require(
+        len(held) == 1 and held[0]["model"] == model and held[0]["optimizer"] == owner,
+        expected=f"held_before_step({model}, the optimizer of it, …) once ({what})",
+        got=held,
+    )
     traced = calls("profile_to")
     path = f"/traces/rank{rank}.json"
     wanted = [{"path": path, "steps": "2"}] if profile else []
     require_equal(traced, wanted, of=f"the calls of profile_to, without the step ({what})")
     if profile:
         require_equal(calls("collectives"), [{"path": path}], of=f"the calls of collectives ({what})")
-        require_equal(calls("communication_table"), [{"found": ["found"], "ranks": ranks, "steps": 2}], of=f"the calls of communication_table ({what})")
+        require_equal(
+            calls("communication_table"),
+            [{"found": ["found"], "ranks": ranks, "steps": 2}],
+            of=f"the calls of communication_table ({what})",
+        )
     wanted = {
         "method": method,
         "not_run": "",
@@ -581,14 +764,30 @@ def test_runner(lab):
     check_run(lab, "single_gpu_simple", "cpu", 0, 1, profile=False)
     check_run(lab, "single_gpu_offload", "cpu", 0, 1, accumulation=2)
     check_run(lab, "zero3", "cpu", 1, 2, epochs=3)
-    check_run(lab, "zeropp", "cuda:0", 0, 2)
+    check_run(lab, "zeropp", "cuda:0", 0, 2, dtype="bfloat16")
     for method, device, ranks in (("zeropp", "cpu", 2), ("single_gpu_simple", "cpu", 2), ("single_gpu_offload", "cpu", 4)):
         got = lab.observe(f"{PROGRAMS}:orchestrate", method, device, 0, ranks)
-        require("refused" not in got, expected=f"no error for {method} on {ranks} ranks of {device}: a dictionary that says why it was not run", got=got.get("refused"))
-        require(not got["log"], expected=f"nothing called for {method} on {ranks} ranks of {device}", got=[name for name, _ in got["log"]])
+        require(
+            "refused" not in got,
+            expected=f"no error for {method} on {ranks} ranks of {device}: a dictionary that says why it was not run",
+            got=got.get("refused"),
+        )
+        require(
+            not got["log"],
+            expected=f"nothing called for {method} on {ranks} ranks of {device}",
+            got=[name for name, _ in got["log"]],
+        )
         result = got["result"]
-        require(result.get("not_run"), expected=f"`not_run`, the reason of why_not, for {method} on {ranks} ranks of {device}", got=result)
+        require(
+            result.get("not_run"),
+            expected=f"`not_run`, the reason of why_not, for {method} on {ranks} ranks of {device}",
+            got=result,
+        )
         rest = {key: None for key in KEYS} | {"method": method, "not_run": result["not_run"]}
         require_equal(result, rest, of=f"the result of {method}, which cannot run on {ranks} ranks of {device}")
     got = lab.observe(f"{PROGRAMS}:orchestrate", "zero4", "cpu", 0, 2)
-    require("zero4" in got.get("refused", ""), expected="ValueError for method 'zero4', which names it", got=got.get("refused", "no error"))
+    require(
+        "zero4" in got.get("refused", ""),
+        expected="ValueError for method 'zero4', which names it",
+        got=got.get("refused", "no error"),
+    )

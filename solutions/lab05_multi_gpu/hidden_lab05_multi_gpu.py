@@ -83,7 +83,10 @@ def test_wrapped_on_three_ranks(lab, run_experiments):
 def test_engines_on_three_ranks(lab, run_experiments):
     lab.initialize_deepspeed_model  # noqa: B018
     files = zero_files()
-    plans = [experiment(f"engine{stage}-of-3", "engine", ranks=3, seed=9, accumulation=3, options={"file": files[f"stage {stage}"]}) for stage in (2, 3)]
+    plans = [
+        experiment(f"engine{stage}-of-3", "engine", ranks=3, seed=9, accumulation=3, options={"file": files[f"stage {stage}"]})
+        for stage in (2, 3)
+    ]
     runs = run_experiments(plans)
     for stage in (2, 3):
         check_engine(runs[f"engine{stage}-of-3"].results, stage, 3, 3, 9)
@@ -94,7 +97,9 @@ def test_epochs_on_three_ranks(lab, run_experiments):
     lab.train_epoch_standard  # noqa: B018
     plans = [
         experiment("ddp-of-3", "train_standard", ranks=3, seed=4, accumulation=3, options={"ddp": True, "count": 7}),
-        experiment("engine-of-3", "train_engine", ranks=3, seed=4, accumulation=2, options={"count": 3}, deepspeed=zero_configuration(2)),
+        experiment(
+            "engine-of-3", "train_engine", ranks=3, seed=4, accumulation=2, options={"count": 3}, deepspeed=zero_configuration(2)
+        ),
     ]
     runs = run_experiments(plans)
     check_epoch(runs["ddp-of-3"].results, 4, 3, 7, 3, "DDP on three ranks")
@@ -119,7 +124,14 @@ def test_other_bytes(lab):
     names = st.sampled_from(["all-reduce", "all-gather", "reduce-scatter", "broadcast", "gather", ""])
     sizes = st.integers(0, 2**40)
     edges = [("all-reduce", 0, 1), ("all-gather", 7, 3), ("broadcast", 5, 4096), ("reduce", 1, 2), ("all-reduce", 1, -1)]
-    agree(lab.bytes_sent, REFERENCE.bytes_sent, st.tuples(names, sizes, st.integers(-1, 600)), first=edges, record="5.9 sent", same=near)
+    agree(
+        lab.bytes_sent,
+        REFERENCE.bytes_sent,
+        st.tuples(names, sizes, st.integers(-1, 600)),
+        first=edges,
+        record="5.9 sent",
+        same=near,
+    )
     rows = st.lists(st.tuples(names, sizes).map(list), max_size=9)
     known = st.lists(st.tuples(st.sampled_from(["all-reduce", "all-gather", "reduce-scatter"]), sizes).map(list), max_size=9)
     tables = st.tuples(known | rows, st.integers(1, 70), st.integers(1, 6))

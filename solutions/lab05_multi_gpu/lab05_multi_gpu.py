@@ -44,17 +44,18 @@ IGNORED = -100
 def setup_distributed() -> tuple[torch.device, int, int, int]:
     """Join the process group of the ranks that a launcher has started, or make one of this process alone.
 
-    A launcher sets RANK, LOCAL_RANK and WORLD_SIZE, and where the ranks meet. Where RANK is not set, this is a lone process, rank 0
-    of 1, whatever the other two say: a login shell or a Slurm job may have set them. A lone process has no meeting place: `init_process_group(…, store=dist.HashStore(), rank=0, world_size=1)`. A
-    group that is there already stays, so a second call returns the same. NCCL connects GPUs, gloo CPUs.
+    A launcher sets RANK, LOCAL_RANK and WORLD_SIZE, and where the ranks meet. Where RANK is not set, this is
+    a lone process, rank 0 of 1, whatever the other two say: a login shell or a Slurm job may have set them. A
+    lone process has no meeting place: `init_process_group(…, store=dist.HashStore(), rank=0, world_size=1)`.
+    A group that is there already stays, so a second call returns the same. NCCL connects GPUs, gloo CPUs.
 
     Returns:
-        The device, rank, local rank and world size. The device is `cuda:<local rank>`, and torch's current one from then on; the CPU
-        where torch sees no GPU.
+        The device, rank, local rank and world size. The device is `cuda:<local rank>`, and torch's current
+        one from then on; the CPU where torch sees no GPU.
 
     Raises:
-        ValueError: torch sees GPUs, and none of this local rank's number; the sentence names the local rank and the count of GPUs.
-            No group has been made then.
+        ValueError: torch sees GPUs, and none of this local rank's number; the sentence names the local rank
+            and the count of GPUs. No group has been made then.
     """
     # BEGIN SOLUTION 5.1
     rank, local_rank, world_size = 0, 0, 1
@@ -74,7 +75,9 @@ def setup_distributed() -> tuple[torch.device, int, int, int]:
 
 
 def cleanup_distributed() -> None:
-    """Leave the process group, if there is one. A rank that ends without it leaves its neighbours a broken connection."""
+    """Leave the process group, if there is one. A rank that ends without it leaves its neighbours a broken
+    connection.
+    """
     # BEGIN SOLUTION 5.1
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -85,18 +88,20 @@ def cleanup_distributed() -> None:
 
 
 def create_image_transforms(image_size: int, mean: list[float], std: list[float]) -> tuple[Callable, Callable]:
-    """Two functions that make a model's input of a `PIL.Image` of any size and mode: for training, and for validation.
+    """Two functions that make a model's input of a `PIL.Image` of any size and mode: for training, and for
+    validation.
 
-    Both: convert to RGB, resize to the square (`Image.Resampling.BILINEAR`), scale 0…255 to 0…1, subtract the mean, divide by the
-    deviation. The one for training then mirrors half of the images, left and right exchanged, by torch's random numbers; the one for
-    validation draws nothing.
+    Both: convert to RGB, resize to the square (`Image.Resampling.BILINEAR`), scale 0…255 to 0…1, subtract the
+    mean, divide by the deviation. The one for training then mirrors half of the images, left and right
+    exchanged, by torch's random numbers; the one for validation draws nothing.
 
     Args:
         image_size: height and width that the model takes, pixels.
         mean, std: of the model's own image processor: a number per channel, on the scale of 0 to 1.
 
     Returns:
-        The two functions. Each gives a float32 tensor on the CPU of shape [3, image_size, image_size]: channel, row, column.
+        The two functions. Each gives a float32 tensor on the CPU of shape [3, image_size, image_size]:
+        channel, row, column.
     """
     # BEGIN SOLUTION 5.2
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
@@ -132,7 +137,9 @@ class Transformed(Dataset):
 
 
 class FilledUp(Dataset):
-    """A data set to which rows are added until its length is a multiple of `ranks`: its last image, with the label `IGNORED`."""
+    """A data set to which rows are added until its length is a multiple of `ranks`: its last image, with the
+    label `IGNORED`.
+    """
 
     def __init__(self, rows: Dataset, ranks: int):
         self.rows, self.length = rows, math.ceil(len(rows) / ranks) * ranks
@@ -146,14 +153,16 @@ class FilledUp(Dataset):
 
 
 def create_data_loaders(train_set: Dataset, test_set: Dataset, *, micro_batch_size: int, rank: int, world_size: int, seed: int = 0):
-    """This rank's loaders, for training and for evaluation. All ranks get equally many batches, or some would wait for ever.
+    """This rank's loaders, for training and for evaluation. All ranks get equally many batches, or some would
+    wait for ever.
 
-    Training: rows in an order that `seed` and the epoch draw, the same on all ranks, dealt to them. Where the rows do not divide by the
-    ranks, the few that are over are left out of this epoch (`drop_last` of the sampler); no row is seen twice. The next epoch
-    leaves out others, if it is told its number: `loader.sampler.set_epoch(epoch)`.
+    Training: rows in an order that `seed` and the epoch draw, the same on all ranks, dealt to them. Where the
+    rows do not divide by the ranks, the few that are over are left out of this epoch (`drop_last` of the
+    sampler); no row is seen twice. The next epoch leaves out others, if it is told its number:
+    `loader.sampler.set_epoch(epoch)`.
 
-    Evaluation: each row once, in order, dealt to the ranks. Where the rows do not divide, nothing may be left out: `FilledUp` makes
-    them divide. Neither loader leaves out a last batch that is smaller.
+    Evaluation: each row once, in order, dealt to the ranks. Where the rows do not divide, nothing may be left
+    out: `FilledUp` makes them divide. Neither loader leaves out a last batch that is smaller.
 
     Args:
         train_set, test_set: data sets of pairs, an image's tensor and a label.
@@ -162,7 +171,8 @@ def create_data_loaders(train_set: Dataset, test_set: Dataset, *, micro_batch_si
         seed: of the order in training.
 
     Returns:
-        Two `DataLoader`s, each with a `DistributedSampler`, without worker processes. Memory is pinned where there is a GPU.
+        Two `DataLoader`s, each with a `DistributedSampler`, without worker processes. Memory is pinned where
+        there is a GPU.
     """
     # BEGIN SOLUTION 5.3
     train_sampler = DistributedSampler(train_set, world_size, rank, shuffle=True, seed=seed, drop_last=True)
@@ -181,9 +191,10 @@ def load_vit_model(model_name: str, num_labels: int, torch_dtype: torch.dtype = 
     """A Vision Transformer with a head of `num_labels` classes, on the CPU, in training mode.
 
     Args:
-        model_name: `vit-tiny` is built from `shardlab.data.models.vit_config`, with random weights from torch's generator. Anything else
-            is a name on the hub or a folder, and brings its weights (`AutoModelForImageClassification`, `ViTForImageClassification`
-            in transformers). Where its head has another number of classes, the head is new.
+        model_name: `vit-tiny` is built from `shardlab.data.models.vit_config`, with random weights from
+            torch's generator. Anything else is a name on the hub or a folder, and brings its weights
+            (`AutoModelForImageClassification`, `ViTForImageClassification` in transformers). Where its head
+            has another number of classes, the head is new.
         num_labels: classes.
         torch_dtype: of all parameters.
         enable_gradient_checkpointing: compute activations anew in the backward pass instead of keeping them.
@@ -219,9 +230,11 @@ def wrap_model(model: nn.Module, method: str, device: torch.device) -> nn.Module
     """The model on its device, and ready for a method that is not DeepSpeed's.
 
     - `single_gpu_simple`: as it is.
-    - `ddp`: in `DistributedDataParallel`. Each rank holds all; gradients are averaged in the backward pass, in buckets.
-    - `fsdp2`: sharded by `fully_shard`, over a mesh of all ranks of that device's kind. Every block first (`blocks_of`), then the whole
-      model: what is sharded together is gathered together. With the whole model alone there would be one gather of everything.
+    - `ddp`: in `DistributedDataParallel`. Each rank holds all; gradients are averaged in the backward pass,
+      in buckets.
+    - `fsdp2`: sharded by `fully_shard`, over a mesh of all ranks of that device's kind. Every block first
+      (`blocks_of`), then the whole model: what is sharded together is gathered together. With the whole model
+      alone there would be one gather of everything.
 
     Args:
         method: one of the three.
@@ -256,22 +269,27 @@ def wrap_model(model: nn.Module, method: str, device: torch.device) -> nn.Module
 
 
 def initialize_deepspeed_model(model: nn.Module, config_path: str | Path, *, micro_batch_size: int,
-                               gradient_accumulation_steps: int, learning_rate: float):
+                               gradient_accumulation_steps: int, learning_rate: float, torch_dtype: torch.dtype = torch.float32):
     """A DeepSpeed engine around the model. `Trainer` is not there to fill in "auto": you do.
 
     Args:
-        config_path: a JSON file, such as those in `CONFIGS`. The micro-batch, the accumulation, the global batch (over all ranks of the
-            process group) and the optimizer's `lr` are "auto" in it, or numbers, which are replaced too. The file stays as it is.
+        config_path: a JSON file, such as those in `CONFIGS`. The micro-batch, the accumulation, the global
+            batch (over all ranks of the process group) and the optimizer's `lr` are "auto" in it, or numbers,
+            which are replaced too. The file stays as it is.
         micro_batch_size: rows per rank and forward pass.
         gradient_accumulation_steps: forward passes per optimizer step.
         learning_rate: for `optimizer.params.lr`.
+        torch_dtype: where it is not float32, the engine computes under autocast with it. An autocast around
+            the engine has no effect: the entry `torch_autocast`, {"enabled": True, "dtype": …} with torch's
+            name of the type such as "bfloat16", has.
 
     Returns:
         The engine.
 
     Raises:
-        ValueError: anything else is "auto", however deep; the sentence names its path, such as `bf16.enabled`. Or the file has no
-            `optimizer`; the sentence says so. No engine has been made then.
+        ValueError: anything else is "auto", however deep; the sentence names its path, such as
+            `bf16.enabled`. Or the file has no `optimizer`; the sentence says so. No engine has been made
+            then.
     """
     # BEGIN SOLUTION 5.6
     import deepspeed
@@ -283,6 +301,8 @@ def initialize_deepspeed_model(model: nn.Module, config_path: str | Path, *, mic
     config["gradient_accumulation_steps"] = gradient_accumulation_steps
     config["train_batch_size"] = micro_batch_size * gradient_accumulation_steps * dist.get_world_size()
     config["optimizer"].setdefault("params", {})["lr"] = learning_rate
+    if torch_dtype != torch.float32:
+        config["torch_autocast"] = {"enabled": True, "dtype": str(torch_dtype).removeprefix("torch.")}
     if left := auto_in(config):
         raise ValueError(f"{config_path}: {', '.join(left)} is 'auto', which only Trainer fills in; write a value")
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
@@ -314,12 +334,13 @@ def train_epoch_standard(model: nn.Module, loader, optimizer, device: torch.devi
                          dtype: torch.dtype = torch.float32) -> list[float]:
     """Train over the loader once (`whole_steps` of it), without DeepSpeed.
 
-    A step's gradient is the mean over its micro-batches and over the ranks. DDP would average over the ranks after each backward pass;
-    only that of a step's last micro-batch needs it, so the others run within `model.no_sync()`, forward pass included. What has no
-    `no_sync` needs none.
+    A step's gradient is the mean over its micro-batches and over the ranks. DDP would average over the ranks
+    after each backward pass; only that of a step's last micro-batch needs it, so the others run within
+    `model.no_sync()`, forward pass included. What has no `no_sync` needs none.
 
     Args:
-        model: from `wrap_model`; it may be in evaluation mode. Called as `model(pixel_values=…, labels=…)`, it returns the loss as `.loss`.
+        model: from `wrap_model`; it may be in evaluation mode. Called as `model(pixel_values=…, labels=…)`,
+            it returns the loss as `.loss`.
         loader: batches of images and labels, on the CPU; something with a length.
         gradient_accumulation_steps: micro-batches per optimizer step.
         dtype: where it is not float32, the forward pass runs under `torch.autocast` with it.
@@ -353,7 +374,8 @@ def train_epoch_deepspeed(engine, loader, device: torch.device) -> list[float]:
     """The same with a DeepSpeed engine, which scales, accumulates, averages and steps by itself.
 
     Args:
-        engine: from `initialize_deepspeed_model`; `engine.gradient_accumulation_steps()` says how many micro-batches make a step.
+        engine: from `initialize_deepspeed_model`; `engine.gradient_accumulation_steps()` says how many
+            micro-batches make a step.
         loader, device: as above.
 
     Returns:
@@ -376,12 +398,14 @@ def train_epoch_deepspeed(engine, loader, device: torch.device) -> list[float]:
 
 
 def evaluate(model, loader, device: torch.device, num_classes: int) -> dict[str, float]:
-    """Loss and accuracy over the rows of all ranks: what one process would get for all rows. Of a model and of an engine alike.
+    """Loss and accuracy over the rows of all ranks: what one process would get for all rows. Of a model and
+    of an engine alike.
 
-    Rows with the label `IGNORED` count nowhere, and a batch may hold nothing else (torchmetrics takes no empty batch); but the model is called for it all the same: under
-    FSDP2 and ZeRO-3 each call gathers parameters, and all ranks must take part. A mean over ranks of means would weigh the rows of
-    a small share more, so sums and counts are added up: `torchmetrics.classification.MulticlassAccuracy` (`average="micro"`,
-    `top_k`) does that when its `compute` is called; for the loss you do.
+    Rows with the label `IGNORED` count nowhere, and a batch may hold nothing else (torchmetrics takes no
+    empty batch); but the model is called for it all the same: under FSDP2 and ZeRO-3 each call gathers
+    parameters, and all ranks must take part. A mean over ranks of means would weigh the rows of a small share
+    more, so sums and counts are added up: `torchmetrics.classification.MulticlassAccuracy`
+    (`average="micro"`, `top_k`) does that when its `compute` is called; for the loss you do.
 
     Args:
         model: called as `model(pixel_values=…)`, it returns `.logits` of shape [rows, num_classes].
@@ -389,9 +413,10 @@ def evaluate(model, loader, device: torch.device, num_classes: int) -> dict[str,
         num_classes: classes.
 
     Returns:
-        `loss`, the mean cross-entropy of a row; `top1` and `top5`, the share of rows whose label has the highest logit, or one of the five
-        highest; numbers from 0 to 1. The same on every rank. No gradient is kept, and the model is in training or evaluation mode as before. (An engine's own
-        `training` is always True; that of its `module` says which.)
+        `loss`, the mean cross-entropy of a row; `top1` and `top5`, the share of rows whose label has the
+        highest logit, or one of the five highest; numbers from 0 to 1. The same on every rank. No gradient is
+        kept, and the model is in training or evaluation mode as before. (An engine's own `training` is always
+        True; that of its `module` says which.)
     """
     # BEGIN SOLUTION 5.8
     from torchmetrics.classification import MulticlassAccuracy
@@ -423,11 +448,13 @@ def bytes_sent(collective: str, size: int, ranks: int) -> float:
 
     Args:
         collective: `all-reduce`, `all-gather`, `reduce-scatter`, or `broadcast`.
-        size: bytes of the whole tensor: what is reduced or broadcast; what is there after an all-gather, before a reduce-scatter.
+        size: bytes of the whole tensor: what is reduced or broadcast; what is there after an all-gather,
+            before a reduce-scatter.
         ranks: N, at least 1.
 
     Returns:
-        All-gather and reduce-scatter pass N − 1 of N pieces on: size · (N − 1) / N. An all-reduce is one of each, so twice that. In
+        All-gather and reduce-scatter pass N − 1 of N pieces on: size · (N − 1) / N. An all-reduce is one of
+        each, so twice that. In
         a broadcast all but the last rank pass everything on: size · (N − 1) / N in the mean over the ranks.
 
     Raises:
@@ -449,14 +476,14 @@ def communication_table(found: list[Collective], ranks: int, steps: int) -> dict
     """What one rank sends per optimizer step, by collective.
 
     Args:
-        found: the collectives of that rank's trace, `shardlab.run.trace.collectives(path)`: each with `name` and `bytes`, those of the
-            whole tensor.
+        found: the collectives of that rank's trace, `shardlab.run.trace.collectives(path)`: each with `name`
+            and `bytes`, those of the whole tensor.
         ranks: of the process group.
         steps: optimizer steps in the trace.
 
     Returns:
-        For each collective in the trace, in the order of their first calls: `calls`, `bytes` (of the whole tensors) and `sent` (by
-        `bytes_sent`), each divided by the steps.
+        For each collective in the trace, in the order of their first calls: `calls`, `bytes` (of the whole
+        tensors) and `sent` (by `bytes_sent`), each divided by the steps.
     """
     # BEGIN SOLUTION 5.9
     table: dict[str, dict[str, float]] = {}
@@ -474,10 +501,12 @@ def communication_table(found: list[Collective], ranks: int, steps: int) -> dict
 
 def measure_throughput(take_step: Callable[[], None], samples_per_step: int, device: torch.device, *,
                        warm_up_steps: int = 2, measured_steps: int = 5) -> float:
-    """Samples per second, without the first steps, in which memory is taken, kernels are loaded and buckets are arranged.
+    """Samples per second, without the first steps, in which memory is taken, kernels are loaded and buckets
+    are arranged.
 
-    A GPU works on after a call has returned. So the clock (`time.perf_counter`) is read when the device has done its work:
-    `torch.cuda.synchronize(device)` before each of the two readings, where the device is a GPU.
+    A GPU works on after a call has returned. So the clock (`time.perf_counter`) is read when the device has
+    done its work: `torch.cuda.synchronize(device)` before each of the two readings, where the device is a
+    GPU.
 
     Args:
         take_step: called without arguments, takes one optimizer step.
@@ -504,9 +533,9 @@ def get_memory_stats(device: torch.device) -> dict[str, float]:
     """The most memory that this process has had so far, in GB (10⁹ bytes).
 
     Returns:
-        On a GPU: `peak_allocated_gb`, of tensors, and `peak_reserved_gb`, what torch's allocator took from the GPU for them. On a CPU
-        both are the largest resident memory of the process, `ru_maxrss` of `resource.getrusage(resource.RUSAGE_SELF)`, which Linux counts
-        in KiB.
+        On a GPU: `peak_allocated_gb`, of tensors, and `peak_reserved_gb`, what torch's allocator took from
+        the GPU for them. On a CPU both are the largest resident memory of the process, `ru_maxrss` of
+        `resource.getrusage(resource.RUSAGE_SELF)`, which Linux counts in KiB.
     """
     # BEGIN SOLUTION 5.10
     if device.type == "cuda":
@@ -542,19 +571,25 @@ def run_training_experiment(method: str, model_name: str, train_loader, test_loa
 
     Args:
         method: one of `METHODS`.
-        model_name, num_labels: for `load_vit_model`; its parameters are float32, and `torch_dtype` is what autocast computes in.
+        model_name, num_labels: for `load_vit_model`; its parameters are float32, and `torch_dtype` is what
+            autocast computes in.
         train_loader, test_loader: from `create_data_loaders`.
         num_epochs: passes over the training data, each told its number.
-        micro_batch_size, gradient_accumulation_steps, learning_rate: of the training; AdamW, whose other settings are torch's defaults,
-            or what the method's file in `CONFIGS` says.
-        seed: set (`torch.manual_seed`) before the model is loaded, so that all methods begin with the same weights.
-        enable_profiling: a folder, in which this rank's trace of two steps is written as `rank<rank>.json` (`profile_to`); None for none.
+        micro_batch_size, gradient_accumulation_steps, learning_rate: of the training; AdamW, whose other
+            settings are torch's defaults, or what the method's file in `CONFIGS` says.
+        seed: set (`torch.manual_seed`) before the model is loaded, so that all methods begin with the same
+            weights.
+        enable_profiling: a folder, in which this rank's trace of two steps is written as `rank<rank>.json`
+            (`profile_to`); None for none.
 
     Returns:
-        A dictionary with all of `RESULT_KEYS`, whatever has happened. `not_run` is the reason of `why_not`; empty where the method ran. Then
-        the others are: `final_accuracy`, `final_top5` and `eval_loss` after the last epoch; `train_losses`, one per step, all epochs in one list;
-        `epoch_duration`, seconds, one per epoch; `throughput`, samples/s, measured after the evaluation on steps of the training loader's first
-        micro-batch; `held_bytes`, the fields of `held_before_step` as a dictionary; `peak_memory_gb`, what `get_memory_stats` calls `peak_allocated_gb`; `communication`, the `communication_table` of the trace.
+        A dictionary with all of `RESULT_KEYS`, whatever has happened. `not_run` is the reason of `why_not`;
+        empty where the method ran. Then
+        the others are: `final_accuracy`, `final_top5` and `eval_loss` after the last epoch; `train_losses`,
+        one per step, all epochs in one list; `epoch_duration`, seconds, one per epoch; `throughput`,
+        samples/s, measured after the evaluation on steps of the training loader's first micro-batch;
+        `held_bytes`, the fields of `held_before_step` as a dictionary; `peak_memory_gb`, what
+        `get_memory_stats` calls `peak_allocated_gb`; `communication`, the `communication_table` of the trace.
         What there is not is None.
 
     Raises:
@@ -571,7 +606,7 @@ def run_training_experiment(method: str, model_name: str, train_loader, test_loa
     if method in DEEPSPEED_METHODS:
         model = initialize_deepspeed_model(
             model, CONFIGS / f"{method}.json", micro_batch_size=micro_batch_size,
-            gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate)
+            gradient_accumulation_steps=gradient_accumulation_steps, learning_rate=learning_rate, torch_dtype=torch_dtype)
         optimizer = model.optimizer
     else:
         model = wrap_model(model, method, device)
@@ -639,16 +674,17 @@ def method_experiment(method: str, *, ranks: int, epochs: int = 1, train_images:
     """
     own_ranks = 1 if method.startswith("single_gpu") else ranks
     settings = {
-        "program": "exercises.lab05_multi_gpu:train_method", "method": method, "ranks": own_ranks, "model": "vit-tiny", "data": "drawn",
-        "micro_batch": 16, "accumulation": 2 * ranks // own_ranks, "epochs": epochs, "learning_rate": 1e-3,
-        "train_examples": train_images, "eval_examples": test_images, "options": {"trace": trace}}
+        "program": "exercises.lab05_multi_gpu:train_method", "method": method, "ranks": own_ranks,
+        "model": "vit-tiny", "data": "drawn", "micro_batch": 16, "accumulation": 2 * ranks // own_ranks,
+        "epochs": epochs, "learning_rate": 1e-3, "train_examples": train_images, "eval_examples": test_images, "options": {"trace": trace}}
     if method in DEEPSPEED_METHODS:
         settings["deepspeed"] = json.loads(Path(CONFIGS, f"{method}.json").read_text())
     return Experiment(name=f"lab05-{method}", **(settings | changes))
 
 
 def train_method(experiment: Experiment, run: Run) -> dict:
-    """What every rank runs: your functions, put together. `shardlab.run.launch` calls it with the experiment and its run folder.
+    """What every rank runs: your functions, put together. `shardlab.run.launch` calls it with the experiment
+    and its run folder.
 
     The experiment's `options`: `trace`, whether two steps are profiled, into the run folder.
     """
@@ -675,6 +711,6 @@ def train_method(experiment: Experiment, run: Run) -> dict:
     losses, durations = result["train_losses"] or [], result["epoch_duration"] or []
     for step, loss in enumerate(losses if rank == 0 else [], 1):
         seconds = durations[(step - 1) * len(durations) // len(losses)] * len(durations) / len(losses)
-        run.log_step(step=step, loss=loss, seconds=round(seconds, 4), samples_per_second=round(experiment.global_batch / seconds, 3),
-                     steps=len(losses))
+        run.log_step(step=step, loss=loss, seconds=round(seconds, 4), steps=len(losses),
+                     samples_per_second=round(experiment.global_batch / seconds, 3))
     return result

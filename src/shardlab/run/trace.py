@@ -146,3 +146,91 @@ def _type_below(every: list[dict], at: int) -> str:
         if "dtype" in arguments and "Collective name" in arguments:
             return NAMED_BY_NCCL[arguments["dtype"]]
     raise TraceError("a collective over a list of tensors whose type stands nowhere in the trace")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that a rank did during a step: on the GPU where there is one, else on the CPU.
+
+    Attributes:
+        kind: `compute`, or `communication`.
+        name: of a collective as its transport calls it, such as `all_reduce`; of compute the operation or kernel.
+        bytes: that this rank puts into a collective; 0 of compute, and where the trace does not say.
+        start, end: milliseconds since the step began.
+    """
+
+    kind: str
+    name: str
+    bytes: int
+    start: float
+    end: float
+
+
+def spans(path: Path, step: int = 0) -> tuple[list[Span], float]:
+    """What a rank did in one step of a trace of `profile_to`, by beginning; and the milliseconds that the step took.
+
+    Raises:
+        TraceError: there is no such step in the trace.
+    """
+    every = events(path)
+    (whole, *_) = [event for event in every if event["name"] == f"{STEP}{step}" and event.get("cat") == "user_annotation"] or [None]
+    if whole is None:
+        raise TraceError(f"{path}: no step {step} in this trace")
+    begin, end = whole["ts"], whole["ts"] + whole["dur"]
+    on_gpu, found, covered = any(event.get("cat") == "kernel" for event in every), [], begin
+    for event in every:
+        name, arguments = event["name"], event.get("args", {})
+        if not begin <= event["ts"] < end:
+            continue
+        if event.get("cat") == "kernel" and "nccl" in name.lower():
+            name, size = arguments.get("Collective name", name).strip("_"), _nccl_bytes(arguments)
+        elif name.startswith("gloo:"):
+            name, size = name.removeprefix("gloo:"), _gloo_bytes(arguments)
+        elif event.get("cat") == "kernel" or (not on_gpu and name.startswith("aten::") and event["tid"] == whole["tid"]):
+            if not on_gpu and event["ts"] < covered:  # within the operation before it
+                continue
+            covered, size = event["ts"] + event["dur"], None
+        else:
+            continue
+        kind = "compute" if size is None else "communication"
+        found.append(Span(kind, name, size or 0, (event["ts"] - begin) / 1000, (event["ts"] + event["dur"] - begin) / 1000))
+    return found, whole["dur"] / 1000
+
+
+def _gloo_bytes(arguments: dict) -> int:
+    return sum(
+        math.prod(shape) * BYTES.get(kind, 0)
+        for shape, kind in zip(arguments.get("Input Dims", []), arguments.get("Input type", []))
+    )
+
+
+def _nccl_bytes(arguments: dict) -> int:
+    return arguments.get("In msg nelems", 0) * BYTES.get(NAMED_BY_NCCL.get(arguments.get("dtype"), ""), 0)
+
+
+def _covered(intervals: list[tuple[float, float]]) -> float:
+    """The length of the union of intervals."""
+    total, until = 0.0, -math.inf
+    for start, end in sorted(intervals):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
+
+
+def shares(path: Path, step: int = 0) -> dict[str, float]:
+    """Where the time of a step goes: shares that add up to 1.
+
+    Returns:
+        `compute`; `exposed communication`, while nothing is computed; and `neither`. `hidden communication`, which goes on next to
+        compute, is part of the first.
+    """
+    found, length = spans(path, step)
+    by_kind = {kind: [(s.start, min(s.end, length)) for s in found if s.kind == kind] for kind in ("compute", "communication")}
+    compute, either = _covered(by_kind["compute"]), _covered(by_kind["compute"] + by_kind["communication"])
+    communication = _covered(by_kind["communication"])
+    return {
+        "compute": compute / length,
+        "exposed communication": (either - compute) / length,
+        "neither": 1 - either / length,
+        "hidden communication": (communication - (either - compute)) / length,
+    }

@@ -1,0 +1,65 @@
+"""Four charts of methods against each other, from run folders: memory, throughput, training time, scaling efficiency."""
+
+from __future__ import annotations
+
+from shardlab.run.run_folder import Run
+from shardlab.zero.memory_model import MIB
+
+KINDS = {"parameters": "tab:blue", "gradients": "tab:orange", "optimizer": "tab:green"}
+
+
+def scaling_efficiency(runs: list[Run]) -> dict[str, float]:
+    """Samples/s per rank, as a share of what one rank reaches alone, by run: of the same method where it ran on one rank, else of
+    the first run on one rank. Empty if there is none."""
+    measured = {run.name: run for run in runs if run.results.get("throughput")}
+    alone = {run.experiment.method: run.results["throughput"] for run in reversed(measured.values()) if run.experiment.ranks == 1}
+    if not alone:
+        return {}
+    first = next(run.results["throughput"] for run in measured.values() if run.experiment.ranks == 1)
+    return {
+        name: run.results["throughput"] / run.experiment.ranks / alone.get(run.experiment.method, first)
+        for name, run in measured.items()
+    }
+
+
+def create_performance_visualizations(runs: list[Run]):
+    """Draw the four charts. A run that was not run, or failed, has an empty place with its name.
+
+    Args:
+        runs: of programs whose results have `held_bytes`, `throughput` and `epoch_duration`.
+
+    Returns:
+        The matplotlib figure.
+    """
+    import matplotlib.pyplot as plt
+
+    labels = [f"{run.experiment.method}\n{run.experiment.ranks} rank{'s' * (run.experiment.ranks > 1)}" for run in runs]
+    figure, ((memory, speed), (duration, scaling)) = plt.subplots(2, 2, figsize=(11, 6.5))
+    places = range(len(runs))
+    below = [0.0] * len(runs)
+    for kind, color in KINDS.items():
+        for prefix, hatch in (("", ""), ("host_", "//")):
+            found = [(run.results.get("held_bytes") or {}).get(prefix + kind, 0) / MIB for run in runs]
+            label = kind + (" on the host" if prefix else "")
+            memory.bar(
+                places, found, bottom=below, color=color, hatch=hatch, edgecolor="white", label=label if any(found) else None
+            )
+            below = [a + b for a, b in zip(below, found)]
+    memory.set(title="Model states held per rank, just before a step", ylabel="MiB")
+    memory.legend(fontsize=7)
+    speed.bar(places, [run.results.get("throughput") or 0 for run in runs], color="tab:gray")
+    speed.set(title="Throughput", ylabel="samples/s, all ranks")
+    duration.bar(places, [sum(run.results.get("epoch_duration") or []) for run in runs], color="tab:gray")
+    duration.set(title="Training time", ylabel="seconds, all epochs")
+    efficiency = scaling_efficiency(runs)
+    scaling.bar(places, [100 * efficiency.get(run.name, 0) for run in runs], color="tab:gray")
+    scaling.axhline(100, color="black", linewidth=0.8, linestyle=":")
+    scaling.set(title="Scaling efficiency: samples/s per rank, against one rank alone", ylabel="%")
+    for axis in (memory, speed, duration, scaling):
+        axis.set_xticks(places, labels, fontsize=7, rotation=0 if len(runs) < 6 else 45)
+        for place, run in zip(places, runs):
+            if not run.results.get("throughput"):
+                axis.text(place, 0, " not run", rotation=90, ha="center", va="bottom", fontsize=7)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
