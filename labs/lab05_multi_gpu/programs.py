@@ -700,6 +700,7 @@ def orchestrate(
     micro_batch: int = 4,
     dtype: str = "float32",
     seed: int = 17,
+    checkpointing: bool = False,
     profile: bool = True,
 ) -> dict:
     """Task 5.11: what the exercise calls, in which order and with what, where every function that it puts together is stood in for."""
@@ -861,6 +862,7 @@ def orchestrate(
                 gradient_accumulation_steps=accumulation,
                 learning_rate=0.125,
                 torch_dtype=getattr(torch, dtype),
+                enable_gradient_checkpointing=checkpointing,
                 seed=seed,
                 enable_profiling=Path("/traces") if profile else None,
             )

@@ -626,7 +626,14 @@ def check_run(
     profile: bool = True,
 ) -> None:
     """What the runner has to call, with what, and to make of it."""
-    settings = {"epochs": epochs, "accumulation": accumulation, "dtype": dtype, "seed": seed, "profile": profile}
+    settings = {
+        "epochs": epochs,
+        "accumulation": accumulation,
+        "dtype": dtype,
+        "seed": seed,
+        "profile": profile,
+        "checkpointing": dtype != "float32",
+    }
     got = lab.observe(f"{PROGRAMS}:orchestrate", method, device, rank, ranks, **settings)
     what = f"{method}, rank {rank} of {ranks}, {epochs} epochs"
     log = [(name, given) for name, given in got["log"]]
@@ -643,7 +650,14 @@ def check_run(
     require_equal(calls("seed"), [seed], of=f"the seed that torch has when the model is loaded ({what})")
     require_equal(
         calls("load_vit_model"),
-        [{"model_name": "some-vit", "num_labels": 9, "torch_dtype": "torch.float32", "enable_gradient_checkpointing": False}],
+        [
+            {
+                "model_name": "some-vit",
+                "num_labels": 9,
+                "torch_dtype": "torch.float32",
+                "enable_gradient_checkpointing": dtype != "float32",
+            }
+        ],
         of=f"the calls of load_vit_model ({what})",
     )
     if deepspeed:

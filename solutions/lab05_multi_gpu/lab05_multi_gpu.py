@@ -565,14 +565,15 @@ def why_not(method: str, device: torch.device, world_size: int) -> str:
 
 def run_training_experiment(method: str, model_name: str, train_loader, test_loader, rank: int, world_size: int, *,
                             device: torch.device, num_labels: int, num_epochs: int, micro_batch_size: int,
-                            gradient_accumulation_steps: int, learning_rate: float, torch_dtype: torch.dtype = torch.float32,
+                            gradient_accumulation_steps: int, learning_rate: float,
+                            torch_dtype: torch.dtype = torch.float32, enable_gradient_checkpointing: bool = False,
                             seed: int = 0, enable_profiling: Path | None = None) -> dict:
     """Train one model by one method, evaluate it, and measure. All ranks call it, within a process group.
 
     Args:
         method: one of `METHODS`.
-        model_name, num_labels: for `load_vit_model`; its parameters are float32, and `torch_dtype` is what
-            autocast computes in.
+        model_name, num_labels, enable_gradient_checkpointing: for `load_vit_model`; its parameters are
+            float32, and `torch_dtype` is what autocast computes in.
         train_loader, test_loader: from `create_data_loaders`.
         num_epochs: passes over the training data, each told its number.
         micro_batch_size, gradient_accumulation_steps, learning_rate: of the training; AdamW, whose other
@@ -584,10 +585,10 @@ def run_training_experiment(method: str, model_name: str, train_loader, test_loa
 
     Returns:
         A dictionary with all of `RESULT_KEYS`, whatever has happened. `not_run` is the reason of `why_not`;
-        empty where the method ran. Then
-        the others are: `final_accuracy`, `final_top5` and `eval_loss` after the last epoch; `train_losses`,
-        one per step, all epochs in one list; `epoch_duration`, seconds, one per epoch; `throughput`,
-        samples/s, measured after the evaluation on steps of the training loader's first micro-batch;
+        empty where the method ran. Then the others are: `final_accuracy`, `final_top5` and `eval_loss` after
+        the last epoch; `train_losses`, one per step, all epochs in one list; `epoch_duration`, seconds, one
+        per epoch; `throughput`, samples/s, measured after the evaluation: its steps, like all those below,
+        take the training loader's first micro-batch again and again;
         `held_bytes`, the fields of `held_before_step` as a dictionary; `peak_memory_gb`, what
         `get_memory_stats` calls `peak_allocated_gb`; `communication`, the `communication_table` of the trace.
         What there is not is None.
@@ -602,7 +603,7 @@ def run_training_experiment(method: str, model_name: str, train_loader, test_loa
     if result["not_run"]:
         return result
     torch.manual_seed(seed)
-    model = load_vit_model(model_name, num_labels)
+    model = load_vit_model(model_name, num_labels, enable_gradient_checkpointing=enable_gradient_checkpointing)
     if method in DEEPSPEED_METHODS:
         model = initialize_deepspeed_model(
             model, CONFIGS / f"{method}.json", micro_batch_size=micro_batch_size,
@@ -662,7 +663,7 @@ class Counted:
 
 
 def method_experiment(method: str, *, ranks: int, epochs: int = 1, train_images: int = 1010, test_images: int = 505,
-                      trace: bool = True, **changes) -> Experiment:
+                      trace: bool = True, checkpointing: bool = False, **changes) -> Experiment:
     """What to train by one method. `single_gpu_…` takes one rank, with as many micro-batches more.
 
     Args:
@@ -670,13 +671,15 @@ def method_experiment(method: str, *, ranks: int, epochs: int = 1, train_images:
         ranks: of the other methods.
         epochs, train_images, test_images: how long, and how many images of each split.
         trace: whether two steps are profiled.
+        checkpointing: whether activations are computed anew in the backward pass.
         changes: fields of the experiment.
     """
     own_ranks = 1 if method.startswith("single_gpu") else ranks
     settings = {
         "program": "exercises.lab05_multi_gpu:train_method", "method": method, "ranks": own_ranks,
         "model": "vit-tiny", "data": "drawn", "micro_batch": 16, "accumulation": 2 * ranks // own_ranks,
-        "epochs": epochs, "learning_rate": 1e-3, "train_examples": train_images, "eval_examples": test_images, "options": {"trace": trace}}
+        "epochs": epochs, "learning_rate": 1e-3, "train_examples": train_images, "eval_examples": test_images,
+        "options": {"trace": trace, "checkpointing": checkpointing}}
     if method in DEEPSPEED_METHODS:
         settings["deepspeed"] = json.loads(Path(CONFIGS, f"{method}.json").read_text())
     return Experiment(name=f"lab05-{method}", **(settings | changes))
@@ -686,7 +689,8 @@ def train_method(experiment: Experiment, run: Run) -> dict:
     """What every rank runs: your functions, put together. `shardlab.run.launch` calls it with the experiment
     and its run folder.
 
-    The experiment's `options`: `trace`, whether two steps are profiled, into the run folder.
+    The experiment's `options`: `trace`, whether two steps are profiled, into the run folder; `checkpointing`, whether
+    activations are computed anew in the backward pass.
     """
     from shardlab.data.images import load_images
     from shardlab.data.models import image_settings
@@ -706,7 +710,8 @@ def train_method(experiment: Experiment, run: Run) -> dict:
         num_labels=len(images["train"].classes), num_epochs=int(experiment.epochs), micro_batch_size=experiment.micro_batch,
         gradient_accumulation_steps=experiment.accumulation, learning_rate=experiment.learning_rate,
         torch_dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[experiment.precision],
-        seed=experiment.seed, enable_profiling=run.folder if experiment.options.get("trace") else None)
+        enable_gradient_checkpointing=experiment.options.get("checkpointing", False), seed=experiment.seed,
+        enable_profiling=run.folder if experiment.options.get("trace") else None)
     say()
     losses, durations = result["train_losses"] or [], result["epoch_duration"] or []
     for step, loss in enumerate(losses if rank == 0 else [], 1):
