@@ -340,6 +340,14 @@ def zero_files() -> dict[str, str]:
     return files
 
 
+def engine_experiment(name: str, file: str, *, accumulation: int = 1, ranks: int = 2, seed: int = 3, **options) -> Experiment:
+    """An engine of one of `zero_files`. That DeepSpeed will be used is said to the launcher too, which then prepares it on the ranks."""
+    given = {"file": zero_files()[file]} | options
+    return experiment(
+        name, "engine", ranks=ranks, seed=seed, accumulation=accumulation, options=given, deepspeed=zero_configuration(1)
+    )
+
+
 def check_engine(got: dict, stage: int, ranks: int, accumulation: int, seed: int, clipping: float = 0.0) -> None:
     """What an engine has to be, and to do in three steps."""
     what = f"stage {stage}, {ranks} ranks, accumulation {accumulation}"
@@ -400,13 +408,12 @@ def test_engines(lab, run_experiments):
         require("an engine was made" not in said, expected=f"ValueError for {what} before an engine is made", got=said)
     said = lab.observe(f"{PROGRAMS}:refuse", '{"optimizer": {"type": "AdamW"}}')
     require(said == "no error", expected="no error for an optimizer without params: lr is put there", got=said)
-    files = zero_files()
     plans = [
-        experiment("stage1", "engine", options={"file": files["stage 1"]}, accumulation=2),
-        experiment("stage2", "engine", options={"file": files["stage 2"]}, accumulation=2),
-        experiment("stage3", "engine", options={"file": files["stage 3"]}),
-        experiment("numbers", "engine", options={"file": files["numbers"]}),
-        experiment("bf16", "engine", options={"file": files["stage 1"], "dtype": "bfloat16"}),
+        engine_experiment("stage1", "stage 1", accumulation=2),
+        engine_experiment("stage2", "stage 2", accumulation=2),
+        engine_experiment("stage3", "stage 3"),
+        engine_experiment("numbers", "numbers"),
+        engine_experiment("bf16", "stage 1", dtype="bfloat16"),
     ]
     with ranks_come_back():
         runs = run_experiments(plans, timeout=90)

@@ -11,10 +11,10 @@ from test_lab05_multi_gpu import (
     check_scores,
     check_wrapped,
     elements,
+    engine_experiment,
     experiment,
     tabled,
     zero_configuration,
-    zero_files,
 )
 
 from shardlab.milestones.agreement import agree, solution
@@ -82,11 +82,7 @@ def test_wrapped_on_three_ranks(lab, run_experiments):
 @pytest.mark.milestone(task="5.6", ranks=3)
 def test_engines_on_three_ranks(lab, run_experiments):
     lab.initialize_deepspeed_model  # noqa: B018
-    files = zero_files()
-    plans = [
-        experiment(f"engine{stage}-of-3", "engine", ranks=3, seed=9, accumulation=3, options={"file": files[f"stage {stage}"]})
-        for stage in (2, 3)
-    ]
+    plans = [engine_experiment(f"engine{stage}-of-3", f"stage {stage}", ranks=3, seed=9, accumulation=3) for stage in (2, 3)]
     runs = run_experiments(plans)
     for stage in (2, 3):
         check_engine(runs[f"engine{stage}-of-3"].results, stage, 3, 3, 9)

@@ -26,6 +26,7 @@ OPS = {
     "cpu_adam": ("CPUAdamBuilder", "Adam on the host, for optimizer offload", 1),
     "pin_memory": ("PinMemoryBuilder", "page-locked host memory, for NVMe offload", 0.5),
     "fused_adam": ("FusedAdamBuilder", "Adam in one kernel, for the optimizer type AdamW of a DeepSpeed configuration", 2),
+    "quantizer": ("QuantizerBuilder", "quantized weights and gradients, for ZeRO++ on GPUs", 2),
     "async_io": ("AsyncIOBuilder", "reading and writing NVMe through libaio", 2),
 }
 """Op: DeepSpeed's builder, what it is for, and about how many minutes it takes to build on two cores."""
@@ -109,6 +110,9 @@ def needed_by(config: dict | None, on: str | None = None) -> list[str]:
         needed.append("cpu_adam")
     elif optimizer.get("type", "").lower() in ("adam", "adamw") and not torch_adam:
         needed.append("fused_adam")
+    quantized = zero.get("zero_quantized_weights") or zero.get("zero_quantized_gradients")
+    if quantized and (on or hardware.device()) == "cuda":
+        needed.append("quantizer")
     if "nvme" in (device, other):
         needed += ["pin_memory", "async_io"]
     return needed
@@ -117,7 +121,8 @@ def needed_by(config: dict | None, on: str | None = None) -> list[str]:
 def needed_on(device: str) -> list[str]:
     """The ops that labs load for ranks on `cuda` or `cpu`."""
     # The ranks of GPUs talk through NCCL; on the CPU the labs use torch's own Adam, or cpu_adam.
-    return [op for op in OPS if op != {"cuda": "deepspeed_shm_comm", "cpu": "fused_adam"}[device]]
+    others = {"cuda": ("deepspeed_shm_comm",), "cpu": ("fused_adam", "quantizer")}[device]
+    return [op for op in OPS if op not in others]
 
 
 HEARTBEAT = 30.0
