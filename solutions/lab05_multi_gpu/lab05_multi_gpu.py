@@ -714,8 +714,9 @@ def train_method(experiment: Experiment, run: Run) -> dict:
         micro_batch_size=experiment.micro_batch, rank=rank, world_size=world_size, seed=experiment.seed)
     result = run_training_experiment(
         experiment.method, experiment.model, Counted(train_loader, say), test_loader, rank, world_size, device=device,
-        num_labels=rows_of_head(len(images["train"].classes)), num_epochs=int(experiment.epochs), micro_batch_size=experiment.micro_batch,
-        gradient_accumulation_steps=experiment.accumulation, learning_rate=experiment.learning_rate,
+        num_labels=rows_of_head(len(images["train"].classes)), num_epochs=int(experiment.epochs),
+        micro_batch_size=experiment.micro_batch, gradient_accumulation_steps=experiment.accumulation,
+        learning_rate=experiment.learning_rate,
         torch_dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[experiment.precision],
         enable_gradient_checkpointing=experiment.options.get("checkpointing", False), seed=experiment.seed,
         enable_profiling=run.folder if experiment.options.get("trace") else None)
