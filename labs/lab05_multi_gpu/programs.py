@@ -464,9 +464,9 @@ def engine(experiment: Experiment, run: Run) -> dict:
     }
 
 
-def refuse(text: str) -> str:
-    """What the exercise says of a configuration file; no engine is made."""
-    made = []
+def _given_to_deepspeed(text: str, **more) -> tuple[list[dict], str]:
+    """The configurations that the exercise gives to DeepSpeed for a file, and the ValueError that it raises; no engine is made."""
+    made: list[dict] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         path = Path(folder, "config.json")
         path.write_text(text)
@@ -474,12 +474,31 @@ def refuse(text: str) -> str:
             stack.enter_context(mock.patch.object(dist, name, stand_in))
         import deepspeed
 
-        stack.enter_context(mock.patch.object(deepspeed, "initialize", lambda *given, **named: made.append(1) or [None] * 4))
+        def initialize(*given, config, **named):
+            made.append(config)
+            return [None] * 4
+
+        stack.enter_context(mock.patch.object(deepspeed, "initialize", initialize))
+        sizes = {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0.1}
         try:
-            _lab().initialize_deepspeed_model(small(0), path, micro_batch_size=1, gradient_accumulation_steps=1, learning_rate=0.1)
+            _lab().initialize_deepspeed_model(small(0), path, **sizes, **more)
         except ValueError as error:
-            return f"an engine was made, and then: {error}" if made else str(error)
-    return "no error"
+            return made, str(error)
+    return made, ""
+
+
+def refuse(text: str) -> str:
+    """Task 5.6: what the exercise says of a configuration file."""
+    made, said = _given_to_deepspeed(text)
+    if not said:
+        return "no error"
+    return f"an engine was made, and then: {said}" if made else said
+
+
+def configure(text: str, dtype: str) -> dict:
+    """Task 5.6: the configuration that the exercise makes of a file, for a type to compute in."""
+    made, said = _given_to_deepspeed(text, torch_dtype=getattr(torch, dtype))
+    return made[0] if made else {"refused": said}
 
 
 def train_standard(experiment: Experiment, run: Run) -> dict:
@@ -586,7 +605,7 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
     for training in (True, False):
         model.train(training)
         scores.append(_lab().evaluate(model, loader, here(), CLASSES))
-        modes.append(module.training == training)
+        modes.append(module.training)
     kept = all(
         torch.equal(a.as_subclass(torch.Tensor), b) and torch.equal(c.as_subclass(torch.Tensor), d)
         for (a, c), (b, d) in zip(loader, given, strict=True)
@@ -594,7 +613,7 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
     return {
         "scores": gather(scores),
         "kinds": sorted({type(value).__name__ for value in scores[0].values()}),
-        "modes": all(gather(all(modes))),
+        "modes": gather(modes),
         "moved": all(gather(all(watch.moved))),
         "off": not any(watch.training),
         "gradients": any(watch.gradients),

@@ -281,7 +281,9 @@ def initialize_deepspeed_model(model: nn.Module, config_path: str | Path, *, mic
         learning_rate: for `optimizer.params.lr`.
         torch_dtype: where it is not float32, the engine computes under autocast with it. An autocast around
             the engine has no effect: the entry `torch_autocast`, {"enabled": True, "dtype": …} with torch's
-            name of the type such as "bfloat16", has.
+            name of the type such as "bfloat16", has. DeepSpeed refuses it together with
+            `zero_quantized_weights`: a file that has this on gets `bf16`, {"enabled": True}, instead, and its
+            parameters are in bf16 then.
 
     Returns:
         The engine.
@@ -301,7 +303,9 @@ def initialize_deepspeed_model(model: nn.Module, config_path: str | Path, *, mic
     config["gradient_accumulation_steps"] = gradient_accumulation_steps
     config["train_batch_size"] = micro_batch_size * gradient_accumulation_steps * dist.get_world_size()
     config["optimizer"].setdefault("params", {})["lr"] = learning_rate
-    if torch_dtype != torch.float32:
+    if torch_dtype != torch.float32 and config.get("zero_optimization", {}).get("zero_quantized_weights"):
+        config["bf16"] = {"enabled": True}
+    elif torch_dtype != torch.float32:
         config["torch_autocast"] = {"enabled": True, "dtype": str(torch_dtype).removeprefix("torch.")}
     if left := auto_in(config):
         raise ValueError(f"{config_path}: {', '.join(left)} is 'auto', which only Trainer fills in; write a value")
