@@ -256,6 +256,30 @@ def launch(
     return finished
 
 
+def launch_each(experiments: list[Experiment], *, runs: Path | str = "runs", **how) -> list[Run]:
+    """Run experiments as `launch` does, but one that fails does not end those after it: they are launched anew.
+
+    Args:
+        experiments, runs: as of `launch`.
+        how: its other arguments; the time limit is that of each launch.
+
+    Returns:
+        All runs, in the order of the experiments. The folder of one that failed says so, with its reason.
+
+    Raises:
+        TooFewGpus: there are GPUs here, and too few of them.
+        KeyboardInterrupt: as of `launch`.
+    """
+    waiting, folder = list(experiments), Path(runs).resolve()
+    while waiting:
+        try:
+            launch(waiting, runs=folder, **how)
+            break
+        except LaunchError:
+            waiting = [experiment for experiment in waiting if Run.read(folder / experiment.name).outcome == "not run"]
+    return [Run.read(folder / experiment.name) for experiment in experiments]
+
+
 def _what_is_kept(runs: list[Run]) -> str:
     held = [
         f"{run.folder} has {len(steps)} step{'s' * (len(steps) > 1)}" for run in runs if (steps := Run.read(run.folder).metrics())

@@ -1,0 +1,406 @@
+# %% [markdown]
+# # Lab 05: every way to use the GPUs of one node
+#
+# **What you will have built:** one function that trains the same model by eight methods: alone, alone with offload, DDP, FSDP2, ZeRO-1, 2 and 3, and ZeRO++. It
+# counts the bytes that each method holds and sends, measures how fast it is, and says which one to take when. It runs on two CPU cores, where the ranks
+# talk through gloo, and unchanged on GPUs, where they talk through NCCL.
+#
+# **Time:** about 90 minutes. **Before it:** labs 02 and 03, and the lecture `notebooks/05_collectives.ipynb`.
+#
+# | task | what you write | difficulty (1–5) |
+# | --- | --- | --- |
+# | 5.1 | `setup_distributed`, `cleanup_distributed` | 2 |
+# | 5.2 | `create_image_transforms` | 2 |
+# | 5.3 | `create_data_loaders` | 3 |
+# | 5.4 | `load_vit_model` | 1 |
+# | 5.5 | `wrap_model` | 2 |
+# | 5.6 | `initialize_deepspeed_model` | 2 |
+# | 5.7 | `train_epoch_standard`, `train_epoch_deepspeed` | 4 |
+# | 5.8 | `evaluate` | 3 |
+# | 5.9 | `bytes_sent`, `communication_table` | 2 |
+# | 5.10 | `measure_throughput`, `get_memory_stats` | 2 |
+# | 5.11 | `run_training_experiment` | 3 |
+#
+# You write in `src/exercises/lab05_multi_gpu.py`. The checks of 5.1 and 5.5 to 5.8 start real ranks.
+
+# %%
+from shardlab.show.notebook import RUNS, check, compare, reference, scoreboard, show, start, table
+
+lab = start("lab05_multi_gpu")
+
+# %% [markdown]
+# ## 5.1 A process group
+#
+# Ranks that want to talk form a **process group**. A launcher tells each its `RANK`, its `LOCAL_RANK` on this machine and the `WORLD_SIZE`, and
+# where they meet. Four things go wrong again and again: the GPU chosen by the rank instead of the local rank (on the second machine there is no GPU 8); no
+# current device set, so that NCCL puts all ranks on GPU 0; a script that only works under a launcher; and a rank that just ends, so that its neighbours print
+# pages about a lost connection.
+#
+# Complete `setup_distributed()` and `cleanup_distributed()`.
+
+# %%
+device, rank, local_rank, world_size = lab.setup_distributed()
+print(f"device {device}, rank {rank} of {world_size}: a notebook is a lone process")
+lab.cleanup_distributed()
+
+# %%
+check("5.1")
+
+# %% [markdown]
+# ## 5.2 Images in, numbers out
+#
+# The model learns 101 classes, as many as Food-101 has. By default the course draws the images itself: a shape filled with a texture in a pair
+# of colours. The two colours of a pair add up to white, so the mean colour of an image says next to nothing about its class.
+
+# %%
+import matplotlib.pyplot as plt
+
+from shardlab.data.images import load_images
+
+images = load_images("drawn")
+figure, axes = plt.subplots(2, 8, figsize=(9, 2.6))
+for number, axis in enumerate(axes.flat):
+    image, label = images["train"][number * 13]
+    axis.imshow(image)
+    axis.set_title(images["train"].classes[label].replace(" ", "\n", 2), fontsize=5)
+    axis.axis("off")
+
+# %% [markdown]
+# A model takes images of one size, as numbers around 0: scaled to 0…1, less a mean, over a deviation, channel by channel. Which mean and deviation, its
+# image processor says. In training, half of the images are mirrored, so that the model sees more than there is.
+#
+# Complete `create_image_transforms(image_size, mean, std)`.
+
+# %%
+training, validation = lab.create_image_transforms(32, [0.5] * 3, [0.5] * 3)
+tensor = validation(images["train"][0][0])
+print(tensor.dtype, list(tensor.shape), f"from {tensor.min():.2f} to {tensor.max():.2f}")
+
+# %%
+check("5.2")
+
+# %% [markdown]
+# ## 5.3 Who sees which row
+#
+# 101 rows do not divide by 2 ranks. What then?
+#
+# - **In training** all ranks must take equally many steps: one that takes a step more waits in its all-reduce for ever. `DistributedSampler` makes the shares equal by
+#   repeating rows, or with `drop_last` by leaving some out. We leave them out: the next epoch has another order, and leaves out others.
+# - **In evaluation** no row may count twice and none may be missing, or the accuracy is another one on every number of ranks. So we fill up with rows whose
+#   label is −100 and count them nowhere. (It is lab 01's −100, for the same reason.)
+#
+# Complete `create_data_loaders(…)`. `FilledUp` is given.
+
+# %%
+seven = [(lab.torch.tensor([float(number)]), number) for number in range(7)]
+for rank in range(2):
+    train_loader, test_loader = lab.create_data_loaders(
+        seven, seven, micro_batch_size=2, rank=rank, world_size=2
+    )
+    print(
+        f"rank {rank}: trains on",
+        [labels.tolist() for _, labels in train_loader],
+        "and is asked",
+        [labels.tolist() for _, labels in test_loader],
+    )
+
+# %%
+check("5.3")
+
+# %% [markdown]
+# ## 5.4 A Vision Transformer
+#
+# A ViT cuts an image into patches, makes a vector of each, and goes on as BLOOM does, without a mask: every patch sees every other. The class is read off
+# one vector more. Ours has 4 blocks of width 96 and patches of 8 × 8 pixels. With a GPU and weights at hand you will want
+# `google/vit-huge-patch14-224-in21k`, 32 blocks of width 1280.
+#
+# Complete `load_vit_model(model_name, num_labels, torch_dtype, enable_gradient_checkpointing)`.
+
+# %%
+model = lab.load_vit_model("vit-tiny", 101)
+print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
+
+# %%
+check("5.4")
+
+# %% [markdown]
+# ## 5.5 DDP and FSDP2
+#
+# **DDP** leaves the whole model on each rank, and averages the gradients in the backward pass. It does not wait for the last one: gradients go into **buckets** of
+# 25 MiB, and a full bucket is sent while the next is computed.
+#
+# **FSDP2** gives each rank a shard of each parameter. Just before a block computes, its parameters are gathered (all-gather); right after, they are let go. In the
+# backward pass they are gathered again, and its gradients are averaged and dealt out at once (reduce-scatter). `fully_shard(module)` makes a unit of what is below `module`
+# and not in a unit yet. So the blocks come first, and then the model, which gets what is left.
+#
+# Complete `wrap_model(model, method, device)`. The check counts what a step really sends.
+
+# %%
+check("5.5")
+
+# %% [markdown]
+# ## 5.6 An engine
+#
+# `Trainer` fills in every `"auto"` of a DeepSpeed configuration. Without it you do, and whatever is left "auto" should end in a sentence rather than in a traceback from
+# within DeepSpeed. One more thing is easily missed: an autocast *around* an engine has no effect. DeepSpeed switches it off inside, and says so once in a log that nobody reads.
+# What it computes in is the configuration's business.
+#
+# Complete `initialize_deepspeed_model(model, config_path, …)`.
+
+# %%
+print((lab.CONFIGS / "zero3.json").read_text())
+
+# %%
+check("5.6")
+
+# %% [markdown]
+# ## 5.7 A step, by hand and by an engine
+#
+# With accumulation over $k$ micro-batches, DDP would average the gradients $k$ times per step, and $k - 1$ of these are for nothing. Within
+# `model.no_sync()` it leaves them where they are; the forward pass must be inside too, since DDP decides there. The engine of lab 03 knows all this from
+# its configuration.
+#
+# At the end of an epoch a few micro-batches may be left that make no whole step. An engine would carry them into the next epoch; the loop by hand would lose
+# them. Then the methods would not train on the same rows any more. So both leave them out (`whole_steps`).
+#
+# Complete `train_epoch_standard(…)` and `train_epoch_deepspeed(…)`.
+
+# %%
+check("5.7")
+
+# %% [markdown]
+# ## 5.8 Means of means
+#
+# Rank 0 has 4 rows and is right about 4; rank 1 has 3 and is right about none. The mean of 100 % and 0 % is 50 %; 4 of 7 are 57 %. So add up
+# counts and sums, and divide once, at the end.
+#
+# And call the model for every batch, even one in which nothing counts. Under ZeRO-3 and FSDP2 each call gathers parameters; a rank that leaves one
+# out lets the others wait.
+#
+# Complete `evaluate(model, loader, device, num_classes)`.
+
+# %%
+check("5.8")
+
+# %% [markdown]
+# ## 5.9 A ring
+#
+# On a ring of $N$ ranks each sends to its neighbour only. A tensor of $S$ bytes is cut into $N$ pieces. A reduce-scatter takes $N - 1$ turns: in each, every rank
+# passes one piece on, to which its neighbour adds its own. Then each rank has the sum of one piece. An all-gather takes $N - 1$ turns more. So
+#
+# $$\text{reduce-scatter} = \text{all-gather} = \frac{N-1}{N} S, \qquad \text{all-reduce} = 2 \, \frac{N-1}{N} S .$$
+#
+# Complete `bytes_sent(…)` and `communication_table(…)`. What a rank called is in its trace: `shardlab.run.trace.collectives` reads it.
+
+# %%
+for collective in ("all-reduce", "all-gather", "reduce-scatter"):
+    print(f"{collective:15}", [round(lab.bytes_sent(collective, 1000, n)) for n in (1, 2, 4, 8, 64)])
+
+# %%
+check("5.9")
+
+# %% [markdown]
+# ## 5.10 Seconds and bytes
+#
+# A GPU is told what to do and the call returns; the work is done later. A clock that is read without waiting for the GPU measures how fast Python
+# talks. And the first steps are not like the others: kernels are loaded, memory is taken, DDP finds out in which order gradients come.
+#
+# Complete `measure_throughput(…)` and `get_memory_stats(device)`.
+
+# %%
+check("5.10")
+
+# %% [markdown]
+# ## 5.11 The runner
+#
+# Now put the parts together. Whatever happens, the result has the same keys: who compares methods must not look whether one is there. A method that
+# cannot run here is *not run*, with its reason.
+#
+# Complete `run_training_experiment(…)`.
+
+# %%
+check("5.11")
+
+# %% [markdown]
+# ## Predict
+#
+# All methods, two ranks, global batch 64 in two micro-batches of 16 per rank (the methods for one rank take four). The model has Ψ = 332,000 parameters in fp32: its head has
+# 128 rows for the 101 classes (`rows_of_head` says why).
+#
+# Bytes that a rank sends per optimizer step: multiples of 4Ψ = 1,328,000. And remember that accumulation is 2. Bytes that it holds just before the step: parameters, gradients, Adam's two
+# moments; DeepSpeed's ZeRO keeps a master copy of its own shard besides.
+
+# %%
+predicted_sent = {"ddp": ..., "zero1": ..., "zero2": ..., "zero3": ..., "fsdp2": ...}
+predicted_held = {"ddp": ..., "zero1": ..., "zero2": ..., "zero3": ..., "fsdp2": ...}
+
+# %% [markdown]
+# ## Run
+#
+# `method_experiment` says what to train, and `launch_each` runs one after the other; one that fails does not end those after it.
+
+# %%
+from shardlab.run.launch import launch_each
+
+planned = [lab.method_experiment(method, ranks=2) for method in lab.METHODS]
+runs = {run.experiment.method: run for run in launch_each(planned, runs=RUNS)}
+table(
+    [
+        {
+            "method": method,
+            "ranks": run.experiment.ranks,
+            "outcome": run.reason or run.results["not_run"] or run.outcome,
+            "first loss": run.losses()[0] if run.losses() else None,
+            "last loss": run.losses()[-1] if run.losses() else None,
+            "samples/s": run.results.get("throughput"),
+        }
+        for method, run in runs.items()
+    ]
+)
+
+# %% [markdown]
+# The methods on two ranks have the same losses to five digits, though they never hold or send the same. Those on one rank differ a little: with other shares of the rows, the same global batch is
+# made of other images.
+#
+# ## Compare
+#
+# Bytes sent per step:
+
+# %%
+done = {method: run for method, run in runs.items() if run.results.get("communication")}
+sent = {
+    method: round(sum(row["sent"] for row in done[method].results["communication"].values()))
+    for method in predicted_sent
+    if method in done
+}
+course = {"ddp": 1_328_004, "zero1": 1_992_008, "zero2": 3_320_012, "zero3": 1_992_012, "fsdp2": 3_866_372}
+compare(sent, predicted_sent, course, unit="bytes", reference_name="course")
+table(
+    [
+        {"method": method, "collective": name, "calls per step": row["calls"], "bytes sent": round(row["sent"])}
+        for method, run in done.items()
+        for name, row in run.results["communication"].items()
+        if run.experiment.ranks > 1
+    ]
+)
+
+# %% [markdown]
+# Read it line by line against the formulae of the lecture:
+#
+# - **DDP** sends 2 · ½ · 4Ψ, once per step, thanks to `no_sync`. The four bytes more are the mean of the loss.
+# - **ZeRO-1** is said to send no more than DDP, 2Ψ: a reduce-scatter and an all-gather. DeepSpeed 0.19.8 sends 3Ψ: it all-reduces the gradients, each rank takes its
+#   shard of the sum, and then the new parameters are gathered.
+# - **ZeRO-2** reduces after *every* micro-batch, as it keeps no whole gradients between them. With accumulation 2 it sends twice as many gradients.
+# - **ZeRO-3** reduce-scatters in every micro-batch too. It gathers less than you may have predicted: below `stage3_max_live_parameters`, 10⁹ elements, parameters
+#   that were gathered once stay until the step changes them. So this small model is whole on each rank, and the textbook's 3Ψ is not what happens.
+# - **FSDP2** does let go: every block is gathered in the forward pass and again in the backward pass, in each micro-batch. The model's own part, outside of the
+#   blocks, is gathered once.
+#
+# Bytes held just before the step:
+
+# %%
+held = {
+    method: sum(done[method].results["held_bytes"].values()) for method in predicted_held if method in done
+}
+course = {"ddp": 5_312_000, "zero1": 3_984_000, "zero2": 3_984_000, "zero3": 3_320_000, "fsdp2": 2_656_000}
+compare(held, predicted_held, course, unit="bytes", reference_name="course")
+
+# %% [markdown]
+# FSDP2 holds less than ZeRO-3. Its parameters *are* fp32, so there is no master copy; DeepSpeed keeps 4 bytes of parameter and 4 of master even where both are fp32. In
+# bf16 training ZeRO-3 holds 2 + 4 for them, and FSDP2 with a `MixedPrecisionPolicy` still 4.
+#
+# ## See it
+#
+# Each run that was profiled has a trace per rank in its folder, `rank0.json`; it opens in https://ui.perfetto.dev, and in TensorBoard. The second step of three of them, on one scale:
+
+# %%
+from shardlab.show.timeline import timeline
+
+timeline([done[method] for method in ("ddp", "fsdp2", "zero3") if method in done])
+
+# %% [markdown]
+# DDP computes, and sends one bucket at the end: the model is far smaller than 25 MiB. FSDP2 sends and computes in turns, block by block. ZeRO-3 gathers in dozens of
+# small calls, one per parameter. (gloo has no reduce-scatter of its own, it calls its all-reduce; so the bars of FSDP2 and ZeRO-3 have that name here. On GPUs, NCCL
+# has one.) On two cores the transport takes the cores away from computing, so little can be hidden.
+
+# %%
+from shardlab.run.trace import shares
+
+table(
+    [
+        {"method": method}
+        | {name: f"{100 * share:.0f} %" for name, share in shares(run.folder / "rank0.json", 1).items()}
+        for method, run in done.items()
+        if run.experiment.ranks > 1
+    ]
+)
+
+# %%
+from shardlab.show.charts import create_performance_visualizations
+
+create_performance_visualizations(list(runs.values()))
+
+# %% [markdown]
+# ## Does it learn?
+#
+# Chance is 1 %. Eight epochs by the fastest method:
+
+# %%
+predicted_accuracy = {"top-1 accuracy after 8 epochs, %": ...}
+
+# %%
+learning = lab.method_experiment(
+    "ddp", ranks=2, epochs=8, train_images=6060, test_images=1010, trace=False, accumulation=1, name="lab05-learning"
+)
+learning = launch_each([learning], runs=RUNS)[0]
+reached = {"top-1 accuracy after 8 epochs, %": 100 * learning.results["final_accuracy"]}
+compare(reached, predicted_accuracy)
+show(learning)
+
+# %% [markdown]
+# ## On GPUs
+#
+# ViT-huge's shape with random weights, bf16, gradient checkpointing, two H100s, measured with `bench/multi_gpu.py`:
+
+# %%
+for name in ("multi-gpu-2xh100", "multi-gpu-2xh100-large-batch"):
+    measured = reference(name)
+    table(
+        [
+            {
+                "method": row["method"],
+                "micro-batch": measured["micro_batch"],
+                "samples/s": row["samples_per_second"],
+                "MFU, %": row["repetitions"][-1]["mfu_percent"],
+                "peak GB": row["repetitions"][-1]["peak_gb"],
+                "held GB": max(row["repetitions"][-1]["held_bytes"]) / 1e9,
+                "exposed communication": f"{100 * row['repetitions'][-1]['shares_of_a_step']['exposed communication']:.0f} %",
+                "neither": f"{100 * row['repetitions'][-1]['shares_of_a_step']['neither']:.0f} %",
+            }
+            for row in measured["results"]
+            if "samples_per_second" in row
+        ]
+    )
+
+# %% [markdown]
+# With 32 images per GPU the GPUs mostly wait: not for each other, but for the host, which starts thousands of small kernels ("neither" is the larger part of a step; the profiler itself adds to it).
+# With 128 images DDP computes in 96 % of a step, and almost all of what it sends is hidden. ZeRO-3 still waits in more than half of its step: its hooks around every sub-module are work for
+# the host, and larger batches do not make them fewer. So what ZeRO-3 costs on a model this small is not the link.
+#
+# ## Questions
+#
+# 1. Why does ZeRO-2 send more than ZeRO-1 here, and with accumulation 1 not?
+# 2. DDP's parameters are the same on all ranks after every step, though nobody sends them. Why?
+# 3. At which Ψ would ZeRO-3 begin to gather every block twice? (`stage3_max_live_parameters`)
+# 4. Which of the methods would you take for ViT-huge on 2 GPUs of 80 GB? And on 2 of 12 GB?
+#
+# ## Going further
+#
+# - Put `"stage3_max_live_parameters": 0` and `"stage3_max_reuse_distance": 0` into a copy of `zero3.json` and look at the timeline again.
+# - `deepspeed.utils.set_z3_leaf_modules(model, [type(block)])` before the engine is made gathers a block at once.
+# - On more GPUs: `python bench/multi_gpu.py --help`.
+#
+# ## Your points
+
+# %%
+scoreboard("lab05_multi_gpu")
