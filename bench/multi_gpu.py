@@ -17,6 +17,7 @@ from shardlab.run.launch import LaunchError, launch
 from shardlab.run.placement import TooFewGpus
 from shardlab.run.run_folder import Run
 from shardlab.run.trace import shares
+from shardlab.show.timeline import traces_of
 
 STEM = "lab05_multi_gpu"
 H100_BF16_FLOPS = 989e12  # dense bf16, H100 and H200 SXM, NVIDIA's datasheet
@@ -81,8 +82,8 @@ def figures(run: Run) -> dict:
         "calls_per_step": {name: row["calls"] for name, row in (results["communication"] or {}).items()},
         "first_losses": [round(loss, 5) for loss in results["train_losses"][:3]],
     }
-    if (trace := run.folder / "rank0.json").exists():
-        found["shares_of_a_step"] = {name: round(share, 4) for name, share in shares(trace, 1).items()}
+    if traces := traces_of(run):
+        found["shares_of_a_step"] = {name: round(share, 4) for name, share in shares(traces, 1).items()}
     return found
 
 

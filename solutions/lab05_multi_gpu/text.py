@@ -325,11 +325,12 @@ timeline([done[method] for method in ("ddp", "fsdp2", "zero3") if method in done
 
 # %%
 from shardlab.run.trace import shares
+from shardlab.show.timeline import traces_of
 
 table(
     [
         {"method": method}
-        | {name: f"{100 * share:.0f} %" for name, share in shares(run.folder / "rank0.json", 1).items()}
+        | {name: f"{100 * share:.0f} %" for name, share in shares(traces_of(run), 1).items()}
         for method, run in done.items()
         if run.experiment.ranks > 1
     ]
@@ -374,7 +375,7 @@ for name in ("multi-gpu-2xh100", "multi-gpu-2xh100-large-batch"):
                 "MFU, %": row["repetitions"][-1]["mfu_percent"],
                 "peak GB": row["repetitions"][-1]["peak_gb"],
                 "held GB": max(row["repetitions"][-1]["held_bytes"]) / 1e9,
-                "exposed communication": f"{100 * row['repetitions'][-1]['shares_of_a_step']['exposed communication']:.0f} %",
+                "exposed transfer": f"{100 * row['repetitions'][-1]['shares_of_a_step']['exposed transfer']:.0f} %",
                 "neither": f"{100 * row['repetitions'][-1]['shares_of_a_step']['neither']:.0f} %",
             }
             for row in measured["results"]

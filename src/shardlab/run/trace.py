@@ -217,20 +217,39 @@ def _covered(intervals: list[tuple[float, float]]) -> float:
     return total
 
 
-def shares(path: Path, step: int = 0) -> dict[str, float]:
-    """Where the time of a step goes: shares that add up to 1.
+def shares(traces: list[Path], step: int = 0, rank: int = 0) -> dict[str, float]:
+    """Where the time of a rank's step goes: shares, of which the first four add up to 1.
+
+    A collective ends on all ranks together, and begins on each when that one comes to it. So the shortest over the ranks is the
+    transfer, and what a rank has before that is waiting for the others.
+
+    Args:
+        traces: of all ranks, by rank.
+        step: of the traces, from 0.
+        rank: whose.
 
     Returns:
-        `compute`; `exposed communication`, while nothing is computed; and `neither`. `hidden communication`, which goes on next to
-        compute, is part of the first.
+        `compute`; `exposed transfer` and `waiting`, while nothing is computed; `neither`; and `hidden transfer`, which goes on next
+        to compute and is part of the first.
     """
-    found, length = spans(path, step)
-    by_kind = {kind: [(s.start, min(s.end, length)) for s in found if s.kind == kind] for kind in ("compute", "communication")}
-    compute, either = _covered(by_kind["compute"]), _covered(by_kind["compute"] + by_kind["communication"])
-    communication = _covered(by_kind["communication"])
+    of_ranks = [[span for span in spans(path, step)[0] if span.kind == "communication"] for path in traces]
+    found, length = spans(traces[rank], step)
+    alike = len({len(sent) for sent in of_ranks}) == 1  # else nobody knows which belong together
+    transfers, waits = [], []
+    for number, span in enumerate(of_ranks[rank]):
+        whole = min(span.end, length) - span.start
+        shortest = min(sent[number].end - sent[number].start for sent in of_ranks) if alike else whole
+        begun = max(span.start, min(span.end, length) - shortest)
+        transfers.append((begun, min(span.end, length)))
+        waits.append((span.start, begun))
+    computed = [(span.start, min(span.end, length)) for span in found if span.kind == "compute"]
+    compute, with_transfers = _covered(computed), _covered(computed + transfers)
+    every = _covered(computed + transfers + waits)
+    exposed = with_transfers - compute
     return {
         "compute": compute / length,
-        "exposed communication": (either - compute) / length,
-        "neither": 1 - either / length,
-        "hidden communication": (communication - (either - compute)) / length,
+        "exposed transfer": exposed / length,
+        "waiting": (every - with_transfers) / length,
+        "neither": 1 - every / length,
+        "hidden transfer": (_covered(transfers) - exposed) / length,
     }

@@ -1,0 +1,121 @@
+"""What a trace says: collectives and their bytes, and where the time of a step goes; real traces of two ranks, and made ones."""
+
+import json
+
+import pytest
+
+from shardlab.hardware import gpu_count
+from shardlab.run.launch import launch, launch_each
+from shardlab.run.trace import STEP, TraceError, collectives, shares, spans
+from shardlab.show.charts import create_performance_visualizations, scaling_efficiency
+from shardlab.show.timeline import timeline, traces_of
+from shardlab.switch import SOLUTIONS, import_exercise, use_exercises
+
+
+def event(name: str, start: float, duration: float, *, cat: str = "cpu_op", tid: int = 1, **arguments) -> dict:
+    return {"ph": "X", "name": name, "ts": start, "dur": duration, "cat": cat, "tid": tid, "args": arguments}
+
+
+def write(path, *events) -> str:
+    path.write_text(json.dumps({"traceEvents": [event(f"{STEP}0", 0, 100_000, cat="user_annotation"), *events]}))
+    return path
+
+
+def test_collectives_have_the_size_of_the_whole_tensor(tmp_path):
+    path = write(
+        tmp_path / "rank0.json",
+        event("c10d::allreduce_", 10, 5, **{"Input Dims": [[[100], [20]]], "Input type": ["TensorList"]}),
+        event("gloo:all_reduce", 11, 5, tid=2, **{"Input Dims": [[120]], "Input type": ["float"]}),
+        event("c10d::_allgather_base_", 20, 5, **{"Input Dims": [[8], [4]], "Input type": ["c10::BFloat16", "c10::BFloat16"]}),
+        event("c10d::_reduce_scatter_base_", 30, 5, **{"Input Dims": [[4], [8]], "Input type": ["float", "float"]}),
+    )
+    assert [(one.name, one.elements, one.bytes) for one in collectives(path)] == [
+        ("all-reduce", 120, 480),
+        ("all-gather", 8, 16),
+        ("reduce-scatter", 8, 32),
+    ]
+
+
+def test_what_is_no_trace_is_one_sentence(tmp_path):
+    path = tmp_path / "rank0.json"
+    path.write_text('{"traceEvents": [')
+    with pytest.raises(TraceError, match="is no trace"):
+        collectives(path)
+    write(path, event("c10d::allreduce_", 1, 1))
+    with pytest.raises(TraceError, match="record_shapes"):
+        collectives(path)
+    with pytest.raises(TraceError, match="no step 3"):
+        spans(path, 3)
+
+
+def test_a_rank_that_comes_early_waits_and_does_not_transfer(tmp_path):
+    """Rank 0 computes for 40 ms and is in its collective for 50, rank 1 for 80 and for 10."""
+    sent = {"Input Dims": [[5]], "Input type": ["float"]}
+    traces = [
+        write(
+            tmp_path / f"rank{rank}.json",
+            event("aten::mm", 0, 1000 * busy),
+            event("gloo:all_reduce", 1000 * busy, 1000 * rest, tid=2, **sent),
+        )
+        for rank, (busy, rest) in enumerate(((40, 50), (80, 10)))
+    ]
+    assert shares(traces) == pytest.approx(
+        {"compute": 0.4, "exposed transfer": 0.1, "waiting": 0.4, "neither": 0.1, "hidden transfer": 0.0}
+    )
+    assert shares(traces, rank=1) == pytest.approx(
+        {"compute": 0.8, "exposed transfer": 0.1, "waiting": 0.0, "neither": 0.1, "hidden transfer": 0.0}
+    )
+
+
+def test_what_goes_on_next_to_compute_is_hidden(tmp_path):
+    sent = {"Input Dims": [[5]], "Input type": ["float"]}
+    trace = write(tmp_path / "rank0.json", event("aten::mm", 0, 60_000), event("gloo:all_reduce", 40_000, 40_000, tid=2, **sent))
+    found = shares([trace])
+    assert (found["hidden transfer"], found["exposed transfer"], found["compute"]) == pytest.approx((0.2, 0.2, 0.6))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Five methods of lab 05 on two ranks, and one on one rank, in one launch."""
+    use_exercises(SOLUTIONS)
+    lab = import_exercise("lab05_multi_gpu")
+    methods = ("single_gpu_simple", "ddp", "fsdp2", "zero1", "zero2", "zero3")
+    planned = [lab.method_experiment(method, ranks=2, train_images=128, test_images=37) for method in methods]
+    folder = tmp_path_factory.mktemp("runs")
+    return {run.experiment.method: run for run in launch(planned, runs=folder, timeout=300, or_cpu=gpu_count() < 2, exact=True)}
+
+
+@pytest.mark.ranks
+def test_all_methods_train_to_the_same_losses_and_hold_what_the_theory_says(runs):
+    on_two = {method: run.results for method, run in runs.items() if run.experiment.ranks == 2}
+    for method, results in on_two.items():
+        assert results["train_losses"] == pytest.approx(on_two["ddp"]["train_losses"], abs=1e-5), method
+        assert results["final_accuracy"] == on_two["ddp"]["final_accuracy"], method
+    held = {method: sum(results["held_bytes"].values()) for method, results in on_two.items()}
+    assert held["fsdp2"] < held["zero3"] < held["zero2"] <= held["zero1"] < held["ddp"]
+    assert set.union(*(set(results) for results in on_two.values())) == set(runs["single_gpu_simple"].results)
+
+
+@pytest.mark.ranks
+def test_timeline_and_charts_are_drawn_from_run_folders(runs, tmp_path):
+    timeline(list(runs.values())).savefig(tmp_path / "timeline.png")
+    create_performance_visualizations(list(runs.values())).savefig(tmp_path / "charts.png")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("timeline.png", "charts.png"))
+    assert scaling_efficiency(list(runs.values()))[runs["single_gpu_simple"].name] == 1.0
+    for run in runs.values():
+        assert sum(list(shares(traces_of(run), 1).values())[:4]) == pytest.approx(1)
+
+
+@pytest.mark.ranks
+def test_a_run_that_fails_does_not_end_those_after_it(tmp_path):
+    use_exercises(SOLUTIONS)
+    lab = import_exercise("lab05_multi_gpu")
+    small = {"ranks": 1, "train_images": 64, "test_images": 8, "trace": False}
+    planned = [
+        lab.method_experiment("single_gpu_simple", **small, name="first"),
+        lab.method_experiment("zero1", **small, name="fails", deepspeed=None, model="no-such-model"),
+        lab.method_experiment("single_gpu_simple", **small, name="last"),
+    ]
+    found = launch_each(planned, runs=tmp_path, timeout=120, or_cpu=True)
+    assert [run.outcome for run in found] == ["finished", "failed", "finished"]
+    assert "no-such-model" in found[1].reason
