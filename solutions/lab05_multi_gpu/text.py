@@ -126,8 +126,8 @@ check("5.4")
 # %% [markdown]
 # ## 5.5 DDP and FSDP2
 #
-# **DDP** leaves the whole model on each rank, and averages the gradients in the backward pass. It does not wait for the last one: gradients go into **buckets** of
-# 25 MiB, and a full bucket is sent while the next is computed.
+# **DDP** leaves the whole model on each rank, and averages the gradients in the backward pass. It does not wait for the last one: gradients go into **buckets**, the
+# first of 1 MiB and the others of 25, and a full bucket is sent while the next is computed.
 #
 # **FSDP2** gives each rank a shard of each parameter. Just before a block computes, its parameters are gathered (all-gather); right after, they are let go. In the
 # backward pass they are gathered again, and its gradients are averaged and dealt out at once (reduce-scatter). `fully_shard(module)` makes a unit of what is below `module`
@@ -319,9 +319,12 @@ from shardlab.show.timeline import timeline
 timeline([done[method] for method in ("ddp", "fsdp2", "zero3") if method in done])
 
 # %% [markdown]
-# DDP computes, and sends one bucket at the end: the model is far smaller than 25 MiB. FSDP2 sends and computes in turns, block by block. ZeRO-3 gathers in dozens of
+# DDP computes, and sends two buckets at the end: a first one of 1 MiB, and the rest, far less than 25 MiB. FSDP2 sends and computes in turns, block by block. ZeRO-3 gathers in dozens of
 # small calls, one per parameter. (gloo has no reduce-scatter of its own, it calls its all-reduce; so the bars of FSDP2 and ZeRO-3 have that name here. On GPUs, NCCL
 # has one.) On two cores the transport takes the cores away from computing, so little can be hidden.
+#
+# A long bar is not always a long transfer. A collective ends on all ranks together, so the rank that came first waits in it for the one that came last. The shortest bar over the ranks is the transfer;
+# the table below tells the two apart.
 
 # %%
 from shardlab.run.trace import shares
