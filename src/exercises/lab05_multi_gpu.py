@@ -1,0 +1,528 @@
+"""Lab 05, multi-GPU: one experiment runner for every data-parallel way to train, measured against each other.
+
+You complete twelve functions. `train_method` puts them together; `launch` starts it on each rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from shardlab.hardware import ROOT
+from shardlab.run.experiment import Experiment
+from shardlab.run.run_folder import Run
+from shardlab.run.trace import Collective, collectives, profile_to
+from shardlab.zero import ops
+from shardlab.zero.held_bytes import held_before_step
+
+os.environ.update(ops.environment())  # DeepSpeed reads the device and the folder of its compiled ops when it is imported
+
+CONFIGS = ROOT / "labs" / "lab05_multi_gpu" / "configs"
+"""DeepSpeed configurations by method, with "auto" where a size or the learning rate is due."""
+DEEPSPEED_METHODS = ("single_gpu_offload", "zero1", "zero2", "zero3", "zeropp")
+METHODS = ("single_gpu_simple", "single_gpu_offload", "ddp", "fsdp2", "zero1", "zero2", "zero3", "zeropp")
+IGNORED = -100
+"""The label of a row that only fills up a rank's share: it counts in no loss and no accuracy."""
+
+# --- Task 5.1 -------------------------------------------------------------------------------------------------------
+
+
+def setup_distributed() -> tuple[torch.device, int, int, int]:
+    """Join the process group of the ranks that a launcher has started, or make one of this process alone.
+
+    A launcher sets RANK, LOCAL_RANK and WORLD_SIZE, and where the ranks meet. Where RANK is not set, this is
+    a lone process, rank 0 of 1, whatever the other two say: a login shell or a Slurm job may have set them. A
+    lone process has no meeting place: `init_process_group(…, store=dist.HashStore(), rank=0, world_size=1)`.
+    A group that is there already stays, so a second call returns the same. NCCL connects GPUs, gloo CPUs.
+
+    Returns:
+        The device, rank, local rank and world size. The device is `cuda:<local rank>`, and torch's current
+        one from then on; the CPU where torch sees no GPU.
+
+    Raises:
+        ValueError: torch sees GPUs, and none of this local rank's number; the sentence names the local rank
+            and the count of GPUs. No group has been made then.
+    """
+    raise NotImplementedError("Task 5.1: complete setup_distributed() in src/exercises/lab05_multi_gpu.py")
+
+
+def cleanup_distributed() -> None:
+    """Leave the process group, if there is one. A rank that ends without it leaves its neighbours a broken
+    connection.
+    """
+    raise NotImplementedError("Task 5.1: complete cleanup_distributed() in src/exercises/lab05_multi_gpu.py")
+
+
+# --- Task 5.2 -------------------------------------------------------------------------------------------------------
+
+
+def create_image_transforms(image_size: int, mean: list[float], std: list[float]) -> tuple[Callable, Callable]:
+    """Two functions that make a model's input of a `PIL.Image` of any size and mode: for training, and for
+    validation.
+
+    Both: convert to RGB, resize to the square (`Image.Resampling.BILINEAR`), scale 0…255 to 0…1, subtract the
+    mean, divide by the deviation. The one for training then mirrors half of the images, left and right
+    exchanged, by torch's random numbers; the one for validation draws nothing.
+
+    Args:
+        image_size: height and width that the model takes, pixels.
+        mean, std: of the model's own image processor: a number per channel, on the scale of 0 to 1.
+
+    Returns:
+        The two functions. Each gives a float32 tensor on the CPU of shape [3, image_size, image_size]:
+        channel, row, column.
+    """
+    raise NotImplementedError("Task 5.2: complete create_image_transforms() in src/exercises/lab05_multi_gpu.py")
+
+
+# --- Task 5.3 -------------------------------------------------------------------------------------------------------
+
+
+class Transformed(Dataset):
+    """Rows of a data set of images and labels, the image made a tensor when it is read."""
+
+    def __init__(self, rows, transform: Callable):
+        self.rows, self.transform = rows, transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int):
+        image, label = self.rows[number]
+        return self.transform(image), label
+
+
+class FilledUp(Dataset):
+    """A data set to which rows are added until its length is a multiple of `ranks`: its last image, with the
+    label `IGNORED`.
+    """
+
+    def __init__(self, rows: Dataset, ranks: int):
+        self.rows, self.length = rows, math.ceil(len(rows) / ranks) * ranks
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int):
+        image, label = self.rows[min(number, len(self.rows) - 1)]
+        return image, label if number < len(self.rows) else IGNORED
+
+
+def create_data_loaders(train_set: Dataset, test_set: Dataset, *, micro_batch_size: int, rank: int, world_size: int, seed: int = 0):
+    """This rank's loaders, for training and for evaluation. All ranks get equally many batches, or some would
+    wait for ever.
+
+    Training: rows in an order that `seed` and the epoch draw, the same on all ranks, dealt to them. Where the
+    rows do not divide by the ranks, the few that are over are left out of this epoch (`drop_last` of the
+    sampler); no row is seen twice. The next epoch leaves out others, if it is told its number:
+    `loader.sampler.set_epoch(epoch)`.
+
+    Evaluation: each row once, in order, dealt to the ranks. Where the rows do not divide, nothing may be left
+    out: `FilledUp` makes them divide. Neither loader leaves out a last batch that is smaller.
+
+    Args:
+        train_set, test_set: data sets of pairs, an image's tensor and a label.
+        micro_batch_size: rows per rank and batch.
+        rank, world_size: whose loaders these are; no process group is needed.
+        seed: of the order in training.
+
+    Returns:
+        Two `DataLoader`s, each with a `DistributedSampler`, without worker processes. Memory is pinned where
+        there is a GPU.
+    """
+    raise NotImplementedError("Task 5.3: complete create_data_loaders() in src/exercises/lab05_multi_gpu.py")
+
+
+# --- Task 5.4 -------------------------------------------------------------------------------------------------------
+
+
+def load_vit_model(model_name: str, num_labels: int, torch_dtype: torch.dtype = torch.float32,
+                   enable_gradient_checkpointing: bool = False) -> nn.Module:
+    """A Vision Transformer with a head of `num_labels` classes, on the CPU, in training mode.
+
+    Args:
+        model_name: `vit-tiny` is built from `shardlab.data.models.vit_config`, with random weights from
+            torch's generator. Anything else is a name on the hub or a folder, and brings its weights
+            (`AutoModelForImageClassification`, `ViTForImageClassification` in transformers). Where its head
+            has another number of classes, the head is new.
+        num_labels: classes.
+        torch_dtype: of all parameters.
+        enable_gradient_checkpointing: compute activations anew in the backward pass instead of keeping them.
+
+    Source: https://huggingface.co/docs/transformers/model_doc/vit
+    """
+    raise NotImplementedError("Task 5.4: complete load_vit_model() in src/exercises/lab05_multi_gpu.py")
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a model: what is in its longest `ModuleList`."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
+
+
+# --- Task 5.5 -------------------------------------------------------------------------------------------------------
+
+
+def wrap_model(model: nn.Module, method: str, device: torch.device) -> nn.Module:
+    """The model on its device, and ready for a method that is not DeepSpeed's.
+
+    - `single_gpu_simple`: as it is.
+    - `ddp`: in `DistributedDataParallel`. Each rank holds all; gradients are averaged in the backward pass,
+      in buckets.
+    - `fsdp2`: sharded by `fully_shard`, over a mesh of all ranks of that device's kind. Every block first
+      (`blocks_of`), then the whole model: what is sharded together is gathered together. With the whole model
+      alone there would be one gather of everything.
+
+    Args:
+        method: one of the three.
+
+    Returns:
+        The model to train. `fully_shard` changes the model itself.
+
+    Raises:
+        ValueError: another method; the sentence names it.
+
+    Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
+    """
+    raise NotImplementedError("Task 5.5: complete wrap_model() in src/exercises/lab05_multi_gpu.py")
+
+
+# --- Task 5.6 -------------------------------------------------------------------------------------------------------
+
+
+def initialize_deepspeed_model(model: nn.Module, config_path: str | Path, *, micro_batch_size: int,
+                               gradient_accumulation_steps: int, learning_rate: float, torch_dtype: torch.dtype = torch.float32):
+    """A DeepSpeed engine around the model. `Trainer` is not there to fill in "auto": you do.
+
+    Args:
+        config_path: a JSON file, such as those in `CONFIGS`. The micro-batch, the accumulation, the global
+            batch (over all ranks of the process group) and the optimizer's `lr` are "auto" in it, or numbers,
+            which are replaced too. The file stays as it is.
+        micro_batch_size: rows per rank and forward pass.
+        gradient_accumulation_steps: forward passes per optimizer step.
+        learning_rate: for `optimizer.params.lr`.
+        torch_dtype: where it is not float32, the engine computes under autocast with it. An autocast around
+            the engine has no effect: the entry `torch_autocast`, {"enabled": True, "dtype": …} with torch's
+            name of the type such as "bfloat16", has. DeepSpeed refuses it together with
+            `zero_quantized_weights`: a file that has this on gets `bf16`, {"enabled": True}, instead, and its
+            parameters are in bf16 then.
+
+    Returns:
+        The engine.
+
+    Raises:
+        ValueError: anything else is "auto", however deep; the sentence names its path, such as
+            `bf16.enabled`. Or the file has no `optimizer`; the sentence says so. No engine has been made
+            then.
+    """
+    raise NotImplementedError("Task 5.6: complete initialize_deepspeed_model() in src/exercises/lab05_multi_gpu.py")
+
+
+def auto_in(value, path: str = "") -> list[str]:
+    """The paths at which a configuration says "auto", such as `bf16.enabled`."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] * (value == "auto") + [found for key, below in inner for found in auto_in(below, f"{path}.{key}".lstrip("."))]
+
+
+# --- Task 5.7 -------------------------------------------------------------------------------------------------------
+
+
+def mean_over_ranks(value: torch.Tensor) -> float:
+    """The mean of a number of which each rank has one. All ranks must call it."""
+    value = value.detach().clone().float()
+    dist.all_reduce(value)
+    return value.item() / dist.get_world_size()
+
+
+def whole_steps(loader, gradient_accumulation_steps: int):
+    """The batches of a loader without those at its end that make no whole optimizer step."""
+    return itertools.islice(loader, len(loader) // gradient_accumulation_steps * gradient_accumulation_steps)
+
+
+def train_epoch_standard(model: nn.Module, loader, optimizer, device: torch.device, gradient_accumulation_steps: int,
+                         dtype: torch.dtype = torch.float32) -> list[float]:
+    """Train over the loader once (`whole_steps` of it), without DeepSpeed.
+
+    A step's gradient is the mean over its micro-batches and over the ranks. DDP would average over the ranks
+    after each backward pass; only that of a step's last micro-batch needs it, so the others run within
+    `model.no_sync()`, forward pass included. What has no `no_sync` needs none.
+
+    Args:
+        model: from `wrap_model`; it may be in evaluation mode. Called as `model(pixel_values=…, labels=…)`,
+            it returns the loss as `.loss`.
+        loader: batches of images and labels, on the CPU; something with a length.
+        gradient_accumulation_steps: micro-batches per optimizer step.
+        dtype: where it is not float32, the forward pass runs under `torch.autocast` with it.
+
+    Returns:
+        A loss per optimizer step: the mean over its micro-batches and over all ranks (`mean_over_ranks`).
+    """
+    raise NotImplementedError("Task 5.7: complete train_epoch_standard() in src/exercises/lab05_multi_gpu.py")
+
+
+def train_epoch_deepspeed(engine, loader, device: torch.device) -> list[float]:
+    """The same with a DeepSpeed engine, which scales, accumulates, averages and steps by itself.
+
+    Args:
+        engine: from `initialize_deepspeed_model`; `engine.gradient_accumulation_steps()` says how many
+            micro-batches make a step.
+        loader, device: as above.
+
+    Returns:
+        As above.
+    """
+    raise NotImplementedError("Task 5.7: complete train_epoch_deepspeed() in src/exercises/lab05_multi_gpu.py")
+
+
+# --- Task 5.8 -------------------------------------------------------------------------------------------------------
+
+
+def evaluate(model, loader, device: torch.device, num_classes: int) -> dict[str, float]:
+    """Loss and accuracy over the rows of all ranks: what one process would get for all rows. Of a model and
+    of an engine alike.
+
+    Rows with the label `IGNORED` count nowhere, and a batch may hold nothing else (torchmetrics takes no
+    empty batch); but the model is called for it all the same: under FSDP2 and ZeRO-3 each call gathers
+    parameters, and all ranks must take part. A mean over ranks of means would weigh the rows of a small share
+    more, so sums and counts are added up: `torchmetrics.classification.MulticlassAccuracy`
+    (`average="micro"`, `top_k`) does that when its `compute` is called; for the loss you do.
+
+    Args:
+        model: called as `model(pixel_values=…)`, it returns `.logits` of shape [rows, num_classes].
+        loader: from `create_data_loaders`.
+        num_classes: classes.
+
+    Returns:
+        `loss`, the mean cross-entropy of a row; `top1` and `top5`, the share of rows whose label has the
+        highest logit, or one of the five highest; numbers from 0 to 1. The same on every rank. No gradient is
+        kept, and the model is in training or evaluation mode as before. (An engine's own `training` is always
+        True; that of its `module` says which.)
+    """
+    raise NotImplementedError("Task 5.8: complete evaluate() in src/exercises/lab05_multi_gpu.py")
+
+
+# --- Task 5.9 -------------------------------------------------------------------------------------------------------
+
+
+def bytes_sent(collective: str, size: int, ranks: int) -> float:
+    """Bytes that each rank sends in one collective over a ring of `ranks`.
+
+    Args:
+        collective: `all-reduce`, `all-gather`, `reduce-scatter`, or `broadcast`.
+        size: bytes of the whole tensor: what is reduced or broadcast; what is there after an all-gather,
+            before a reduce-scatter.
+        ranks: N, at least 1.
+
+    Returns:
+        All-gather and reduce-scatter pass N − 1 of N pieces on: size · (N − 1) / N. An all-reduce is one of
+        each, so twice that. In
+        a broadcast all but the last rank pass everything on: size · (N − 1) / N in the mean over the ranks.
+
+    Raises:
+        ValueError: another collective, or fewer than 1 rank; the sentence names it.
+
+    Source: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md, "Bus bandwidth"
+    """
+    raise NotImplementedError("Task 5.9: complete bytes_sent() in src/exercises/lab05_multi_gpu.py")
+
+
+def communication_table(found: list[Collective], ranks: int, steps: int) -> dict[str, dict[str, float]]:
+    """What one rank sends per optimizer step, by collective.
+
+    Args:
+        found: the collectives of that rank's trace, `shardlab.run.trace.collectives(path)`: each with `name`
+            and `bytes`, those of the whole tensor.
+        ranks: of the process group.
+        steps: optimizer steps in the trace.
+
+    Returns:
+        For each collective in the trace, in the order of their first calls: `calls`, `bytes` (of the whole
+        tensors) and `sent` (by `bytes_sent`), each divided by the steps.
+    """
+    raise NotImplementedError("Task 5.9: complete communication_table() in src/exercises/lab05_multi_gpu.py")
+
+
+# --- Task 5.10 ------------------------------------------------------------------------------------------------------
+
+
+def measure_throughput(take_step: Callable[[], None], samples_per_step: int, device: torch.device, *,
+                       warm_up_steps: int = 2, measured_steps: int = 5) -> float:
+    """Samples per second, without the first steps, in which memory is taken, kernels are loaded and buckets
+    are arranged.
+
+    A GPU works on after a call has returned. So the clock (`time.perf_counter`) is read when the device has
+    done its work: `torch.cuda.synchronize(device)` before each of the two readings, where the device is a
+    GPU.
+
+    Args:
+        take_step: called without arguments, takes one optimizer step.
+        samples_per_step: over all ranks.
+        warm_up_steps: taken first, and not measured.
+        measured_steps: taken between the two readings.
+    """
+    raise NotImplementedError("Task 5.10: complete measure_throughput() in src/exercises/lab05_multi_gpu.py")
+
+
+def get_memory_stats(device: torch.device) -> dict[str, float]:
+    """The most memory that this process has had so far, in GB (10⁹ bytes).
+
+    Returns:
+        On a GPU: `peak_allocated_gb`, of tensors, and `peak_reserved_gb`, what torch's allocator took from
+        the GPU for them. On a CPU both are the largest resident memory of the process, `ru_maxrss` of
+        `resource.getrusage(resource.RUSAGE_SELF)`, which Linux counts in KiB.
+    """
+    raise NotImplementedError("Task 5.10: complete get_memory_stats() in src/exercises/lab05_multi_gpu.py")
+
+
+# --- Task 5.11 ------------------------------------------------------------------------------------------------------
+
+RESULT_KEYS = ("method", "not_run", "final_accuracy", "final_top5", "eval_loss", "train_losses", "epoch_duration", "throughput",
+               "held_bytes", "peak_memory_gb", "communication")
+
+
+def why_not(method: str, device: torch.device, world_size: int) -> str:
+    """What keeps a method from running here; empty if nothing does."""
+    if method.startswith("single_gpu") and world_size > 1:
+        return f"it is for one rank, and there are {world_size}"
+    if method == "zeropp" and device.type != "cuda":
+        return "ZeRO++ quantizes by a CUDA kernel, and there is no GPU"
+    if method == "zeropp" and world_size % 2:
+        return f"its configuration keeps a copy of the parameters on each pair of ranks, and there are {world_size}"
+    return ""
+
+
+def run_training_experiment(method: str, model_name: str, train_loader, test_loader, rank: int, world_size: int, *,
+                            device: torch.device, num_labels: int, num_epochs: int, micro_batch_size: int,
+                            gradient_accumulation_steps: int, learning_rate: float,
+                            torch_dtype: torch.dtype = torch.float32, enable_gradient_checkpointing: bool = False,
+                            seed: int = 0, enable_profiling: Path | None = None) -> dict:
+    """Train one model by one method, evaluate it, and measure. All ranks call it, within a process group.
+
+    Args:
+        method: one of `METHODS`.
+        model_name, num_labels, enable_gradient_checkpointing: for `load_vit_model`; its parameters are
+            float32, and `torch_dtype` is what autocast computes in.
+        train_loader, test_loader: from `create_data_loaders`.
+        num_epochs: passes over the training data, each told its number.
+        micro_batch_size, gradient_accumulation_steps, learning_rate: of the training; AdamW, whose other
+            settings are torch's defaults, or what the method's file in `CONFIGS` says.
+        seed: set (`torch.manual_seed`) before the model is loaded, so that all methods begin with the same
+            weights.
+        enable_profiling: a folder, in which this rank's trace of two steps is written as `rank<rank>.json`
+            (`profile_to`); None for none.
+
+    Returns:
+        A dictionary with all of `RESULT_KEYS`, whatever has happened. `not_run` is the reason of `why_not`;
+        empty where the method ran. Then the others are: `final_accuracy`, `final_top5` and `eval_loss` after
+        the last epoch; `train_losses`, one per step, all epochs in one list; `epoch_duration`, seconds, one
+        per epoch; `throughput`, samples/s, measured after the evaluation: its steps, like all those below,
+        take the training loader's first micro-batch again and again;
+        `held_bytes`, the fields of `held_before_step` as a dictionary; `peak_memory_gb`, what
+        `get_memory_stats` calls `peak_allocated_gb`; `communication`, the `communication_table` of the trace.
+        What there is not is None.
+
+    Raises:
+        ValueError: no such method; the sentence names it.
+    """
+    raise NotImplementedError("Task 5.11: complete run_training_experiment() in src/exercises/lab05_multi_gpu.py")
+
+
+# --- Given ----------------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """A training loader that says, once a second at most, how far it has come."""
+
+    def __init__(self, loader: DataLoader, say: Callable[[str], None]):
+        self.loader, self.sampler, self.say, self.said = loader, loader.sampler, say, 0.0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        for number, batch in enumerate(self.loader, 1):
+            if time.monotonic() - self.said > 1:
+                self.say(f"epoch {self.sampler.epoch + 1}, micro-batch {number} of {len(self)}")
+                self.said = time.monotonic()
+            yield batch
+
+
+def method_experiment(method: str, *, ranks: int, epochs: int = 1, train_images: int = 1010, test_images: int = 505,
+                      trace: bool = True, checkpointing: bool = False, **changes) -> Experiment:
+    """What to train by one method. `single_gpu_…` takes one rank, with as many micro-batches more.
+
+    Args:
+        method: one of `METHODS`.
+        ranks: of the other methods.
+        epochs, train_images, test_images: how long, and how many images of each split.
+        trace: whether two steps are profiled.
+        checkpointing: whether activations are computed anew in the backward pass.
+        changes: fields of the experiment.
+    """
+    own_ranks = 1 if method.startswith("single_gpu") else ranks
+    settings = {
+        "program": "exercises.lab05_multi_gpu:train_method", "method": method, "ranks": own_ranks,
+        "model": "vit-tiny", "data": "drawn", "micro_batch": 16, "accumulation": 2 * ranks // own_ranks,
+        "epochs": epochs, "learning_rate": 1e-3, "train_examples": train_images, "eval_examples": test_images,
+        "options": {"trace": trace, "checkpointing": checkpointing}}
+    if method in DEEPSPEED_METHODS:
+        settings["deepspeed"] = json.loads(Path(CONFIGS, f"{method}.json").read_text())
+    return Experiment(**({"name": f"lab05-{method}"} | settings | changes))
+
+
+def rows_of_head(classes: int) -> int:
+    """The rows of a head for so many classes: the next multiple of 64. ZeRO++ quantizes eight elements at a time, and each
+    rank's part of each parameter must be such a multiple. No label has the rows that are over, so they learn to stay small.
+    """
+    return math.ceil(classes / 64) * 64
+
+
+def train_method(experiment: Experiment, run: Run) -> dict:
+    """What every rank runs: your functions, put together. `shardlab.run.launch` calls it with the experiment
+    and its run folder.
+
+    The experiment's `options`: `trace`, whether two steps are profiled, into the run folder; `checkpointing`, whether
+    activations are computed anew in the backward pass.
+    """
+    from shardlab.data.images import load_images
+    from shardlab.data.models import image_settings
+
+    def say(what: str = "") -> None:
+        if rank == 0:
+            run.doing(what)
+
+    device, rank, _, world_size = setup_distributed()
+    images = load_images(experiment.data, train=experiment.train_examples, validation=experiment.eval_examples)
+    for_training, for_validation = create_image_transforms(*image_settings(experiment.model))
+    train_loader, test_loader = create_data_loaders(
+        Transformed(images["train"], for_training), Transformed(images["validation"], for_validation),
+        micro_batch_size=experiment.micro_batch, rank=rank, world_size=world_size, seed=experiment.seed)
+    result = run_training_experiment(
+        experiment.method, experiment.model, Counted(train_loader, say), test_loader, rank, world_size, device=device,
+        num_labels=rows_of_head(len(images["train"].classes)), num_epochs=int(experiment.epochs),
+        micro_batch_size=experiment.micro_batch, gradient_accumulation_steps=experiment.accumulation,
+        learning_rate=experiment.learning_rate,
+        torch_dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[experiment.precision],
+        enable_gradient_checkpointing=experiment.options.get("checkpointing", False), seed=experiment.seed,
+        enable_profiling=run.folder if experiment.options.get("trace") else None)
+    say()
+    losses, durations = result["train_losses"] or [], result["epoch_duration"] or []
+    for step, loss in enumerate(losses if rank == 0 else [], 1):
+        seconds = durations[(step - 1) * len(durations) // len(losses)] * len(durations) / len(losses)
+        run.log_step(step=step, loss=loss, seconds=round(seconds, 4), steps=len(losses),
+                     samples_per_second=round(experiment.global_batch / seconds, 3))
+    return result
