@@ -113,8 +113,8 @@ def flops_per_sample(model: str) -> float:
     return tokens * (6 * parameters + 12 * layers * hidden * tokens)
 
 
-def figures(run: Run) -> dict:
-    """What is worth keeping of one repetition."""
+def figures(run: Run, with_shares: bool) -> dict:
+    """What is worth keeping of one repetition. The shares of its step are read from the traces of all ranks, which takes seconds."""
     experiment, results = run.experiment, run.results
     found = {"method": experiment.method, "ranks": experiment.ranks, "outcome": run.outcome, "reason": run.reason}
     found["not_run"] = results.get("not_run") or None
@@ -130,7 +130,7 @@ def figures(run: Run) -> dict:
         "calls_per_step": {name: row["calls"] for name, row in (results["communication"] or {}).items()},
         "first_losses": [round(loss, 5) for loss in results["train_losses"][:3]],
     }
-    if traces := traces_of(run):
+    if with_shares and (traces := traces_of(run)):
         found["shares_of_a_step"] = {name: round(share, 4) for name, share in shares(traces, 1).items()}
     return found
 
@@ -177,7 +177,9 @@ def main() -> None:
         except TooFewGpus as error:
             raise SystemExit(str(error)) from None
         for method in methods:
-            repetitions = [figures(runs[method, number]) for number in range(options.repetitions)]
+            repetitions = [
+                figures(runs[method, number], number == options.repetitions - 1) for number in range(options.repetitions)
+            ]
             speeds = [one["samples_per_second"] for one in repetitions if "samples_per_second" in one]
             summary = {"method": method, "ranks": ranks, "repetitions": repetitions}
             if speeds:
