@@ -114,7 +114,7 @@ def flops_per_sample(model: str) -> float:
 
 
 def figures(run: Run, with_shares: bool) -> dict:
-    """What is worth keeping of one repetition. The shares of its step are read from the traces of all ranks, which takes seconds."""
+    """What is worth keeping of one repetition. Shares of its step are read from the traces of all ranks, which takes seconds."""
     experiment, results = run.experiment, run.results
     found = {"method": experiment.method, "ranks": experiment.ranks, "outcome": run.outcome, "reason": run.reason}
     found["not_run"] = results.get("not_run") or None
