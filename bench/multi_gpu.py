@@ -3,8 +3,9 @@
     python bench/multi_gpu.py --ranks 1 2 4 --out bench/results/multi-gpu-4xh200.json
 
 A Vision Transformer gets drawn images. A BLOOM gets 512 tokens in the place of each image: the methods do not know the difference.
-All methods run one after the other, and then all again; each builds its model anew. The result holds every repetition, median and
-spread, and the hardware and versions.
+All methods run one after the other, and then all again; each builds its model anew. Only the last repetition is profiled: of a large
+model it takes longer to write and read the traces than to train. The result holds every repetition, median and spread, and the
+hardware and versions.
 """
 
 import argparse
@@ -113,8 +114,8 @@ def flops_per_sample(model: str) -> float:
     return tokens * (6 * parameters + 12 * layers * hidden * tokens)
 
 
-def figures(run: Run, with_shares: bool) -> dict:
-    """What is worth keeping of one repetition. Shares of its step are read from the traces of all ranks, which takes seconds."""
+def figures(run: Run) -> dict:
+    """What is worth keeping of one repetition."""
     experiment, results = run.experiment, run.results
     found = {"method": experiment.method, "ranks": experiment.ranks, "outcome": run.outcome, "reason": run.reason}
     found["not_run"] = results.get("not_run") or None
@@ -130,7 +131,7 @@ def figures(run: Run, with_shares: bool) -> dict:
         "calls_per_step": {name: row["calls"] for name, row in (results["communication"] or {}).items()},
         "first_losses": [round(loss, 5) for loss in results["train_losses"][:3]],
     }
-    if with_shares and (traces := traces_of(run)):
+    if traces := traces_of(run):
         found["shares_of_a_step"] = {name: round(share, 4) for name, share in shares(traces, 1).items()}
     return found
 
@@ -162,6 +163,7 @@ def main() -> None:
                 train_images=2 * ranks * options.micro_batch,
                 test_images=ranks * options.micro_batch,
                 checkpointing=True,
+                trace=number == options.repetitions - 1,
                 program="bench/multi_gpu.py:measure",
                 model=options.model,
                 precision=options.precision,
@@ -177,9 +179,7 @@ def main() -> None:
         except TooFewGpus as error:
             raise SystemExit(str(error)) from None
         for method in methods:
-            repetitions = [
-                figures(runs[method, number], number == options.repetitions - 1) for number in range(options.repetitions)
-            ]
+            repetitions = [figures(runs[method, number]) for number in range(options.repetitions)]
             speeds = [one["samples_per_second"] for one in repetitions if "samples_per_second" in one]
             summary = {"method": method, "ranks": ranks, "repetitions": repetitions}
             if speeds:

@@ -9,17 +9,21 @@ KINDS = {"parameters": "tab:blue", "gradients": "tab:orange", "optimizer": "tab:
 
 
 def scaling_efficiency(runs: list[Run]) -> dict[str, float]:
-    """Samples/s per rank, as a share of what one rank reaches alone, by run: of the same method where it ran on one rank, else of
-    the first run on one rank. Empty if there is none."""
+    """Samples/s per rank, as a share of what one rank reaches alone, by run: of the same method where it ran on one rank and on
+    more, else of the fastest run on one rank. Empty if there is none."""
     measured = {run.name: run for run in runs if run.results.get("throughput")}
-    alone = {run.experiment.method: run.results["throughput"] for run in reversed(measured.values()) if run.experiment.ranks == 1}
-    if not alone:
+    on_one_rank = [run for run in measured.values() if run.experiment.ranks == 1]
+    if not on_one_rank:
         return {}
-    first = next(run.results["throughput"] for run in measured.values() if run.experiment.ranks == 1)
-    return {
-        name: run.results["throughput"] / run.experiment.ranks / alone.get(run.experiment.method, first)
-        for name, run in measured.items()
-    }
+    scaled = {run.experiment.method for run in measured.values() if run.experiment.ranks > 1}
+    alone = {run.experiment.method: run for run in reversed(on_one_rank) if run.experiment.method in scaled}
+    fastest = max(on_one_rank, key=lambda run: run.results["throughput"])
+
+    def efficiency(run: Run) -> float:
+        reference = alone.get(run.experiment.method, fastest)
+        return run.results["throughput"] / run.experiment.ranks / reference.results["throughput"]
+
+    return {name: efficiency(run) for name, run in measured.items()}
 
 
 def create_performance_visualizations(runs: list[Run]):

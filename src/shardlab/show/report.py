@@ -10,6 +10,7 @@ from shardlab import labs
 from shardlab.pages import page, table
 from shardlab.run.experiment import program_of
 from shardlab.run.run_folder import Run
+from shardlab.show.charts import create_performance_visualizations
 from shardlab.zero import memory_model
 from shardlab.zero.memory_model import GIB, MIB, States
 
@@ -159,10 +160,11 @@ def html_table(runs: list[Run]) -> str:
 
 
 def plot(runs: list[Run], path: Path | str | None = None):
-    """Three plots side by side: loss by step, bytes per rank by kind with the prediction, and samples/s.
+    """Up to three plots side by side: loss by step, bytes per rank by kind with the prediction, and samples/s.
 
     Args:
-        runs: any runs; those without a step or without counted states are left out of the plot that needs them.
+        runs: any runs; those without a step or without counted states are left out of the plot that needs them, and a plot for
+            which no run has anything is left out.
         path: where to save the PNG; by default nothing is saved.
 
     Returns:
@@ -170,8 +172,9 @@ def plot(runs: list[Run], path: Path | str | None = None):
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.4), layout="constrained")
-    loss, held, speed = figure.subplots(1, 3)
+    counted = [run for run in runs if run.states()]
+    figure = Figure(figsize=(15 if counted else 10, 4.4), layout="constrained")
+    loss, *held, speed = figure.subplots(1, 3 if counted else 2)
     for index, run in enumerate(run for run in runs if run.metrics()):
         # The curves lie on one another when all is well; thinner lines on top leave each visible.
         loss.plot([row["step"] for row in run.metrics()], run.losses(), label=run.experiment.method, linewidth=max(1, 5 - index))
@@ -179,7 +182,19 @@ def plot(runs: list[Run], path: Path | str | None = None):
     if loss.lines:
         loss.legend(fontsize="small")
 
-    counted = [run for run in runs if run.states()]
+    if counted:
+        _plot_held(held[0], counted)
+
+    timed = [run for run in runs if run.samples_per_second()]
+    speed.bar([run.experiment.method for run in timed], [run.samples_per_second() for run in timed], color="#8172b3")
+    speed.set(title="Throughput over all ranks", ylabel="samples/s")
+    speed.tick_params(axis="x", rotation=30)
+    if path is not None:
+        figure.savefig(path, dpi=110)
+    return figure
+
+
+def _plot_held(axis, counted: list[Run]) -> None:
     names = [run.experiment.method for run in counted]
     kinds = [
         ("parameters", "#4c72b0"),
@@ -193,30 +208,28 @@ def plot(runs: list[Run], path: Path | str | None = None):
     for kind, colour in kinds:
         values = [getattr(measured_states(run), kind) / MIB for run in counted]
         if any(values):
-            held.bar(names, values, bottom=bottom, color=colour, label=kind.replace("host_", "host: "))
+            axis.bar(names, values, bottom=bottom, color=colour, label=kind.replace("host_", "host: "))
             bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     predicted = [(p.device + p.host) / MIB for p in map(predicted_states, counted)]
-    if counted:
-        held.plot(names, predicted, "k_", markersize=28, label="predicted")
-        held.set_ylim(0, 1.5 * max([*predicted, *bottom]))
-        held.legend(fontsize="small", ncols=3, loc="upper center")
-    held.set(title="Model states held by one rank", ylabel="MiB")
-    held.tick_params(axis="x", rotation=30)
-
-    timed = [run for run in runs if run.samples_per_second()]
-    speed.bar([run.experiment.method for run in timed], [run.samples_per_second() for run in timed], color="#8172b3")
-    speed.set(title="Throughput over all ranks", ylabel="samples/s")
-    speed.tick_params(axis="x", rotation=30)
-    if path is not None:
-        figure.savefig(path, dpi=110)
-    return figure
+    axis.plot(names, predicted, "k_", markersize=28, label="predicted")
+    axis.set_ylim(0, 1.5 * max([*predicted, *bottom]))
+    axis.legend(fontsize="small", ncols=3, loc="upper center")
+    axis.set(title="Model states held by one rank", ylabel="MiB")
+    axis.tick_params(axis="x", rotation=30)
 
 
 def write_report(runs: list[Run], folder: Path | str, title: str) -> Path:
-    """Write `report.png` and `report.html` into `folder`; returns the HTML file, which needs no other."""
+    """Write `report.png` and `report.html` into `folder`; returns the HTML file, which needs no other.
+
+    Runs of lab 05, whose results say what each method holds, get its four charts too (`methods.png`).
+    """
     folder = Path(folder)
     plot(runs, folder / "report.png")
-    picture = base64.b64encode((folder / "report.png").read_bytes()).decode()
+    pictures = {"Training loss, bytes per rank, samples per second": folder / "report.png"}
+    if any(run.results.get("held_bytes") for run in runs):
+        pictures["Memory, throughput, training time and scaling efficiency by method"] = folder / "methods.png"
+        create_performance_visualizations(runs).savefig(folder / "methods.png", dpi=110)
+    pictures = {name: base64.b64encode(file.read_bytes()).decode() for name, file in pictures.items()}
     first = runs[0]
     hardware, versions, experiment = first.record_json["hardware"], first.record_json["versions"], first.experiment
     machine = ", ".join(hardware["gpus"]) or f"{hardware['cpu_cores']} cores of {hardware['cpu']}"
@@ -229,6 +242,6 @@ def write_report(runs: list[Run], folder: Path | str, title: str) -> Path:
     ]
     samples = [(run.experiment.method, example) for run in runs for example in run.results.get("examples", [])[:2]]
     path = folder / "report.html"
-    values = {"title": title, "facts": facts, "table": html_table(runs), "picture": picture, "answers": samples}
+    values = {"title": title, "facts": facts, "table": html_table(runs), "pictures": pictures, "answers": samples}
     path.write_text(page("report.html", **values), encoding="utf-8")
     return path

@@ -62,10 +62,13 @@ def timeline(runs: list[Run] | Run, *, step: int = 1, ranks: int = 2):
                 axis.broken_barh(
                     [(span.start, span.end - span.start)], (top - 0.4, 0.38), color=color, edgecolor="white", linewidth=0.3
                 )
+            width, free_from = longest / 16, 0.0  # of a label, and where the one before it ends
             for span in sent:
-                if span.bytes < MIB / 10 or span.end - span.start < longest / 25:  # no room for it
-                    continue
-                axis.text((span.start + span.end) / 2, top - 0.21, bytes_text(span.bytes), ha="center", va="center", fontsize=6)
+                middle = (span.start + span.end) / 2
+                if span.bytes < MIB / 10 or span.end - span.start < longest / 25 or middle - width / 2 < free_from:
+                    continue  # no room for it
+                axis.text(middle, top - 0.21, bytes_text(span.bytes), ha="center", va="center", fontsize=6)
+                free_from = middle + width / 2
         axis.set_yticks([-number for number in range(len(paths))], [f"rank {number}" for number in range(len(paths))])
         axis.set_title(method, loc="left", fontsize=9)
         axis.set_ylim(-len(paths) + 0.45, 0.55)
