@@ -3,8 +3,8 @@
     python bench/multi_gpu.py --ranks 1 2 4 --out bench/results/multi-gpu-4xh200.json
 
 A Vision Transformer gets drawn images. A BLOOM gets 512 tokens in the place of each image: the methods do not know the difference.
-All methods run one after the other, and then all again; each builds its model anew. Only the last repetition is profiled: of a large
-model it takes longer to write and read the traces than to train. The result holds every repetition, median and spread, and the
+All methods run one after the other, and then all again; each builds its model anew. Only the last repetition is profiled: for a
+large model traces take longer than training. The result holds every repetition, median and spread, and the
 hardware and versions.
 """
 

@@ -348,6 +348,15 @@ from shardlab.show.charts import create_performance_visualizations
 create_performance_visualizations(list(runs.values()))
 
 # %% [markdown]
+# The same runs are in TensorBoard: in a terminal, `tensorboard --logdir runs`. With a key for Weights & Biases they go there as well (`pip install wandb`); without network they are kept in their run folders,
+# and `wandb sync` sends them later. What there is here:
+
+# %%
+from shardlab.run.tracking import test_wandb_connection
+
+test_wandb_connection();
+
+# %% [markdown]
 # Two of these need a word. *Training time* contains all of an epoch, and here that is mostly drawing the images: one rank draws them all, of two ranks each draws half. *Throughput* is measured on a batch that is there already. And
 # on one machine's cores *scaling efficiency* must be low: a rank alone may use all of them, two ranks share them, and what they send each other is work for the same cores. (The hatched bars are
 # states that offload has put on the host. Where a step has several micro-batches, DeepSpeed keeps the gradients there twice: one copy to add up in, one for the step; lab 04 has the formula.)
