@@ -6,7 +6,7 @@ import pytest
 
 from shardlab.hardware import gpu_count
 from shardlab.run.launch import launch, launch_each
-from shardlab.run.trace import STEP, TraceError, collectives, shares, spans
+from shardlab.run.trace import STEP, TraceError, collectives, holistic_shares, shares, spans
 from shardlab.show.charts import create_performance_visualizations, scaling_efficiency
 from shardlab.show.timeline import timeline, traces_of
 from shardlab.switch import SOLUTIONS, import_exercise, use_exercises
@@ -119,3 +119,9 @@ def test_a_run_that_fails_does_not_end_those_after_it(tmp_path):
     found = launch_each(planned, runs=tmp_path, timeout=120, or_cpu=True)
     assert [run.outcome for run in found] == ["finished", "failed", "finished"]
     assert "no-such-model" in found[1].reason
+
+
+def test_holistic_analysis_wants_a_trace_of_a_gpu(tmp_path):
+    trace = write(tmp_path / "rank0.json", event("aten::mm", 0, 60_000))
+    with pytest.raises(TraceError, match="no kernels of a GPU"):
+        holistic_shares([trace])

@@ -342,6 +342,18 @@ table(
     ]
 )
 
+# %% [markdown]
+# Traces from GPUs can be read by Holistic Trace Analysis too (`pip install HolisticTraceAnalysis`), which gives the shares of compute, *exposed communication* and idle time, over both steps. What waits in a collective it
+# counts as communication: of two H100s under FSDP2, one had 68 % of that and the other 3 %, in the same two steps. The second had been late, and the first had waited.
+
+# %%
+from shardlab.run.trace import TraceError, holistic_shares
+
+try:
+    table(holistic_shares(traces_of(done["fsdp2"])))
+except TraceError as problem:
+    print("not run:", problem)
+
 # %%
 from shardlab.show.charts import create_performance_visualizations
 

@@ -8,6 +8,7 @@ sends past torch is not in it, such as DeepSpeed's all-reduce over shared memory
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -253,3 +254,30 @@ def shares(traces: list[Path], step: int = 0, rank: int = 0) -> dict[str, float]
         "neither": 1 - every / length,
         "hidden transfer": (_covered(transfers) - exposed) / length,
     }
+
+
+def holistic_shares(traces: list[Path]) -> list[dict]:
+    """What Holistic Trace Analysis says of traces from GPUs, a row per rank: the shares of compute, exposed communication and idle
+    time over all profiled steps. It takes waiting for the other ranks for communication, since the kernel runs meanwhile.
+
+    Args:
+        traces: of all ranks, by rank.
+
+    Raises:
+        TraceError: the traces have no GPU's kernels, or the package is not installed.
+
+    Source: https://hta.readthedocs.io, "Temporal Breakdown"
+    """
+    if not any(event.get("cat") == "kernel" for event in events(traces[0])):
+        raise TraceError(f"{traces[0]}: no kernels of a GPU in it; `shares` reads traces of CPUs too")
+    try:
+        from hta.trace_analysis import TraceAnalysis
+    except ModuleNotFoundError:
+        raise TraceError("Holistic Trace Analysis is not installed: pip install HolisticTraceAnalysis") from None
+    logging.getLogger("hta").setLevel(logging.ERROR)
+    table = TraceAnalysis(trace_files={rank: str(path) for rank, path in enumerate(traces)}).get_temporal_breakdown(visualize=False)
+    names = {"compute": "compute_time_pctg", "exposed communication": "non_compute_time_pctg", "idle": "idle_time_pctg"}
+    return [
+        {"rank": int(row["rank"])} | {name: row[column] / 100 for name, column in names.items()}
+        for row in table.sort_values("rank").to_dict("records")
+    ]
