@@ -7,7 +7,7 @@ import pytest
 from shardlab.hardware import gpu_count
 from shardlab.run.launch import launch, launch_each
 from shardlab.run.trace import STEP, TraceError, collectives, holistic_shares, shares, spans
-from shardlab.show.charts import create_performance_visualizations, scaling_efficiency
+from shardlab.show.charts import create_performance_visualizations, plot_scaling, scaling_efficiency
 from shardlab.show.timeline import timeline, traces_of
 from shardlab.switch import SOLUTIONS, import_exercise, use_exercises
 
@@ -125,3 +125,16 @@ def test_holistic_analysis_wants_a_trace_of_a_gpu(tmp_path):
     trace = write(tmp_path / "rank0.json", event("aten::mm", 0, 60_000))
     with pytest.raises(TraceError, match="no kernels of a GPU"):
         holistic_shares([trace])
+
+
+def test_scaling_is_strong_where_the_global_batch_stays_and_weak_where_it_grows():
+    def point(ranks: int, global_batch: int, speed: float, method: str = "ddp") -> dict:
+        return {"method": method, "ranks": ranks, "global_batch": global_batch, "samples_per_second": speed}
+
+    figure = plot_scaling([point(1, 32, 100), point(1, 64, 120), point(2, 64, 180), point(2, 64, 90, "zero1")])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [
+        "ddp, weak: 1.80 × on 2",
+        "ddp, strong: 1.50 × on 2",
+    ]
+    with pytest.raises(ValueError, match="two numbers of ranks"):
+        plot_scaling([point(1, 32, 100), point(2, 96, 100)])

@@ -373,6 +373,32 @@ test_wandb_connection();
 # on one machine's cores *scaling efficiency* must be low: a rank alone may use all of them, two ranks share them, and what they send each other is work for the same cores. (The hatched bars are
 # states that offload has put on the host. Where a step has several micro-batches, DeepSpeed keeps the gradients there twice: one copy to add up in, one for the step; lab 04 has the formula.)
 #
+# ## Scaling, weak and strong
+#
+# **Strong scaling** keeps the global batch, **weak scaling** the samples per rank. So DDP on one rank is measured twice: with the global batch of 64 that two ranks had, and with 32, the samples that each of the two had.
+
+# %%
+predicted_scaling = {"strong, × on 2 ranks": ..., "weak, × on 2 ranks": ...}
+
+# %%
+from shardlab.show.charts import plot_scaling, scaling_points
+
+alone = {
+    "strong": lab.method_experiment("ddp", ranks=1, accumulation=4, trace=False, name="lab05-strong-1"),
+    "weak": lab.method_experiment("ddp", ranks=1, accumulation=2, trace=False, name="lab05-weak-1"),
+}
+alone = dict(zip(alone, launch_each(list(alone.values()), runs=RUNS)))
+gained = {
+    f"{kind}, × on 2 ranks": runs["ddp"].results["throughput"] / run.results["throughput"]
+    for kind, run in alone.items()
+}
+compare(gained, predicted_scaling)
+plot_scaling(scaling_points([*alone.values(), runs["ddp"]]))
+
+# %% [markdown]
+# On two cores the gain is small or none: a rank alone computes on both of them already. On GPUs each rank brings its own. The two kinds differ by what a step pays once, whatever its batch: the optimizer's step, and what is sent. Strong
+# scaling on many ranks has ever less to compute for the same bytes to send.
+#
 # ## Does it learn?
 #
 # Chance is 1 %. Eight epochs with DDP; one to three minutes on two cores:

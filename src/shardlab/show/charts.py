@@ -1,4 +1,4 @@
-"""Four charts of methods against each other, from run folders: memory, throughput, training time, scaling efficiency."""
+"""Charts of methods against each other, from run folders: memory, throughput, training time, scaling."""
 
 from __future__ import annotations
 
@@ -64,6 +64,61 @@ def create_performance_visualizations(runs: list[Run]):
         for place, run in zip(places, runs):
             if not run.results.get("throughput"):
                 axis.text(place, 0, " not run", rotation=90, ha="center", va="bottom", fontsize=7)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def scaling_points(runs: list[Run]) -> list[dict]:
+    """Of each run that was measured: `method`, `ranks`, `global_batch` and `samples_per_second`."""
+    return [
+        {
+            "method": run.experiment.method,
+            "ranks": run.experiment.ranks,
+            "global_batch": run.experiment.global_batch,
+            "samples_per_second": run.results["throughput"],
+        }
+        for run in runs
+        if run.results.get("throughput")
+    ]
+
+
+def plot_scaling(points: list[dict]):
+    """Samples/s over ranks, a line for each method and kind of scaling, and dotted what would be perfect.
+
+    Points of one method belong to strong scaling where they share a global batch, and to weak scaling where they share the samples
+    per rank; a point may belong to both. A method that was measured on one number of ranks only is left out.
+
+    Args:
+        points: as of `scaling_points`.
+
+    Returns:
+        The matplotlib figure.
+
+    Raises:
+        ValueError: no method was measured on two numbers of ranks.
+    """
+    import matplotlib.pyplot as plt
+
+    lines: dict[tuple, list[dict]] = {}
+    for point in points:
+        for kind, share in (("strong", point["global_batch"]), ("weak", point["global_batch"] / point["ranks"])):
+            lines.setdefault((point["method"], kind, share), []).append(point)
+    lines = {key: sorted(of, key=lambda point: point["ranks"]) for key, of in lines.items()}
+    lines = {key: of for key, of in lines.items() if of[0]["ranks"] < of[-1]["ranks"]}
+    if not lines:
+        raise ValueError("no method was measured on two numbers of ranks, with equal global batches or equal samples per rank")
+    figure, axis = plt.subplots(figsize=(6.5, 3.6))
+    for (method, kind, _), of in lines.items():
+        ranks, first = [point["ranks"] for point in of], of[0]
+        (line,) = axis.plot(ranks, [point["samples_per_second"] for point in of], "o-" if kind == "weak" else "s--")
+        line.set_label(f"{method}, {kind}: {of[-1]['samples_per_second'] / first['samples_per_second']:.2f} × on {ranks[-1]}")
+        perfect = [first["samples_per_second"] * n / first["ranks"] for n in ranks]
+        axis.plot(ranks, perfect, ":", color=line.get_color(), linewidth=0.8)
+    axis.set_xticks(sorted({point["ranks"] for point in points}))
+    axis.set_ylim(0)
+    axis.set(xlabel="ranks", ylabel="samples/s, all ranks", title="Scaling (dotted: perfect)")
+    axis.legend(fontsize=7)
     figure.tight_layout()
     plt.close(figure)
     return figure
