@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,12 +80,17 @@ def profile_to(path: Path, take_step: Callable[[], object], steps: int) -> None:
                 take_step()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        # gloo's threads say that a collective has ended just before they note its event; what comes late is not in the trace.
+        time.sleep(LATE_EVENTS)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
 
 
 STEP = "step "
 """How the events of whole steps are called, with their number."""
+
+LATE_EVENTS = 0.05
+"""Seconds that a trace waits for events of other threads, after its last step."""
 
 
 def events(path: Path) -> list[dict]:
