@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import json
 import math
@@ -23,6 +24,7 @@ from torch.nn import functional
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from shardlab import switch
+from shardlab.milestones import pretended
 from shardlab.milestones.clock import Clock
 from shardlab.run.collectives import gather, rank, world_size
 from shardlab.run.experiment import Experiment
@@ -54,6 +56,8 @@ def set_up(experiment: Experiment, run: Run) -> dict:
     lab, store = _lab(), None
     if "RANK" not in os.environ:
         os.environ |= {"WORLD_SIZE": "4", "LOCAL_RANK": "3"}  # as a login shell or a Slurm job may have it
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
     else:
         # The launcher's store still has the addresses of the first group, so the ranks meet at another.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank() == 0 else None
@@ -85,37 +89,63 @@ def set_up(experiment: Experiment, run: Run) -> dict:
     return results
 
 
-def set_up_with_gpus(rank: int, local_rank: int, world_size: int, gpus: int) -> dict:
-    """What the exercise asks torch for on a rank where torch sees so many GPUs; nothing is really made."""
-    asked: dict = {"groups": [], "current": []}
+def set_up_with_gpus(rank: int | None, local_rank: int, world_size: int, gpus: int, there: bool = False) -> dict:
+    """What the exercise asks torch for on a rank where torch sees so many GPUs; nothing is really made.
+
+    Args:
+        rank: None for a lone process, where the other two are set all the same.
+        local_rank, world_size, gpus: of the rank.
+        there: whether a process group is there already.
+    """
+    lab, asked = _lab(), {"groups": [], "stores": [], "current": []}
+    group = [there]
+    signature = inspect.signature(dist.init_process_group)
 
     def init(*given, **named):
-        arguments = inspect.signature(dist.init_process_group).bind(*given, **named).arguments
+        arguments = signature.bind(*given, **named).arguments
         asked["groups"].append(arguments.get("backend"))
+        asked["stores"].append(type(arguments.get("store")).__name__)
+        group[0] = True
 
-    job = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world_size)}
-    init = mock.create_autospec(dist.init_process_group, side_effect=init)
+    def leave(*_):
+        group[0] = False
+
+    def set_device(device):
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+        if (device.index or 0) >= gpus:
+            raise RuntimeError("CUDA error: invalid device ordinal")
+        asked["current"].append(str(device))
+
+    job = {"LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world_size)} | ({} if rank is None else {"RANK": str(rank)})
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, job))
+        if rank is None:
+            os.environ.pop("RANK", None)
         for owner, name, stand_in in (
             (torch.cuda, "is_available", lambda: True),
             (torch.cuda, "device_count", lambda: gpus),
-            (
-                torch.cuda,
-                "set_device",
-                lambda device: asked["current"].append(
-                    str(torch.device(device)) if isinstance(device, torch.device | str) else f"cuda:{device}"
-                ),
-            ),
-            (dist, "is_initialized", lambda: False),
-            (dist, "init_process_group", init),
+            (torch.cuda, "set_device", set_device),
+            (dist, "is_initialized", lambda: group[0]),
+            (dist, "get_rank", lambda *_, **__: rank or 0),
+            (dist, "get_world_size", lambda *_, **__: 1 if rank is None else world_size),
+            (dist, "init_process_group", mock.create_autospec(dist.init_process_group, side_effect=init)),
+            (dist, "destroy_process_group", leave),
+            (dist, "barrier", lambda *_, **__: None),
         ):
             stack.enter_context(mock.patch.object(owner, name, stand_in))
         try:
-            device, *numbers = _lab().setup_distributed()
+            device, *numbers = lab.setup_distributed()
+            asked |= {"device": str(device), "numbers": numbers}
+            first = {name: [*asked[name]] for name in ("groups", "stores", "current")}
+            lab.cleanup_distributed()
+            lab.setup_distributed()
         except ValueError as error:
             return asked | {"refused": str(error)}
-    return asked | {"device": str(device), "numbers": numbers}
+        except RuntimeError as error:
+            if isinstance(error, NotImplementedError):
+                raise
+            return asked | {"ended": f"RuntimeError: {error}"}
+    return asked | first | {"anew": group[0]}
 
 
 # --- 5.2: images ------------------------------------------------------------------------------------------------------
@@ -124,15 +154,21 @@ IMAGES = {
     "RGB, wide": ("RGB", (40, 24)),
     "RGB, tall": ("RGB", (18, 50)),
     "RGB, of the right size": ("RGB", (16, 16)),
+    "RGB, large": ("RGB", (420, 300)),
+    "RGB, nearly black": ("RGB", (16, 16), 1),
     "grey": ("L", (20, 20)),
     "RGB with transparency": ("RGBA", (20, 30)),
     "with a palette": ("P", (30, 20)),
+    "grey with transparency": ("LA", (20, 30)),
+    "black and white": ("1", (30, 20)),
+    "CMYK": ("CMYK", (24, 20)),
 }
+"""Mode, width and height, and the largest value of a pixel if it is not 255."""
 
 
-def image(mode: str, size: tuple[int, int]) -> Image.Image:
+def image(mode: str, size: tuple[int, int], brightest: int = 255) -> Image.Image:
     """A random image of a mode and a width and height."""
-    pixels = numpy.random.default_rng([5, *size]).integers(0, 256, (size[1], size[0], 4), dtype=numpy.uint8)
+    pixels = numpy.random.default_rng([5, *size]).integers(0, brightest + 1, (size[1], size[0], 4), dtype=numpy.uint8)
     whole = Image.fromarray(pixels, "RGBA")
     return whole if mode == "RGBA" else whole.convert("RGB").convert(mode)
 
@@ -144,16 +180,27 @@ def transform(name: str, image_size: int, mean: list[float], std: list[float]) -
     before, size, mode = given.tobytes(), given.size, given.mode
     torch.manual_seed(7)
     state = torch.get_rng_state()
-    whole = validation(given)
+    try:
+        whole = validation(given)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, NotImplementedError):
+            raise
+        return {"ended": f"{type(error).__name__}: {error}"}
     drew = not torch.equal(state, torch.get_rng_state())
     turns = []
     for seed in (1, 1, 2):  # of torch; the other generators go on
         torch.manual_seed(seed)
         turns.append([training(given) for _ in range(24)])
+    again = validation(given)
+    kept = given.tobytes() == before and (given.size, given.mode) == (size, mode)
+    upside_down = given.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    wanted = validation(upside_down)
+    given.paste(upside_down)  # the same object, other pixels
     return {
         "values": whole,
         "draws": drew,
-        "kept": given.tobytes() == before and (given.size, given.mode) == (size, mode),
+        "kept": kept,
+        "looks again": torch.equal(validation(given), wanted),
         "turns": [
             [
                 "mirrored" if torch.equal(one, whole.flip(-1)) else "as it was" if torch.equal(one, whole) else "other"
@@ -161,8 +208,17 @@ def transform(name: str, image_size: int, mean: list[float], std: list[float]) -
             ]
             for turn in turns
         ],
-        "again": torch.equal(validation(given), whole),
+        "again": torch.equal(again, whole),
     }
+
+
+def mirrored(count: int, seed: int) -> int:
+    """How many of so many images the transform for training mirrors."""
+    training, validation = _lab().create_image_transforms(8, [0.5] * 3, [0.5] * 3)
+    given = image("RGB", (8, 8))
+    turned = validation(given).flip(-1)
+    torch.manual_seed(seed)
+    return sum(torch.equal(training(given), turned) for _ in range(count))
 
 
 # --- 5.3: loaders -----------------------------------------------------------------------------------------------------
@@ -172,7 +228,7 @@ class Numbered(torch.utils.data.Dataset):
     """Rows that know their number: an image of one pixel, and a label."""
 
     def __init__(self, count: int):
-        self.count = count
+        self.count, self.read = count, 0
 
     def __len__(self) -> int:
         return self.count
@@ -180,6 +236,7 @@ class Numbered(torch.utils.data.Dataset):
     def __getitem__(self, number: int):
         if not 0 <= number < self.count:
             raise IndexError(number)
+        self.read += 1
         return torch.tensor([float(number)]), number % 7
 
 
@@ -190,19 +247,24 @@ def load(rows: int, test_rows: int, micro_batch_size: int, ranks: int, seed: int
         train, test = _lab().create_data_loaders(
             train_set, test_set, micro_batch_size=micro_batch_size, rank=one, world_size=ranks, seed=seed
         )
-        by_epoch = []
+        by_epoch, reads, types = [], [], set()
         for epoch in range(epochs):
             train.sampler.set_epoch(epoch)
+            before = train_set.read
             by_epoch.append([[int(number) for number in images[:, 0]] for images, _ in train])
+            reads.append(train_set.read - before)
         evaluation = [
             [[int(number), int(label)] for number, label in zip(images[:, 0], labels, strict=True)] for images, labels in test
         ]
+        types |= {str(labels.dtype) for loader in (train, test) for _, labels in loader}
         torch.manual_seed(one)
         train.sampler.set_epoch(0)
         again = [[int(number) for number in images[:, 0]] for images, _ in train]
         found.append(
             {
                 "epochs": by_epoch,
+                "reads": reads,
+                "types": sorted(types),
                 "again": again == by_epoch[0],
                 "evaluation": evaluation,
                 "evaluation_again": [len(labels) for _, labels in test] == [len(batch) for batch in evaluation],
@@ -236,24 +298,51 @@ def facts_of(model: nn.Module) -> dict:
         "dtypes": sorted({str(parameter.dtype) for parameter in model.parameters()}),
         "devices": sorted({str(parameter.device) for parameter in model.parameters()}),
         "training": all(module.training for module in model.modules()),
-        "checkpointing": bool(model.is_gradient_checkpointing),
         "labels": model.config.num_labels,
         "trained": all(parameter.requires_grad for parameter in model.parameters()),
     }
+
+
+def computed(model: nn.Module) -> list[int]:
+    """How often each block computes its first linear layer in a forward and a backward pass: twice under gradient checkpointing."""
+    blocks = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
+    calls = [0] * len(blocks)
+
+    def count(number: int):
+        def hook(*_):
+            calls[number] += 1
+
+        return hook
+
+    first = [next(module for module in block.modules() if isinstance(module, nn.Linear)) for block in blocks]
+    hooks = [module.register_forward_hook(count(number)) for number, module in enumerate(first)]
+    side = model.config.image_size
+    images = torch.zeros(1, 3, side, side, dtype=next(model.parameters()).dtype)
+    model(pixel_values=images).logits.float().sum().backward()
+    for hook in hooks:
+        hook.remove()
+    return calls
 
 
 def load_models(stored_labels: int = 10, labels: int = 101) -> dict:
     """The small model with other arguments, and one from a folder whose head has `stored_labels` classes."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    load = _lab().load_vit_model
+    default, left = torch.get_default_dtype(), set()
+
+    def load(*given, **named) -> nn.Module:
+        try:
+            return _lab().load_vit_model(*given, **named)
+        finally:
+            left.add(str(torch.get_default_dtype()))
+            torch.set_default_dtype(default)
 
     def seeded(seed: int, **named):
         torch.manual_seed(seed)
         return load("vit-tiny", 7, **named)
 
     def same(one: nn.Module, other: nn.Module) -> bool:
-        return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+        return all(torch.equal(a, b.to(a.dtype)) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
     small = {
         "hidden_size": 12,
@@ -264,22 +353,37 @@ def load_models(stored_labels: int = 10, labels: int = 101) -> dict:
         "patch_size": 4,
     }
     stored = ViTForImageClassification(ViTConfig(num_labels=stored_labels, **small))
-    with tempfile.TemporaryDirectory() as folder:
+    in_bf16 = copy.deepcopy(stored).to(torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as folder_in_bf16:
         stored.save_pretrained(folder)
+        in_bf16.save_pretrained(folder_in_bf16)
         loaded = load(folder, labels, torch.bfloat16, True)
         as_stored = load(folder, stored_labels)
-    body = {name: tensor for name, tensor in stored.named_parameters() if "classifier" not in name}
+        fitting = load(folder_in_bf16, stored_labels, torch.float32, True)
+    models = {
+        "tiny": load("vit-tiny", labels),
+        "in bf16": load("vit-tiny", 7, torch_dtype=torch.bfloat16),
+        "in fp16": load("vit-tiny", 7, torch_dtype=torch.float16),
+        "checkpointed": load("vit-tiny", 7, enable_gradient_checkpointing=True),
+        "loaded": loaded,
+        "fitting": fitting,
+    }
+    body = {name: tensor for name, tensor in in_bf16.named_parameters() if "classifier" not in name}
     of_loaded = dict(loaded.named_parameters())
-    return {
-        "tiny": facts_of(load("vit-tiny", labels)),
-        "in bf16": facts_of(load("vit-tiny", 7, torch_dtype=torch.bfloat16)),
-        "checkpointed": facts_of(load("vit-tiny", 7, enable_gradient_checkpointing=True)),
+    head, old = of_loaded["classifier.weight"], in_bf16.classifier.weight
+    rows = min(len(head), len(old))
+    facts = {name: facts_of(model) for name, model in models.items()}
+    for name in ("tiny", "checkpointed", "loaded", "fitting"):
+        facts[name]["computed"] = sorted(set(computed(models[name])))
+    return facts | {
         "same seed": same(seeded(1), seeded(1)),
         "other seed": same(seeded(1), seeded(2)),
-        "loaded": facts_of(loaded),
-        "its body": all(torch.equal(of_loaded[name], tensor.to(torch.bfloat16)) for name, tensor in body.items()),
-        "its head": list(of_loaded["classifier.weight"].shape),
+        "its body": all(torch.equal(of_loaded[name], tensor) for name, tensor in body.items()),
+        "its head": list(head.shape),
+        "old rows": int((head[:rows] == old[:rows]).all(1).sum()),
         "as stored": same(as_stored, stored) and facts_of(as_stored)["dtypes"] == ["torch.float32"],
+        "fits": same(fitting, in_bf16),
+        "default types": sorted(left),
     }
 
 
@@ -293,13 +397,13 @@ class Small(nn.Module):
 
     def __init__(self, dropout: float = 0.0):
         super().__init__()
-        self.first = nn.Linear(PIXELS, WIDTH)
+        self.stem = nn.ModuleList([nn.Linear(PIXELS, WIDTH)])  # a list as well, and shorter
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Linear(7, WIDTH)) for _ in range(2))
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, pixel_values, labels=None):
-        hidden = self.first(pixel_values)
+        hidden = self.stem[0](pixel_values)
         for block in self.blocks:
             hidden = hidden + block(hidden)
         logits = self.head(self.dropout(hidden))
@@ -380,20 +484,44 @@ def sent_in(run: Run, take_step) -> dict[str, list[int]]:
     return found
 
 
+@contextlib.contextmanager
+def meshes_noted(lab):
+    """While this lasts, note the mesh that each call of `fully_shard` is given, None for none, however the exercise has imported it."""
+    from torch.distributed import fsdp
+
+    real, meshes = fsdp.fully_shard, []
+
+    @functools.wraps(real)
+    def fully_shard(module, *given, **named):
+        mesh = named.get("mesh")
+        meshes.append(None if mesh is None else [mesh.device_type, mesh.shape[-1]])
+        return real(module, *given, **named)
+
+    bound = [(lab, name) for name, value in vars(lab).items() if value is real]
+    with contextlib.ExitStack() as stack:
+        for owner, name in [(fsdp, "fully_shard"), *bound]:
+            stack.enter_context(mock.patch.object(owner, name, fully_shard))
+        yield meshes
+
+
 def wrap(experiment: Experiment, run: Run) -> dict:
     """Task 5.5: four steps of a model that the exercise has wrapped; options: `method`."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
     lone_group()
-    method, seed = experiment.options["method"], experiment.seed
+    lab, method, seed = _lab(), experiment.options["method"], experiment.seed
     given = small(seed)
-    model = _lab().wrap_model(given, method, here())
-    try:
-        _lab().wrap_model(small(seed), "zero2", here())
-        refused = "no error"
-    except ValueError as error:
-        refused = str(error)
+    # Each rank could be alone on its machine: all ranks are more than those of one machine.
+    with meshes_noted(lab) as meshes, mock.patch.dict(os.environ, {"LOCAL_WORLD_SIZE": "1"}):
+        model = lab.wrap_model(given, method, here())
+    refused = {}
+    for other in ("zero2", "fsdp", "DDP"):
+        try:
+            lab.wrap_model(small(seed), other, here())
+            refused[other] = "no error"
+        except ValueError as error:
+            refused[other] = str(error)
     optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
     losses = []
 
@@ -415,12 +543,21 @@ def wrap(experiment: Experiment, run: Run) -> dict:
         "gathered_together": sum(isinstance(module, FSDPModule) for module in model.modules()),
         "sharded": sum(isinstance(parameter, DTensor) for parameter in model.parameters()),
         "elements": gather(sum(part.numel() for part in parts)),
-        "devices": sorted({part.device.type for part in parts}),
+        "meshes": meshes,
+        "wanted_mesh": [here().type, world_size()],
+        "bucket": getattr(model, "bucket_bytes_cap", None),
         "losses": losses,
         "held": gather(vars(held)),
         "sent": sent_in(run, lambda: step(*mine[5])),
         "refused": refused,
     }
+
+
+def moved(method: str) -> bool:
+    """Task 5.5: whether the exercise puts a model on a GPU, which is pretended."""
+    with pretended.gpu() as gpu:
+        model = _lab().wrap_model(small(0), method, pretended.GPU)
+        return all(map(gpu.holds, model.parameters()))
 
 
 def engine(experiment: Experiment, run: Run) -> dict:
@@ -464,12 +601,15 @@ def engine(experiment: Experiment, run: Run) -> dict:
     }
 
 
-def _given_to_deepspeed(text: str, **more) -> tuple[list[dict], str]:
-    """The configurations that the exercise gives to DeepSpeed for a file, and the ValueError that it raises; no engine is made."""
+def _given_to_deepspeed(text: str, *, as_text: bool = False, **more) -> tuple[list[dict], str]:
+    """The configurations that the exercise gives to DeepSpeed for a file, and the ValueError that it raises; no engine is made.
+    The process group has two ranks, whatever WORLD_SIZE says.
+    """
     made: list[dict] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         path = Path(folder, "config.json")
         path.write_text(text)
+        stack.enter_context(mock.patch.dict(os.environ, {"WORLD_SIZE": "4"}))
         for name, stand_in in (("get_world_size", lambda group=None: 2), ("is_initialized", lambda: True)):
             stack.enter_context(mock.patch.object(dist, name, stand_in))
         import deepspeed
@@ -479,9 +619,9 @@ def _given_to_deepspeed(text: str, **more) -> tuple[list[dict], str]:
             return [None] * 4
 
         stack.enter_context(mock.patch.object(deepspeed, "initialize", initialize))
-        sizes = {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "learning_rate": 0.1}
+        sizes = {"micro_batch_size": 3, "gradient_accumulation_steps": 5, "learning_rate": 0.1}
         try:
-            _lab().initialize_deepspeed_model(small(0), path, **sizes, **more)
+            _lab().initialize_deepspeed_model(small(0), str(path) if as_text else path, **sizes, **more)
         except ValueError as error:
             return made, str(error)
     return made, ""
@@ -496,9 +636,12 @@ def refuse(text: str) -> str:
 
 
 def configure(text: str, dtype: str) -> dict:
-    """Task 5.6: the configuration that the exercise makes of a file, for a type to compute in."""
-    made, said = _given_to_deepspeed(text, torch_dtype=getattr(torch, dtype))
-    return made[0] if made else {"refused": said}
+    """Task 5.6: the configuration that the exercise makes of a file, for a type to compute in; the path is given as text."""
+    try:
+        made, said = _given_to_deepspeed(text, as_text=True, torch_dtype=getattr(torch, dtype))
+    except (KeyError, AttributeError, TypeError) as error:
+        return {"ended": f"{type(error).__name__}: {error}"}
+    return made[0] if made else {"ended": f"ValueError: {said}"}
 
 
 def train_standard(experiment: Experiment, run: Run) -> dict:
@@ -533,9 +676,9 @@ def train_standard(experiment: Experiment, run: Run) -> dict:
     }
 
 
-def zero_file(folder: Path, stage: int, **more) -> str:
+def zero_file(folder: Path, stage: int, lr="auto", **more) -> str:
     """A configuration file as a learner has it, for AdamW of `ADAM`; the folder is a visible one."""
-    adam = {"type": "AdamW", "params": ADAM | {"lr": "auto", "torch_adam": True}}
+    adam = {"type": "AdamW", "params": ADAM | {"lr": lr, "torch_adam": True}}
     sizes = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"), "auto")
     path = Path(folder, f"zero{stage}.json")
     path.write_text(json.dumps(sizes | {"gradient_clipping": 0.0, "optimizer": adam, "zero_optimization": {"stage": stage}} | more))
@@ -565,6 +708,103 @@ def train_engine(experiment: Experiment, run: Run) -> dict:
         "steps": made.global_steps,
         "passes": len(watch.moved),
     }
+
+
+class Loud(Small):
+    """A small model with a thousand times the loss, that notes under which autocast it is called. What has `set_requires_gradient_sync`
+    and no `no_sync` is FSDP2's.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.autocast, self.sync = [], []
+
+    def forward(self, pixel_values, labels=None):
+        on = next((device for device in ("cuda", "cpu") if torch.is_autocast_enabled(device)), "")
+        dtype = str(torch.get_autocast_dtype(on)) if on else "torch.float32"
+        self.autocast.append(f"{dtype}, for the CPU" if on == "cpu" else dtype)
+        found = super().forward(pixel_values, labels)
+        return ImageClassifierOutput(loss=1000 * found.loss, logits=found.logits)
+
+    def set_requires_gradient_sync(self, wanted: bool, **_) -> None:
+        self.sync.append(wanted)
+
+
+class Held:
+    """An optimizer that changes nothing, and compares the gradients that it is given with those that are due."""
+
+    def __init__(self, model: nn.Module, wanted: list[list[torch.Tensor]]):
+        self.model, self.wanted, self.apart = model, wanted, []
+        self.param_groups, self.state = [{"params": list(model.parameters()), "lr": 0.1}], {}
+
+    def step(self, *_, **__) -> None:
+        wanted = self.wanted[len(self.apart)] if len(self.apart) < len(self.wanted) else []
+        pairs = zip(self.model.parameters(), wanted, strict=False)
+        self.apart.append(
+            max((float((p.grad - w).abs().max() / w.abs().max()) for p, w in pairs if p.grad is not None), default=1.0)
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+
+def epoch_on_a_gpu(dtype: str, accumulation: int, count: int) -> dict:
+    """Task 5.7: an epoch by hand on a GPU, which is pretended, alone: under which autocast the model is called, and with which
+    gradients a step is taken.
+    """
+    lab, given = _lab(), batches(11, count, 3, 0)
+    torch.manual_seed(11)
+    model = Loud()
+    wanted = []
+    for at in range(0, count // accumulation * accumulation, accumulation):
+        loss = sum(model(images, labels).loss for images, labels in given[at : at + accumulation]) / accumulation
+        wanted.append([gradient.clone() for gradient in torch.autograd.grad(loss, list(model.parameters()))])
+    model.autocast.clear()
+    seen: dict = {"ended": ""}
+    with pretended.lone_group(), pretended.gpu():
+        model.to(pretended.GPU)
+        wanted = [[gradient.to(pretended.GPU) for gradient in step] for step in wanted]
+        optimizer = Held(model, wanted)
+        try:
+            found = lab.train_epoch_standard(model, given, optimizer, pretended.GPU, accumulation, getattr(torch, dtype))
+            seen["losses"] = len(found)
+        except RuntimeError as error:
+            if isinstance(error, NotImplementedError):
+                raise
+            seen["ended"] = f"RuntimeError: {error}"
+    return seen | {"autocast": model.autocast, "sync": model.sync, "apart": optimizer.apart}
+
+
+def short_epoch(accumulation: int, count: int) -> dict:
+    """Task 5.7: what an epoch with an engine returns, whose micro-batches make no whole step; nothing else is the engine's."""
+
+    class Engine:
+        training, called = True, 0
+
+        def gradient_accumulation_steps(self) -> int:
+            return accumulation
+
+        def train(self, mode: bool = True):
+            return self
+
+        def __call__(self, **_):
+            self.called += 1
+            return SimpleNamespace(loss=torch.ones((), requires_grad=True))
+
+        def backward(self, *_, **__) -> None: ...
+
+        def step(self) -> None: ...
+
+    with pretended.lone_group():
+        try:
+            engine = Engine()
+            found = _lab().train_epoch_deepspeed(engine, batches(11, count, 3, 0), torch.device("cpu"))
+            return {"ended": "", "losses": found, "passes": engine.called}
+        except RuntimeError as error:
+            if isinstance(error, NotImplementedError):
+                raise
+            return {"ended": f"RuntimeError: {error}", "passes": engine.called}
 
 
 def labelled(seed: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -597,15 +837,21 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
         (torch.stack([i for i, _ in mine[at : at + size]]), torch.stack([y for _, y in mine[at : at + size]]))
         for at in range(0, len(mine), size)
     ]
+    if experiment.options.get("unlabelled"):  # a row without a label, before the others
+        given[0] = torch.cat([images[:1], given[0][0]]), torch.cat([torch.tensor([-100]), given[0][1]])
     model = small(seed, dropout=0.5)
     model = made_engine(experiment, model) if experiment.deepspeed else model.to(here())
     module = model.module if experiment.deepspeed else model
     watch, loader = Watch(module), Loader(given)
-    modes, scores = [], []
+    modes, scores, enabled = [], [], []
     for training in (True, False):
         model.train(training)
+        if training:
+            module.blocks[0].eval()  # a part that is kept from training, as a frozen one
         scores.append(_lab().evaluate(model, loader, here(), CLASSES))
         modes.append(module.training)
+        enabled.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(True)
     kept = all(
         torch.equal(a.as_subclass(torch.Tensor), b) and torch.equal(c.as_subclass(torch.Tensor), d)
         for (a, c), (b, d) in zip(loader, given, strict=True)
@@ -616,6 +862,7 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
         "modes": gather(modes),
         "moved": all(gather(all(watch.moved))),
         "off": not any(watch.training),
+        "enabled": all(enabled),
         "gradients": any(watch.gradients),
         "passes": gather(len(watch.moved)),
         "batches": gather(2 * len(given)),
@@ -623,14 +870,54 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
     }
 
 
+class InBf16(nn.Module):
+    """A classifier whose parameters and logits are in bf16."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(PIXELS, CLASSES).to(torch.bfloat16)
+
+    def forward(self, pixel_values, labels=None):
+        return ImageClassifierOutput(logits=self.layer(pixel_values.to(torch.bfloat16)))
+
+
+def evaluate_alone(rows: int, size: int, gpu: bool) -> dict:
+    """Task 5.8: the loss over many batches of a model in bf16, alone, on a CPU or on a GPU, which is pretended; and what it should be."""
+    lab, (images, labels) = _lab(), labelled(21, rows)
+    torch.manual_seed(21)
+    model = InBf16()
+    with torch.no_grad():
+        wanted = functional.cross_entropy(model(images).logits.double(), labels).item()
+    given = [(images[at : at + size], labels[at : at + size]) for at in range(0, rows, size)]
+    seen: dict = {"wanted": wanted, "ended": ""}
+    with pretended.lone_group() as sent, pretended.gpu() if gpu else contextlib.nullcontext() as there:
+        device = pretended.GPU if gpu else torch.device("cpu")
+        model.to(device)
+        try:
+            seen["loss"] = lab.evaluate(model, given, device, CLASSES)["loss"]
+        except RuntimeError as error:
+            if isinstance(error, NotImplementedError):
+                raise
+            seen["ended"] = f"RuntimeError: {error}"
+        finally:
+            torch.set_grad_enabled(True)
+        seen["sent from the CPU"] = sum(not there.holds(tensor) for tensor in sent) if gpu else 0
+    return seen
+
+
 # --- 5.9 to 5.11: where the exercises are ------------------------------------------------------------------------------
 
 
-def table(rows: list[list], ranks: int, steps: int) -> dict:
+def table(rows: list[list], ranks: int, steps: int, raising: bool = False) -> dict:
     """Task 5.9: the table of collectives that are given as name and bytes."""
     found = [Collective(name, size // 4, size, float(at), at + 1.0) for at, (name, size) in enumerate(rows)]
     before = list(found)
-    made = _lab().communication_table(found, ranks, steps)
+    try:
+        made = _lab().communication_table(found, ranks, steps)
+    except ValueError as error:
+        if raising:
+            raise
+        return {"refused": str(error)}
     return {"table": [[name, dict(row)] for name, row in made.items()], "kept": found == before}
 
 
@@ -653,7 +940,14 @@ def throughput(seconds: list[float], samples: int, device: str, **named) -> dict
         log.append(f"synchronize {which if which is None else torch.device(which)}")
         clock.now, left[0] = clock.now + left[0], 0.0
 
-    with clock.in_place_of_time(_lab()), mock.patch.object(torch.cuda, "synchronize", synchronize):
+    def empty_cache():
+        log.append("empty_cache")
+
+    with (
+        clock.in_place_of_time(_lab()),
+        mock.patch.object(torch.cuda, "synchronize", synchronize),
+        mock.patch.object(torch.cuda, "empty_cache", empty_cache),
+    ):
         found = _lab().measure_throughput(step, samples, torch.device(device), **named)
     return {"found": found, "steps": log.count("step"), "log": log}
 
@@ -676,14 +970,22 @@ def memory(device: str) -> dict:
         return answer
 
     def usage(who):
-        return SimpleNamespace(ru_maxrss=2_000_000 if who == resource.RUSAGE_SELF else 1)
+        return SimpleNamespace(ru_maxrss=2_000_000 if who == resource.RUSAGE_SELF else 9_000_000)
+
+    def reset(*_, **__):
+        numbers.update(max_memory_allocated=7, max_memory_reserved=8)
 
     with contextlib.ExitStack() as stack:
         for name in numbers:
             stack.enter_context(mock.patch.object(torch.cuda, name, said(name)))
+        for name in ("reset_peak_memory_stats", "reset_max_memory_allocated", "reset_max_memory_cached"):
+            if hasattr(torch.cuda, name):
+                stack.enter_context(mock.patch.object(torch.cuda, name, reset))
+        if torch.device(device).type == "cuda":
+            stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: True))
         stack.enter_context(mock.patch.object(resource, "getrusage", usage))
-        found = _lab().get_memory_stats(torch.device(device))
-    return {"found": found, "asked": sorted(set(asked))}
+        found, again = (_lab().get_memory_stats(torch.device(device)) for _ in range(2))
+    return {"found": found, "again": again, "asked": sorted(set(asked))}
 
 
 class Sampler:
@@ -741,10 +1043,16 @@ def orchestrate(
             "communication_table",
         )
     }
-    model = nn.Linear(2, 2)
+    raw = nn.Linear(2, 2)
+    model = nn.Sequential(raw) if method == "ddp" else raw  # what wrap_model returns
     made = SimpleNamespace(optimizer=SimpleNamespace(name="the engine's"), module=model)
     train, test = Standing("train", log), Standing("test", log)
     losses = iter(range(100))
+
+    def called(value) -> str:
+        if value is made:
+            return "the engine"
+        return "the model" if value is model else "the model without its wrapper" if value is raw else "another"
 
     def given(name, args, named) -> dict:
         bound = inspect.signature(originals[name]).bind(*args, **named)
@@ -758,24 +1066,19 @@ def orchestrate(
             seconds = 10.0 if batches is train else 0.5
             clock.now += seconds + (train.sampler.epoch or 0)
             optimizer = arguments.get("optimizer")
+            groups = optimizer.param_groups if optimizer is not None else []
             log.append(
                 [
                     name,
                     {
                         "loader": "train" if batches is train else list(batches),
-                        "model": "the model"
-                        if arguments.get("model") is model
-                        else "the engine"
-                        if arguments.get("engine") is made
-                        else "another",
+                        "model": called(arguments.get("model", arguments.get("engine"))),
                         "optimizer": None
                         if optimizer is None
-                        else [
-                            type(optimizer).__name__,
-                            optimizer.defaults["lr"],
-                            optimizer.defaults["weight_decay"],
-                            id(optimizer),
-                        ],
+                        else [type(optimizer).__name__, groups[0]["lr"], groups[0]["weight_decay"], id(optimizer)],
+                        "others": [[list(group["betas"]), group["eps"], group["amsgrad"], group["maximize"]] for group in groups],
+                        "trains the model": {id(p) for group in groups for p in group["params"]}
+                        == set(map(id, model.parameters())),
                         "device": str(arguments["device"]),
                         "accumulation": arguments.get("gradient_accumulation_steps"),
                         "dtype": str(arguments.get("dtype")),
@@ -795,11 +1098,7 @@ def orchestrate(
                     {key: str(value) for key, value in arguments.items() if key not in ("take_step", "model", "optimizer")}
                     | (
                         {
-                            "model": "the model"
-                            if arguments["model"] is model
-                            else "the engine"
-                            if arguments["model"] is made
-                            else "another",
+                            "model": called(arguments["model"]),
                             "optimizer": "the engine's"
                             if arguments["optimizer"] is made.optimizer
                             else type(arguments["optimizer"]).__name__,
@@ -822,10 +1121,8 @@ def orchestrate(
                 [
                     name,
                     {
-                        key: "the model"
-                        if value is model
-                        else "the engine"
-                        if value is made
+                        key: called(value)
+                        if isinstance(value, nn.Module) or value is made
                         else "test"
                         if value is test
                         else value
@@ -841,6 +1138,12 @@ def orchestrate(
 
     def loaded():
         log.append(["seed", torch.initial_seed()])
+        return raw
+
+    def wrapped():
+        if method == "fsdp2":  # fully_shard puts other parameters in the place of the model's
+            for name in ("weight", "bias"):
+                setattr(raw, name, nn.Parameter(getattr(raw, name).detach().clone()))
         return model
 
     def evaluated():
@@ -849,7 +1152,7 @@ def orchestrate(
 
     stand_ins = {
         "load_vit_model": simple("load_vit_model", loaded),
-        "wrap_model": simple("wrap_model", lambda: model),
+        "wrap_model": simple("wrap_model", wrapped),
         "initialize_deepspeed_model": simple("initialize_deepspeed_model", lambda: made),
         "train_epoch_standard": trained("train_epoch_standard"),
         "train_epoch_deepspeed": trained("train_epoch_deepspeed"),

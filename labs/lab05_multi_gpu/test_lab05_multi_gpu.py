@@ -1,5 +1,6 @@
 """Milestones of lab 05. The judges are plain PyTorch on all rows, the profiler's record of collectives, and a clock moved by hand."""
 
+import json
 import math
 
 import numpy
@@ -57,9 +58,61 @@ def reference_adam() -> dict:
     return dict(program_of(f"{PROGRAMS}:zero_file").__globals__["ADAM"])
 
 
+def check_set_up(lab, rank: int | None, local_rank: int, ranks: int, gpus: int, *, there: bool = False) -> None:
+    """What setup_distributed has to ask torch for where torch sees GPUs."""
+    got = lab.observe(f"{PROGRAMS}:set_up_with_gpus", rank, local_rank, ranks, gpus, there)
+    numbers = [0, 0, 1] if rank is None else [rank, local_rank, ranks]
+    where = (
+        f"in a lone process, where RANK is not set, and LOCAL_RANK is {local_rank} and WORLD_SIZE {ranks}"
+        if rank is None
+        else f"on rank {rank} of {ranks}, local rank {local_rank}"
+    )
+    where += f", where torch sees {gpus} GPUs" + " and a process group is there already" * there
+    if rank is not None and local_rank >= gpus:
+        require(
+            str(local_rank) in got.get("refused", "") and str(gpus) in got.get("refused", ""),
+            expected=f"ValueError for local rank {local_rank} where torch sees {gpus} GPUs, in a sentence with both numbers",
+            got=got.get("ended", got.get("refused", f"no error: {got.get('device')}")),
+            likely="torch.cuda.set_device is called before the local rank is looked at"
+            if "ordinal" in got.get("ended", "")
+            else "",
+        )
+        require(not got["groups"], expected="no process group where the local rank has no GPU", got=got["groups"])
+        return
+    require(
+        got.get("device") == f"cuda:{numbers[1]}" and got["numbers"] == numbers,
+        expected=f"cuda:{numbers[1]}, and {numbers} for rank, local rank and world size, {where}",
+        got=got.get("ended", got.get("refused", f"{got.get('device')}, {got.get('numbers')}")),
+    )
+    require_equal(
+        got["groups"], [] if there else ["nccl"], of=f"the backends that init_process_group is asked for by one call, {where}"
+    )
+    require(
+        got["current"][-1:] == [f"cuda:{numbers[1]}"],
+        expected=f"the current device set to cuda:{numbers[1]} (torch.cuda.set_device), {where}",
+        got=got["current"] or "it is not set",
+    )
+    if rank is None:
+        require(
+            got["stores"][0] != "NoneType",
+            expected="a store of its own for a lone process, dist.HashStore(): it has no meeting place",
+            got="none given to init_process_group",
+        )
+    require(
+        got["anew"],
+        expected=f"a process group again from setup_distributed() after cleanup_distributed(), {where}",
+        got="none",
+    )
+
+
 @pytest.mark.milestone(task="5.1", points=10, section="A process group")
 def test_process_group(lab, run_experiments):
     lab.setup_distributed  # noqa: B018
+    check_set_up(lab, 6, 1, 8, 2)
+    check_set_up(lab, 3, 3, 4, 2)
+    check_set_up(lab, None, 3, 4, 2)
+    check_set_up(lab, None, 3, 4, 8)
+    check_set_up(lab, 3, 1, 4, 2, there=True)
     with ranks_come_back():
         runs = run_experiments([experiment("alone", "set_up", ranks=1), experiment("two", "set_up")], timeout=60)
     for name, wanted, where in (
@@ -74,36 +127,23 @@ def test_process_group(lab, run_experiments):
         require(got["sum"] == len(wanted), expected=f"an all-reduce that reaches all ranks, {where}: {len(wanted)}", got=got["sum"])
         require(all(got["again"]), expected=f"the same from a second call, {where}", got="something else, on a rank")
         require(not got["left"], expected=f"no process group after cleanup_distributed(), {where}", got="one that is still there")
-    got = lab.observe(f"{PROGRAMS}:set_up_with_gpus", 6, 1, 8, 2)
-    require(
-        got.get("device") == "cuda:1" and got["numbers"] == [6, 1, 8],
-        expected="cuda:1 on rank 6 of 8, local rank 1, where torch sees two GPUs",
-        got=got.get("refused", f"{got.get('device')}, {got.get('numbers')}"),
-    )
-    require_equal(got["groups"], ["nccl"], of="the backends that init_process_group is asked for where torch sees a GPU")
-    require_equal(got["current"][-1:], ["cuda:1"], of="the current device that is set (torch.cuda.set_device) on local rank 1")
-    got = lab.observe(f"{PROGRAMS}:set_up_with_gpus", 3, 3, 4, 2)
-    require(
-        "3" in got.get("refused", "") and "2" in got.get("refused", ""),
-        expected="ValueError for local rank 3 where torch sees 2 GPUs, in a sentence with both numbers",
-        got=got.get("refused", f"no error: {got.get('device')}"),
-    )
-    require(not got["groups"], expected="no process group where the local rank has no GPU", got=got["groups"])
 
 
 @pytest.mark.milestone(task="5.2", points=5, section="Images in, numbers out")
 def test_image_transforms(lab):
     programs = program_of(f"{PROGRAMS}:image").__globals__
     mean, std = [0.5, 0.25, 0.75], [0.5, 0.2, 0.3]
-    for name, (mode, size) in programs["IMAGES"].items():
+    for name, given in programs["IMAGES"].items():
         got = lab.observe(f"{PROGRAMS}:transform", name, 16, mean, std)
+        if "ended" in got:
+            require(False, expected=f"a tensor of an image of any mode ({name})", got=got["ended"])
         values = got["values"]
         require(
             list(values.shape) == [3, 16, 16] and str(values.dtype) == "torch.float32" and values.device.type == "cpu",
             expected=f"a float32 tensor of shape [3, 16, 16] on the CPU for an image ({name})",
             got=f"{values.dtype}, {list(values.shape)}, {values.device}",
         )
-        image = programs["image"](mode, size).convert("RGB").resize((16, 16), 2)
+        image = programs["image"](*given).convert("RGB").resize((16, 16), 2)
         wanted = (numpy.asarray(image, dtype=numpy.float64) / 255 - mean) / std
         difference = float(abs(values.permute(1, 2, 0).double().numpy() - wanted).max())
         require(
@@ -118,6 +158,11 @@ def test_image_transforms(lab):
             got="one that draws random numbers",
         )
         require(got["kept"], expected="an image that is left as it was", got="it was changed")
+        require(
+            got["looks again"],
+            expected=f"the pixels that an image has now, where it has got others since the last call ({name})",
+            got="the tensor of the earlier ones",
+        )
         turns = got["turns"]
         require(
             set(sum(turns, [])) <= {"as it was", "mirrored"},
@@ -135,6 +180,8 @@ def test_image_transforms(lab):
             expected="torch's random numbers to say which are mirrored: the same ones after the same torch.manual_seed, others after another",
             got="others after the same seed" if turns[0] != turns[1] else "the same after any seed",
         )
+    count = lab.observe(f"{PROGRAMS}:mirrored", 1000, 3)
+    require(430 <= count <= 570, expected="about half of 1000 images mirrored: 500, and 70 more or fewer at most", got=count)
 
 
 def check_loaders(lab, rows: int, test_rows: int, micro_batch: int, ranks: int, seed: int = 0) -> None:
@@ -157,6 +204,13 @@ def check_loaders(lab, rows: int, test_rows: int, micro_batch: int, ranks: int, 
         require_equal(sizes, [wanted] * ranks, of=f"the sizes of the batches of epoch {epoch}, by rank ({case})")
     for number, rank in enumerate(got):
         require(rank["labels"], expected=f"each image with its own label ({case})", got="another label")
+        require_equal(rank["types"], ["torch.int64"], of="the type of the labels of a batch, as cross-entropy wants it")
+        share = rows // ranks
+        require(
+            all(read >= share for read in rank["reads"]),
+            expected=f"each row read in the epoch in which it is used, since a transform may draw: {share} reads in each of three epochs ({case})",
+            got=rank["reads"],
+        )
         require(
             rank["again"],
             expected="an order that the seed and the epoch draw, and nothing else",
@@ -173,6 +227,19 @@ def check_loaders(lab, rows: int, test_rows: int, micro_batch: int, ranks: int, 
         require(orders[0] != orders[1], expected=f"another order in the next epoch ({case})", got="the same")
         flat = sum(sum(orders[0], []), [])
         require(flat != sorted(flat), expected=f"rows in an order that is drawn ({case})", got="in their own order")
+    if rows > 20:
+        epochs = [[{row for batch in rank for row in batch} for rank in order] for order in orders]
+        over = [sorted(set(range(rows)) - set().union(*epoch)) for epoch in epochs]
+        require(
+            not over[0] or over[0] != over[1] or over[0] != over[2],
+            expected=f"other rows left out in the next epoch ({case})",
+            got=f"rows {over[0][:10]} in three epochs",
+        )
+        require(
+            ranks == 1 or all(one != other for one, other in zip(epochs[0], epochs[1], strict=True)),
+            expected=f"an order over all rows, dealt to the ranks: other rows for each rank in the next epoch ({case})",
+            got="the same rows for a rank in each epoch",
+        )
     batches = [[len(batch) for batch in rank["evaluation"]] for rank in got]
     require(len({str(sizes) for sizes in batches}) == 1, expected=f"equal batches on all ranks in evaluation ({case})", got=batches)
     require(max(batches[0]) <= micro_batch, expected=f"batches of at most {micro_batch} rows in evaluation", got=batches[0])
@@ -206,12 +273,14 @@ def test_data_loaders(lab):
         (9, 5, 2, 1),
     ):
         check_loaders(lab, rows, test_rows, micro_batch, ranks)
-    orders = [lab.observe(f"{PROGRAMS}:load", 40, 8, 4, 2, seed, 1)[0]["epochs"] for seed in (0, 0, 5)]
+    orders = [lab.observe(f"{PROGRAMS}:load", 40, 8, 4, 2, seed, 9)[0]["epochs"] for seed in (0, 0, 5)]
     require(
         orders[0] == orders[1] != orders[2],
         expected="an order that the seed draws",
         got="the same for any seed" if orders[0] == orders[2] else "another each time",
     )
+    different = len({str(order) for order in orders[0]})
+    require(different == 9, expected="nine orders in nine epochs", got=f"{different} different ones")
     for gpu in (True, False):
         got = lab.observe(f"{PROGRAMS}:pinned", gpu)
         require_equal(got, [gpu, gpu], of=f"pin_memory of the two loaders, where torch sees {'a' if gpu else 'no'} GPU")
@@ -223,11 +292,16 @@ def test_vision_transformer(lab):
     for name, parameters, labels, dtype, checkpointing in (
         ("tiny", 329_381, 101, "torch.float32", False),
         ("in bf16", 320_263, 7, "torch.bfloat16", False),
+        ("in fp16", 320_263, 7, "torch.float16", False),
         ("checkpointed", 320_263, 7, "torch.float32", True),
         ("loaded", 4_565, 101, "torch.bfloat16", True),
+        ("fitting", 3_382, 10, "torch.float32", True),
     ):
         facts = got[name]
-        what = "a model from a folder, 101 classes, bf16, gradient checkpointing" if name == "loaded" else f"vit-tiny ({name})"
+        what = {
+            "loaded": "a model from a folder, 101 classes, bf16, gradient checkpointing",
+            "fitting": "a model from a folder whose weights are in bf16 and whose head fits, 10 classes, float32, gradient checkpointing",
+        }.get(name, f"vit-tiny ({name})")
         for key, wanted in (
             ("class", "ViTForImageClassification"),
             ("labels", labels),
@@ -235,14 +309,28 @@ def test_vision_transformer(lab):
             ("dtypes", [dtype]),
             ("devices", ["cpu"]),
             ("training", True),
-            ("checkpointing", checkpointing),
             ("trained", True),
         ):
             require(facts[key] == wanted, expected=f"{key} {wanted} of {what}", got=facts[key])
+        times = ["once", "twice"]
+        require(
+            facts.get("computed", [1 + checkpointing]) == [1 + checkpointing],
+            expected=f"each block's activations computed {times[checkpointing]} in a forward and a backward pass of {what}",
+            got=f"{facts.get('computed')} times",
+        )
     require(got["same seed"], expected="the same weights of vit-tiny after the same torch.manual_seed", got="others")
     require(not got["other seed"], expected="other weights of vit-tiny after another torch.manual_seed", got="the same")
     require(got["its body"], expected="the body's weights as the folder has them", got="others")
     require(got["its head"] == [101, 12], expected="a new head of 101 classes where the folder's has 10", got=got["its head"])
+    require(
+        not got["old rows"],
+        expected="a head that is new in all of its classes where the folder's has 10",
+        got=f"{got['old rows']} rows of the folder's head",
+    )
+    require(
+        got["fits"], expected="all weights as the folder has them, where it has them in bf16 and float32 is asked for", got="others"
+    )
+    require_equal(got["default types"], ["torch.float32"], of="torch's default type (torch.get_default_dtype) after load_vit_model")
     require(
         got["as stored"], expected="all weights as the folder has them, in fp32, where its head has as many classes", got="others"
     )
@@ -258,7 +346,23 @@ def check_wrapped(got: dict, method: str, ranks: int, seed: int) -> None:
         got=[round(loss, 5) for loss in got["losses"]],
     )
     sharded = method == "fsdp2"
+    if method == "ddp":
+        require(
+            (got["bucket"] or 0) <= 25 * 2**20,
+            expected="buckets of at most 25 MiB, as DistributedDataParallel has them by itself",
+            got=f"{got['bucket']} bytes",
+        )
     if sharded:
+        require(
+            None not in got["meshes"],
+            expected="a mesh given to each fully_shard: without one torch takes the machine's accelerator, whatever the device is",
+            got="a call of fully_shard without mesh",
+        )
+        require(
+            all(mesh == got["wanted_mesh"] for mesh in got["meshes"]),
+            expected=f"a mesh of all ranks of the device's kind, {got['wanted_mesh']}, wherever they run",
+            got=got["meshes"],
+        )
         require(
             got["gathered_together"] == 3,
             expected="the two blocks and the whole model, each sharded by a fully_shard of its own: 3",
@@ -298,11 +402,8 @@ def check_wrapped(got: dict, method: str, ranks: int, seed: int) -> None:
         [[own, 4 * count, 8 * count] for count in got["elements"]],
         of=f"bytes of parameters, gradients and Adam's moments just before a step, by rank ({method})",
     )
-    require(
-        method.split()[0] in ("ddp", "fsdp2", "single_gpu_simple") and "zero2" in got["refused"],
-        expected="ValueError for method 'zero2', which names it",
-        got=got["refused"],
-    )
+    for name, said in got["refused"].items():
+        require(name in said, expected=f"ValueError for method {name!r}, which names it", got=said)
 
 
 @pytest.mark.milestone(task="5.5", points=10, section="What each method sends, and when")
@@ -317,6 +418,11 @@ def test_wrapped_models(lab, run_experiments):
         runs = run_experiments(plans, timeout=60)
     got = runs["simple"].results
     require(got["same"], expected="the model itself for single_gpu_simple", got=got["class"])
+    require(
+        lab.observe(f"{PROGRAMS}:moved", "single_gpu_simple"),
+        expected="the model on its device for single_gpu_simple: cuda:0",
+        got="parameters that are still on the CPU",
+    )
     got = runs["ddp"].results
     require(got["class"] == "DistributedDataParallel", expected="DistributedDataParallel for ddp", got=got["class"])
     for name, method, ranks in (("simple", "single_gpu_simple", 1), ("ddp", "ddp", 2), ("fsdp2", "fsdp2", 2)):
@@ -337,7 +443,7 @@ def zero_files() -> dict[str, str]:
             (folder / "numbers").mkdir(parents=True)
             for stage in (1, 2, 3):
                 reference("zero_file", folder, stage)
-            program_of(f"{PROGRAMS}:zero_file")(folder / "numbers", 1, **numbers)
+            program_of(f"{PROGRAMS}:zero_file")(folder / "numbers", 1, 0.5, **numbers)
     return {f"stage {stage}": str(folder / f"zero{stage}.json") for stage in (1, 2, 3)} | {
         "numbers": str(folder / "numbers" / "zero1.json")
     }
@@ -400,6 +506,12 @@ def test_engines(lab, run_experiments):
             ("optimizer.params.weight_decay",),
             "'auto' at optimizer.params.weight_decay",
         ),
+        ('{"optimizer": {"type": "AdamW", "lr": "auto"}}', ("optimizer.lr",), "'auto' at optimizer.lr, beside params"),
+        (
+            '{"optimizer": {"type": "AdamW"}, "scheduler": {"type": "WarmupLR", "params": {"train_batch_size": "auto"}}}',
+            ("scheduler.params.train_batch_size",),
+            "'auto' at scheduler.params.train_batch_size",
+        ),
         ('{"train_batch_size": "auto"}', ("optimizer",), "a file without an optimizer"),
     ):
         said = lab.observe(f"{PROGRAMS}:refuse", text)
@@ -415,10 +527,35 @@ def test_engines(lab, run_experiments):
         (quantized, "float32", {}),
         (quantized.replace("true", "false"), "bfloat16", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
         (quantized.replace("true", "false"), "float16", {"torch_autocast": {"enabled": True, "dtype": "float16"}}),
+        ('{"optimizer": {"type": "AdamW"}}', "bfloat16", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
     ):
         given = lab.observe(f"{PROGRAMS}:configure", text, dtype)
+        require(
+            "ended" not in given,
+            expected=f"an engine with torch.{dtype} and {text}, the path given as text",
+            got=given.get("ended"),
+        )
         got = {key: value for key, value in given.items() if key in ("bf16", "fp16", "torch_autocast")}
         require_equal(got, wanted, of=f"what the engine's configuration says of types, with torch.{dtype} and {text}")
+    others = {
+        "steps_per_print": 7,
+        "communication_data_type": "fp32",
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 9}},
+    }
+    text = json.dumps({"optimizer": {"type": "AdamW", "params": {"lr": 0.5, "eps": 0.25}}, "train_batch_size": 64} | others)
+    got = lab.observe(f"{PROGRAMS}:configure", text, "float32")
+    require("ended" not in got, expected=f"an engine with {text}", got=got.get("ended"))
+    require_equal({key: got.get(key) for key in others}, others, of=f"the other entries of the configuration, with {text}")
+    require_equal(
+        got["optimizer"],
+        {"type": "AdamW", "params": {"lr": 0.1, "eps": 0.25}},
+        of=f"the configuration's optimizer, with learning_rate 0.1 and {text}",
+    )
+    require(
+        got.get("train_batch_size", 30) == 30,
+        expected="train_batch_size 30 for a micro-batch of 3, accumulation 5 and a process group of 2 ranks, where WORLD_SIZE is 4",
+        got=got.get("train_batch_size"),
+    )
     said = lab.observe(f"{PROGRAMS}:refuse", '{"optimizer": {"type": "AdamW"}}')
     require(said == "no error", expected="no error for an optimizer without params: lr is put there", got=said)
     plans = [
@@ -471,9 +608,41 @@ def check_epoch(got: dict, seed: int, ranks: int, count: int, accumulation: int,
     require(got["training"], expected=f"the model in training mode, whatever it was in before ({what})", got="evaluation mode")
 
 
+def check_on_a_gpu(lab) -> None:
+    """What an epoch by hand has to do where the device is a GPU, and what both return where there is no whole step."""
+    for dtype, accumulation, count in (("bfloat16", 2, 5), ("float16", 1, 2), ("float32", 2, 2), ("float32", 3, 2)):
+        got = lab.observe(f"{PROGRAMS}:epoch_on_a_gpu", dtype, accumulation, count)
+        steps = count // accumulation
+        case = f"train_epoch_standard on cuda:0, accumulation {accumulation}, torch.{dtype}, {count} micro-batches"
+        require(not got["ended"], expected=f"{steps} losses of {case}", got=got["ended"])
+        require(got["losses"] == steps, expected=f"{steps} losses of {case}", got=got["losses"])
+        require_equal(
+            got["autocast"],
+            [f"torch.{dtype}"] * (steps * accumulation),
+            of=f"the type of the autocast for GPUs, by forward pass ({case})",
+        )
+        require(
+            len(got["apart"]) == steps and max(got["apart"], default=0.0) < 1e-3,
+            expected=f"{steps} steps, each with the mean gradient of its micro-batches, as it is, however large ({case})",
+            got=f"{len(got['apart'])} steps, with gradients that differ by {max(got['apart'], default=0.0):.2g} of them",
+        )
+        require(
+            False not in got["sync"],
+            expected=f"a model without no_sync that reduces after each micro-batch, as FSDP2 does ({case})",
+            got="set_requires_gradient_sync(False): then each rank keeps whole gradients",
+        )
+    got = lab.observe(f"{PROGRAMS}:short_epoch", 3, 2)
+    require(
+        not got["ended"] and got["losses"] == [] and not got["passes"],
+        expected="[] and no forward pass by train_epoch_deepspeed, where two micro-batches make no whole step of three",
+        got=got["ended"] or f"{got.get('losses')} after {got['passes']} forward passes",
+    )
+
+
 @pytest.mark.milestone(task="5.7", points=15, section="A step, by hand and by an engine")
 def test_epochs(lab, run_experiments):
     lab.train_epoch_standard, lab.train_epoch_deepspeed  # noqa: B018
+    check_on_a_gpu(lab)
     plans = [
         experiment("ddp", "train_standard", accumulation=2, options={"ddp": True, "count": 5}),
         experiment("bf16", "train_standard", accumulation=1, options={"ddp": True, "count": 3, "dtype": "bfloat16"}),
@@ -525,32 +694,56 @@ def check_scores(got: dict, seed: int, rows: int, what: str) -> None:
     require(got["off"], expected="a model in evaluation mode: dropout off", got="training mode")
     for modes in got["modes"]:
         require_equal(
-            modes, [True, False], of="whether the model is in training mode afterwards, where it was before, and where it was not"
+            modes,
+            [True, False],
+            of="whether the model is in training mode afterwards, where it was before but for one block, and where it was not",
         )
     require(
         not got["gradients"], expected="forward passes that keep nothing for a backward pass (torch.no_grad)", got="with gradients"
     )
+    require(got["enabled"], expected="gradients enabled again after the evaluation", got="torch.is_grad_enabled() is False")
     require(got["moved"], expected="images on the model's device", got="a batch left where it was")
     require(got["kept"], expected="batches that are left as they were", got="they were changed")
+
+
+def check_loss_alone(lab) -> None:
+    """The loss of a model in bf16 over many batches, and of a few on a GPU."""
+    for rows, size, gpu in ((300, 1, False), (8, 3, True)):
+        got = lab.observe(f"{PROGRAMS}:evaluate_alone", rows, size, gpu)
+        what = f"{rows} rows in batches of {size}, a model in bf16{' on cuda:0' * gpu}"
+        require(not got["ended"], expected=f"loss {got['wanted']:.4f} of {what}", got=got["ended"])
+        require(
+            isinstance(got["loss"], float) and abs(got["loss"] / got["wanted"] - 1) < 0.02,
+            expected=f"loss {got['wanted']:.4f} of {what}, sums and counts kept in float32",
+            got=f"{got['loss']:.4f}" if isinstance(got["loss"], float) else got["loss"],
+        )
+        require(
+            not got["sent from the CPU"],
+            expected=f"what is added up over the ranks on the device ({what}): NCCL takes nothing else",
+            got=f"{got['sent from the CPU']} tensors on the CPU, given to a collective",
+        )
 
 
 @pytest.mark.milestone(task="5.8", points=10, section="Means of means")
 def test_evaluation(lab, run_experiments):
     lab.evaluate  # noqa: B018
+    check_loss_alone(lab)
     plans = [
         experiment("seven", "evaluate", options={"rows": 7}, seed=5),
-        experiment("nine", "evaluate", options={"rows": 9}, seed=6),
+        experiment("nine", "evaluate", options={"rows": 9, "unlabelled": True}, seed=6),
+        experiment("one", "evaluate", options={"rows": 1}, seed=9),
         experiment("zero3", "evaluate", options={"rows": 13}, seed=7, deepspeed=zero_configuration(3)),
         experiment("lone", "evaluate", ranks=1, options={"rows": 8}, seed=8, deepspeed=zero_configuration(1)),
     ]
     with ranks_come_back():
         runs = run_experiments(plans, timeout=90)
-    for name, seed, rows in (("lone", 8, 8), ("seven", 5, 7), ("nine", 6, 9), ("zero3", 7, 13)):
+    for name, seed, rows in (("lone", 8, 8), ("seven", 5, 7), ("nine", 6, 9), ("one", 9, 1), ("zero3", 7, 13)):
         check_scores(
             runs[name].results,
             seed,
             rows,
-            f"{rows} rows, {'one rank' if name == 'lone' else 'two ranks'}{', ZeRO-3' * (name == 'zero3')}",
+            f"{rows} row{'s' * (rows > 1)}, {'one rank' if name == 'lone' else 'two ranks'}{', ZeRO-3' * (name == 'zero3')}"
+            + ", a row without a label before them" * (name == "nine"),
         )
 
 
@@ -563,9 +756,14 @@ def test_bytes_sent(lab):
         ("reduce-scatter", 1200, 3, 800.0),
         ("broadcast", 1200, 2, 600.0),
         ("all-reduce", 1200, 1, 0.0),
+        ("all-gather", 16384, 16384, 16383.0),
     ):
         require_equal(lab.bytes_sent(collective, size, ranks), wanted, of=f"bytes_sent({collective!r}, {size}, {ranks})")
-    for given, name in ((("all-to-none", 10, 2), "all-to-none"), (("all-reduce", 10, 0), "0")):
+    for given, name in (
+        (("all-to-none", 10, 2), "all-to-none"),
+        (("All_Reduce", 10, 2), "All_Reduce"),
+        (("all-reduce", 10, 0), "0"),
+    ):
         require_error(
             lambda given=given: lab.bytes_sent(*given), ValueError, mentions=(name,), expected=f"ValueError for bytes_sent{given}"
         )
@@ -581,26 +779,46 @@ def test_bytes_sent(lab):
         of="communication_table() of two all-reduces of 400 and 4 bytes and two all-gathers of 80, 4 ranks, 2 steps",
     )
     require(got["kept"], expected="a list of collectives that is left as it was", got="it was changed")
+    for name in ("all-to-none", "all-to-all"):
+        got = lab.observe(f"{PROGRAMS}:table", [[name, 80]], 4, 2)
+        require(
+            name in got.get("refused", str(got.get("table"))),
+            expected=f"no collective left out: for a trace of {name!r} the ValueError of bytes_sent, which names it",
+            got=got.get("refused", f"no error: {got.get('table')}"),
+        )
     agree_as_recorded(tabled(lab), __file__, "5.9 table", "communication_table{}, of (collectives as name and bytes, ranks, steps)")
 
 
 def tabled(of):
     """The table's rows in their order, or the error."""
-    return lambda *given: of.observe(f"{PROGRAMS}:table", *given)["table"]
+    return lambda *given: of.observe(f"{PROGRAMS}:table", *given, True)["table"]
 
 
 @pytest.mark.milestone(task="5.10", points=5, section="Seconds and bytes")
 def test_measurements(lab):
-    seconds = [100.0, 50.0, 1.0, 2.0, 3.0, 4.0, 5.0, 1000.0]
+    seconds = [100.0, 50.0, 1.0, 2.0, 3.0, 4.0, 10.0, 1000.0]
     for device in ("cpu", "cuda:0"):
         for named, wanted, steps in (
-            ({}, 5 * 24 / 15, 7),
+            ({}, 5 * 24 / 20, 7),
             ({"warm_up_steps": 0, "measured_steps": 2}, 2 * 24 / 150, 2),
             ({"warm_up_steps": 3, "measured_steps": 1}, 24 / 2, 4),
         ):
             got = lab.observe(f"{PROGRAMS}:throughput", seconds, 24, device, **named)
             case = f"measure_throughput(…, 24, torch.device('{device}'){''.join(f', {key}={value}' for key, value in named.items())}) of steps of {', '.join(f'{s:g}' for s in seconds)} s"
             require(got["steps"] == steps, expected=f"{steps} steps by {case}", got=got["steps"])
+            measured = named.get("measured_steps", 5)
+            at = [number for number, entry in enumerate(got["log"]) if entry == "step"][-measured:]
+            between = [entry for entry in got["log"][at[0] : at[-1]] if entry != "step"]
+            require(
+                not between,
+                expected=f"{measured} measured steps one after the other, with no wait for the GPU between them, by {case}",
+                got=f"{', '.join(between)} between them",
+            )
+            require(
+                "empty_cache" not in got["log"],
+                expected=f"an allocator's cache that stays as the warm-up has left it, by {case}",
+                got="torch.cuda.empty_cache()",
+            )
             require(
                 isinstance(got["found"], float) and abs(got["found"] / wanted - 1) < 0.01,
                 expected=f"{wanted:.4g} samples/s by {case}",
@@ -623,12 +841,19 @@ def test_measurements(lab):
             if device == "cpu"
             else "3,000,000,000 bytes at most were allocated and 5,500,000,000 reserved"
         )
+        if device == "cpu":
+            where += " for this process and 9,000,000 for its children"
         require(
             set(got["found"]) == set(wanted) and all(abs(got["found"][key] - value) < 1e-6 for key, value in wanted.items()),
             expected=f"{wanted} of get_memory_stats(torch.device('{device}')), where {where}",
             got=got["found"],
         )
         require(got["asked"] in ([], [device]), expected=f"the memory of {device}", got=got["asked"])
+        require(
+            got["again"] == got["found"],
+            expected="the same from a second call: the most that the process has had so far",
+            got=got["again"],
+        )
 
 
 KEYS = ["method", "not_run", "final_accuracy", "final_top5", "eval_loss", "train_losses", "epoch_duration", "throughput", "held_bytes",
@@ -700,7 +925,9 @@ def check_run(
         require_equal(sizes, wanted, of=f"what initialize_deepspeed_model is called with ({what})")
     else:
         require_equal(
-            calls(made), [{"model": "the model", "method": method, "device": device}], of=f"the calls of wrap_model ({what})"
+            calls(made),
+            [{"model": "the model without its wrapper" if method == "ddp" else "the model", "method": method, "device": device}],
+            of=f"the calls of wrap_model ({what})",
         )
     require_equal(calls("set_epoch"), list(range(epochs)), of=f"the epochs that the sampler is told ({what})")
     whole = [at for at, (name, given) in enumerate(log) if name == epoch and given["loader"] == "train"]
@@ -719,6 +946,17 @@ def check_run(
     require(
         evaluated > whole[-1] and names.count("evaluate") == 1, expected=f"one evaluation, after the last epoch ({what})", got=names
     )
+    extra = [at for at, (name, given) in enumerate(log) if name == epoch and given["loader"] != "train"]
+    require(
+        not extra or extra[0] > evaluated,
+        expected=f"no step between the last epoch and the evaluation ({what})",
+        got=names,
+    )
+    require(
+        "get_memory_stats" in names and names.index("get_memory_stats") > whole[-1],
+        expected=f"the peak of memory asked for after the training ({what})",
+        got=names,
+    )
     model = "the engine" if deepspeed else "the model"
     require_equal(
         calls("evaluate"),
@@ -736,6 +974,16 @@ def check_run(
                 given["optimizer"],
                 ["AdamW", 0.125, 0.01, 0],
                 of=f"the optimizer, its lr and weight_decay, and its number: one for all steps ({what})",
+            )
+            require(
+                all(others == [[0.9, 0.999], 1e-8, False, False] for others in given["others"]),
+                expected=f"torch's defaults for AdamW's betas, eps, amsgrad and maximize: (0.9, 0.999), 1e-8, False, False ({what})",
+                got=given["others"],
+            )
+            require(
+                given["trains the model"],
+                expected=f"an optimizer of the parameters of what wrap_model has returned ({what})",
+                got="another model's, or those that the model had before",
             )
             require(
                 given["accumulation"] == accumulation and given["dtype"] == f"torch.{dtype}",
@@ -822,9 +1070,10 @@ def test_runner(lab):
         )
         rest = {key: None for key in KEYS} | {"method": method, "not_run": result["not_run"]}
         require_equal(result, rest, of=f"the result of {method}, which cannot run on {ranks} ranks of {device}")
-    got = lab.observe(f"{PROGRAMS}:orchestrate", "zero4", "cpu", 0, 2)
-    require(
-        "zero4" in got.get("refused", ""),
-        expected="ValueError for method 'zero4', which names it",
-        got=got.get("refused", "no error"),
-    )
+    for method in ("zero4", "single_gpu_zero3"):
+        got = lab.observe(f"{PROGRAMS}:orchestrate", method, "cpu", 0, 2)
+        require(
+            method in got.get("refused", ""),
+            expected=f"ValueError for method {method!r} on 2 ranks, which names it",
+            got=got.get("refused", f"no error: {got.get('result')}"),
+        )

@@ -9,6 +9,7 @@ from test_lab05_multi_gpu import (
     check_loaders,
     check_run,
     check_scores,
+    check_set_up,
     check_wrapped,
     elements,
     engine_experiment,
@@ -40,21 +41,23 @@ def test_three_ranks_meet(lab, run_experiments):
     lab.setup_distributed  # noqa: B018
     got = run_experiments([experiment("three", "set_up", ranks=3)])["three"].results
     assert got["made"] and got["numbers"] == [[0, 0, 3], [1, 1, 3], [2, 2, 3]] and got["sum"] == 3 and not got["left"], got
-    got = lab.observe(f"{PROGRAMS}:set_up_with_gpus", 6, 2, 16, 4)
-    assert (got["device"], got["numbers"], got["current"][-1]) == ("cuda:2", [6, 2, 16], "cuda:2"), got
-    got = lab.observe(f"{PROGRAMS}:set_up_with_gpus", 1, 1, 2, 1)
-    assert "1" in got["refused"] and not got["groups"] and not got["current"], got
+    check_set_up(lab, 6, 2, 16, 4)
+    check_set_up(lab, 1, 1, 2, 1)
+    check_set_up(lab, None, 5, 8, 1)
+    check_set_up(lab, 9, 2, 12, 3, there=True)
 
 
 @pytest.mark.milestone(task="5.2")
 def test_images_for_another_model(lab):
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    for name in ("RGB, tall", "grey", "with a palette"):
+    for name in ("RGB, tall", "RGB, nearly black", "grey", "grey with transparency", "CMYK", "with a palette"):
         got = lab.observe(f"{PROGRAMS}:transform", name, 11, mean, std)
         wanted = Here().observe(f"{PROGRAMS}:transform", name, 11, mean, std)
         assert float((got["values"] - wanted["values"]).abs().max()) < 1e-5, name
         assert got["kept"] and not got["draws"] and got["turns"][0] == got["turns"][1] != got["turns"][2]
         assert all(4 <= turn.count("mirrored") <= 20 for turn in got["turns"]), got["turns"]
+        assert got["looks again"], name
+    assert 430 <= lab.observe(f"{PROGRAMS}:mirrored", 1000, 8) <= 570
 
 
 @pytest.mark.milestone(task="5.3")
@@ -67,7 +70,10 @@ def test_other_shares(lab):
 def test_another_head(lab):
     got = lab.observe(f"{PROGRAMS}:load_models", 3, 5)
     assert got["its body"] and got["its head"] == [5, 12] and got["as stored"] and got["loaded"]["labels"] == 5, got
-    assert got["loaded"]["checkpointing"] and got["loaded"]["dtypes"] == ["torch.bfloat16"], got
+    assert got["loaded"]["computed"] == [2] and got["loaded"]["dtypes"] == ["torch.bfloat16"], got
+    fitting = got["fitting"]
+    assert got["fits"] and fitting["training"] and fitting["dtypes"] == ["torch.float32"] and fitting["computed"] == [2], got
+    assert not got["old rows"] and got["default types"] == ["torch.float32"], got
 
 
 @pytest.mark.milestone(task="5.5", ranks=3)
@@ -91,6 +97,8 @@ def test_engines_on_three_ranks(lab, run_experiments):
 @pytest.mark.milestone(task="5.7", ranks=3)
 def test_epochs_on_three_ranks(lab, run_experiments):
     lab.train_epoch_standard  # noqa: B018
+    got = lab.observe(f"{PROGRAMS}:epoch_on_a_gpu", "float16", 3, 7)
+    assert got["autocast"] == ["torch.float16"] * 6 and len(got["apart"]) == 2 and max(got["apart"]) < 1e-3, got
     plans = [
         experiment("ddp-of-3", "train_standard", ranks=3, seed=4, accumulation=3, options={"ddp": True, "count": 7}),
         experiment(
@@ -107,11 +115,13 @@ def test_epochs_on_three_ranks(lab, run_experiments):
 def test_evaluation_on_three_ranks(lab, run_experiments):
     lab.evaluate  # noqa: B018
     plans = [
-        experiment("ten-of-3", "evaluate", ranks=3, options={"rows": 10}, seed=11),
+        experiment("ten-of-3", "evaluate", ranks=3, options={"rows": 10, "unlabelled": True}, seed=11),
+        experiment("two-of-3", "evaluate", ranks=3, options={"rows": 2}, seed=13),
         experiment("four-of-3", "evaluate", ranks=3, options={"rows": 4}, seed=12, deepspeed=zero_configuration(3)),
     ]
     runs = run_experiments(plans)
     check_scores(runs["ten-of-3"].results, 11, 10, "10 rows, three ranks")
+    check_scores(runs["two-of-3"].results, 13, 2, "2 rows, three ranks")
     check_scores(runs["four-of-3"].results, 12, 4, "4 rows, three ranks, ZeRO-3")
 
 
@@ -149,6 +159,8 @@ def test_other_measurements(lab):
     for device in ("cpu", "cuda:3"):
         got = lab.observe(f"{PROGRAMS}:throughput", seconds, 10, device, warm_up_steps=1, measured_steps=4)
         assert got["steps"] == 5 and abs(got["found"] / (4 * 10 / 3) - 1) < 0.01, got
+        at = [number for number, entry in enumerate(got["log"]) if entry == "step"][-4:]
+        assert at[-1] - at[0] == 3, got["log"]
     got = lab.observe(f"{PROGRAMS}:memory", "cuda:3")
     assert got["found"] == {"peak_allocated_gb": 3.0, "peak_reserved_gb": 5.5} and got["asked"] == ["cuda:3"], got
 
@@ -160,3 +172,4 @@ def test_other_runs(lab):
     check_run(lab, "zero2", "cuda:0", 0, 1, epochs=1, accumulation=5, seed=7)
     got = lab.observe(f"{PROGRAMS}:orchestrate", "zeropp", "cuda:0", 0, 3)
     assert got["result"]["not_run"] and not got["log"], got
+    assert "single_gpu_ddp" in lab.observe(f"{PROGRAMS}:orchestrate", "single_gpu_ddp", "cuda:0", 1, 4).get("refused", "")
