@@ -728,6 +728,11 @@ def check_loss_alone(lab) -> None:
 def test_evaluation(lab, run_experiments):
     lab.evaluate  # noqa: B018
     check_loss_alone(lab)
+    require(
+        lab.observe(f"{PROGRAMS}:nothing_counts"),
+        expected="a part in what is added up over the ranks, also from a rank all of whose rows only fill up",
+        got="no collective called there: the other ranks would wait for ever",
+    )
     plans = [
         experiment("seven", "evaluate", options={"rows": 7}, seed=5),
         experiment("nine", "evaluate", options={"rows": 9, "unlabelled": True}, seed=6),
