@@ -714,6 +714,7 @@ def train_method(experiment: Experiment, run: Run) -> dict:
     """
     from shardlab.data.images import load_images
     from shardlab.data.models import image_settings
+    from shardlab.run.tracking import tracked
 
     def say(what: str = "") -> None:
         if rank == 0:
@@ -735,8 +736,11 @@ def train_method(experiment: Experiment, run: Run) -> dict:
         enable_profiling=run.folder if experiment.options.get("trace") else None)
     say()
     losses, durations = result["train_losses"] or [], result["epoch_duration"] or []
-    for step, loss in enumerate(losses if rank == 0 else [], 1):
-        seconds = durations[(step - 1) * len(durations) // len(losses)] * len(durations) / len(losses)
-        run.log_step(step=step, loss=loss, seconds=round(seconds, 4), steps=len(losses),
-                     samples_per_second=round(experiment.global_batch / seconds, 3))
+    if rank == 0 and losses:
+        with tracked(run) as track:
+            for step, loss in enumerate(losses, 1):
+                seconds = durations[(step - 1) * len(durations) // len(losses)] * len(durations) / len(losses)
+                speed = round(experiment.global_batch / seconds, 3)
+                run.log_step(step=step, loss=loss, seconds=round(seconds, 4), steps=len(losses), samples_per_second=speed)
+                track(step, loss=loss, samples_per_second=speed)
     return result

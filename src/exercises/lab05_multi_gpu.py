@@ -47,7 +47,8 @@ def setup_distributed() -> tuple[torch.device, int, int, int]:
     A launcher sets RANK, LOCAL_RANK and WORLD_SIZE, and where the ranks meet. Where RANK is not set, this is
     a lone process, rank 0 of 1, whatever the other two say: a login shell or a Slurm job may have set them. A
     lone process has no meeting place: `init_process_group(…, store=dist.HashStore(), rank=0, world_size=1)`.
-    A group that is there already stays, so a second call returns the same. NCCL connects GPUs, gloo CPUs.
+    A group that is there already stays, so a second call returns the same; the GPU is chosen as without it. NCCL
+    connects GPUs, gloo CPUs.
 
     Returns:
         The device, rank, local rank and world size. The device is `cuda:<local rank>`, and torch's current
@@ -129,7 +130,8 @@ def create_data_loaders(train_set: Dataset, test_set: Dataset, *, micro_batch_si
     Training: rows in an order that `seed` and the epoch draw, the same on all ranks, dealt to them. Where the
     rows do not divide by the ranks, the few that are over are left out of this epoch (`drop_last` of the
     sampler); no row is seen twice. The next epoch leaves out others, if it is told its number:
-    `loader.sampler.set_epoch(epoch)`.
+    `loader.sampler.set_epoch(epoch)`. A row is read when its batch is due, in each epoch anew: the transform
+    may draw.
 
     Evaluation: each row once, in order, dealt to the ranks. Where the rows do not divide, nothing may be left
     out: `FilledUp` makes them divide. Neither loader leaves out a last batch that is smaller.
@@ -142,7 +144,7 @@ def create_data_loaders(train_set: Dataset, test_set: Dataset, *, micro_batch_si
 
     Returns:
         Two `DataLoader`s, each with a `DistributedSampler`, without worker processes. Memory is pinned where
-        there is a GPU.
+        there is a GPU. A batch is images and int64 labels, as a `DataLoader` makes them by itself.
     """
     raise NotImplementedError("Task 5.3: complete create_data_loaders() in src/exercises/lab05_multi_gpu.py")
 
@@ -160,7 +162,7 @@ def load_vit_model(model_name: str, num_labels: int, torch_dtype: torch.dtype = 
             (`AutoModelForImageClassification`, `ViTForImageClassification` in transformers). Where its head
             has another number of classes, the head is new.
         num_labels: classes.
-        torch_dtype: of all parameters.
+        torch_dtype: of all parameters, in whatever type a folder has them.
         enable_gradient_checkpointing: compute activations anew in the backward pass instead of keeping them.
 
     Source: https://huggingface.co/docs/transformers/model_doc/vit
@@ -180,10 +182,11 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 def wrap_model(model: nn.Module, method: str, device: torch.device) -> nn.Module:
     """The model on its device, and ready for a method that is not DeepSpeed's.
 
-    - `single_gpu_simple`: as it is.
+    - `single_gpu_simple`: on its device, else as it is.
     - `ddp`: in `DistributedDataParallel`. Each rank holds all; gradients are averaged in the backward pass,
-      in buckets.
-    - `fsdp2`: sharded by `fully_shard`, over a mesh of all ranks of that device's kind. Every block first
+      in buckets of torch's own size.
+    - `fsdp2`: sharded by `fully_shard`, over a mesh of all ranks of that device's kind, on however many
+      machines. Without a mesh torch would take the machine's accelerator, if there is one. Every block first
       (`blocks_of`), then the whole model: what is sharded together is gathered together. With the whole model
       alone there would be one gather of everything.
 
@@ -211,7 +214,7 @@ def initialize_deepspeed_model(model: nn.Module, config_path: str | Path, *, mic
     Args:
         config_path: a JSON file, such as those in `CONFIGS`. The micro-batch, the accumulation, the global
             batch (over all ranks of the process group) and the optimizer's `lr` are "auto" in it, or numbers,
-            which are replaced too. The file stays as it is.
+            which are replaced too. All other entries are for DeepSpeed, as they are. The file stays as it is.
         micro_batch_size: rows per rank and forward pass.
         gradient_accumulation_steps: forward passes per optimizer step.
         learning_rate: for `optimizer.params.lr`.
@@ -259,7 +262,8 @@ def train_epoch_standard(model: nn.Module, loader, optimizer, device: torch.devi
 
     A step's gradient is the mean over its micro-batches and over the ranks. DDP would average over the ranks
     after each backward pass; only that of a step's last micro-batch needs it, so the others run within
-    `model.no_sync()`, forward pass included. What has no `no_sync` needs none.
+    `model.no_sync()`, forward pass included. What has no `no_sync` needs none: FSDP2 reduces after each backward
+    pass, so that no rank keeps whole gradients. Gradients are not clipped.
 
     Args:
         model: from `wrap_model`; it may be in evaluation mode. Called as `model(pixel_values=…, labels=…)`,
@@ -269,7 +273,8 @@ def train_epoch_standard(model: nn.Module, loader, optimizer, device: torch.devi
         dtype: where it is not float32, the forward pass runs under `torch.autocast` with it.
 
     Returns:
-        A loss per optimizer step: the mean over its micro-batches and over all ranks (`mean_over_ranks`).
+        A loss per optimizer step: the mean over its micro-batches and over all ranks (`mean_over_ranks`); an
+        empty list where the loader has no whole step.
     """
     raise NotImplementedError("Task 5.7: complete train_epoch_standard() in src/exercises/lab05_multi_gpu.py")
 
@@ -299,7 +304,8 @@ def evaluate(model, loader, device: torch.device, num_classes: int) -> dict[str,
     empty batch); but the model is called for it all the same: under FSDP2 and ZeRO-3 each call gathers
     parameters, and all ranks must take part. A mean over ranks of means would weigh the rows of a small share
     more, so sums and counts are added up: `torchmetrics.classification.MulticlassAccuracy`
-    (`average="micro"`, `top_k`) does that when its `compute` is called; for the loss you do.
+    (`average="micro"`, `top_k`) does that when its `compute` is called; for the loss you do, in float32
+    whatever the model's type is. All of it is on the device: NCCL adds up nothing else.
 
     Args:
         model: called as `model(pixel_values=…)`, it returns `.logits` of shape [rows, num_classes].
@@ -309,7 +315,8 @@ def evaluate(model, loader, device: torch.device, num_classes: int) -> dict[str,
     Returns:
         `loss`, the mean cross-entropy of a row; `top1` and `top5`, the share of rows whose label has the
         highest logit, or one of the five highest; numbers from 0 to 1. The same on every rank. No gradient is
-        kept, and the model is in training or evaluation mode as before. (An engine's own `training` is always
+        kept. Afterwards gradients are computed as before, and the model is in training or evaluation mode as
+        before. (An engine's own `training` is always
         True; that of its `module` says which.)
     """
     raise NotImplementedError("Task 5.8: complete evaluate() in src/exercises/lab05_multi_gpu.py")
@@ -352,6 +359,9 @@ def communication_table(found: list[Collective], ranks: int, steps: int) -> dict
     Returns:
         For each collective in the trace, in the order of their first calls: `calls`, `bytes` (of the whole
         tensors) and `sent` (by `bytes_sent`), each divided by the steps.
+
+    Raises:
+        ValueError: that of `bytes_sent`, for a collective that it does not know.
     """
     raise NotImplementedError("Task 5.9: complete communication_table() in src/exercises/lab05_multi_gpu.py")
 
@@ -366,7 +376,7 @@ def measure_throughput(take_step: Callable[[], None], samples_per_step: int, dev
 
     A GPU works on after a call has returned. So the clock (`time.perf_counter`) is read when the device has
     done its work: `torch.cuda.synchronize(device)` before each of the two readings, where the device is a
-    GPU.
+    GPU. Between them nothing waits for the GPU, as nothing does in training.
 
     Args:
         take_step: called without arguments, takes one optimizer step.
@@ -378,7 +388,7 @@ def measure_throughput(take_step: Callable[[], None], samples_per_step: int, dev
 
 
 def get_memory_stats(device: torch.device) -> dict[str, float]:
-    """The most memory that this process has had so far, in GB (10⁹ bytes).
+    """The most memory that this process has had so far, in GB (10⁹ bytes). Asking changes nothing.
 
     Returns:
         On a GPU: `peak_allocated_gb`, of tensors, and `peak_reserved_gb`, what torch's allocator took from
@@ -429,11 +439,10 @@ def run_training_experiment(method: str, model_name: str, train_loader, test_loa
         A dictionary with all of `RESULT_KEYS`, whatever has happened. `not_run` is the reason of `why_not`;
         empty where the method ran. Then the others are: `final_accuracy`, `final_top5` and `eval_loss` after
         the last epoch; `train_losses`, one per step, all epochs in one list; `epoch_duration`, seconds, one
-        per epoch; `throughput`, samples/s, measured after the evaluation: its steps, like all those below,
-        take the training loader's first micro-batch again and again;
-        `held_bytes`, the fields of `held_before_step` as a dictionary; `peak_memory_gb`, what
-        `get_memory_stats` calls `peak_allocated_gb`; `communication`, the `communication_table` of the trace.
-        What there is not is None.
+        per epoch. What follows is measured after the evaluation, so that it changes no score, by steps that
+        take the training loader's first micro-batch again and again: `throughput`, samples/s; `held_bytes`,
+        the fields of `held_before_step` as a dictionary; `peak_memory_gb`, what `get_memory_stats` calls
+        `peak_allocated_gb`; `communication`, the `communication_table` of the trace. What there is not is None.
 
     Raises:
         ValueError: no such method; the sentence names it.
@@ -500,6 +509,7 @@ def train_method(experiment: Experiment, run: Run) -> dict:
     """
     from shardlab.data.images import load_images
     from shardlab.data.models import image_settings
+    from shardlab.run.tracking import tracked
 
     def say(what: str = "") -> None:
         if rank == 0:
@@ -521,8 +531,11 @@ def train_method(experiment: Experiment, run: Run) -> dict:
         enable_profiling=run.folder if experiment.options.get("trace") else None)
     say()
     losses, durations = result["train_losses"] or [], result["epoch_duration"] or []
-    for step, loss in enumerate(losses if rank == 0 else [], 1):
-        seconds = durations[(step - 1) * len(durations) // len(losses)] * len(durations) / len(losses)
-        run.log_step(step=step, loss=loss, seconds=round(seconds, 4), steps=len(losses),
-                     samples_per_second=round(experiment.global_batch / seconds, 3))
+    if rank == 0 and losses:
+        with tracked(run) as track:
+            for step, loss in enumerate(losses, 1):
+                seconds = durations[(step - 1) * len(durations) // len(losses)] * len(durations) / len(losses)
+                speed = round(experiment.global_batch / seconds, 3)
+                run.log_step(step=step, loss=loss, seconds=round(seconds, 4), steps=len(losses), samples_per_second=speed)
+                track(step, loss=loss, samples_per_second=speed)
     return result

@@ -221,7 +221,7 @@ def _plot_held(axis, counted: list[Run]) -> None:
 def write_report(runs: list[Run], folder: Path | str, title: str) -> Path:
     """Write `report.png` and `report.html` into `folder`; returns the HTML file, which needs no other.
 
-    Runs of lab 05, whose results say what each method holds, get its four charts too (`methods.png`).
+    Runs whose results say what each method holds get four charts more (`methods.png`).
     """
     folder = Path(folder)
     plot(runs, folder / "report.png")
