@@ -36,6 +36,20 @@ def test_collectives_have_the_size_of_the_whole_tensor(tmp_path):
     ]
 
 
+def test_a_collective_knows_the_ranks_of_its_own_group_where_nccl_says_them(tmp_path):
+    sent = {"Input Dims": [[8], [8]], "Input type": ["float", "float"]}
+    path = write(
+        tmp_path / "rank0.json",
+        event("c10d::alltoall_base_", 10, 5, **sent),
+        event("record_param_comms", 11, 3, **{"Group size": 2}),
+        event("c10d::_allgather_base_", 20, 5, **sent),
+        event("record_param_comms", 21, 3, tid=2, **{"Group size": 4}),
+        event("c10d::_allgather_base_", 30, 5, **sent),
+        event("record_param_comms", 31, 3, **{"Group size": 8}),
+    )
+    assert [(one.name, one.ranks) for one in collectives(path)] == [("all-to-all", 2), ("all-gather", None), ("all-gather", 8)]
+
+
 def test_what_is_no_trace_is_one_sentence(tmp_path):
     path = tmp_path / "rank0.json"
     path.write_text('{"traceEvents": [')

@@ -922,8 +922,8 @@ def nothing_counts() -> int:
 
 
 def table(rows: list[list], ranks: int, steps: int, raising: bool = False) -> dict:
-    """Task 5.9: the table of collectives that are given as name and bytes."""
-    found = [Collective(name, size // 4, size, float(at), at + 1.0) for at, (name, size) in enumerate(rows)]
+    """Task 5.9: the table of collectives that are given as name and bytes, and the ranks of their own group where they have one."""
+    found = [Collective(name, size // 4, size, float(at), at + 1.0, *group) for at, (name, size, *group) in enumerate(rows)]
     before = list(found)
     try:
         made = _lab().communication_table(found, ranks, steps)

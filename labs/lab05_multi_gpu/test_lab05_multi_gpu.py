@@ -760,6 +760,7 @@ def test_bytes_sent(lab):
         ("all-gather", 1200, 4, 900.0),
         ("reduce-scatter", 1200, 3, 800.0),
         ("broadcast", 1200, 2, 600.0),
+        ("all-to-all", 1200, 4, 900.0),
         ("all-reduce", 1200, 1, 0.0),
         ("all-gather", 16384, 16384, 16383.0),
     ):
@@ -784,14 +785,21 @@ def test_bytes_sent(lab):
         of="communication_table() of two all-reduces of 400 and 4 bytes and two all-gathers of 80, 4 ranks, 2 steps",
     )
     require(got["kept"], expected="a list of collectives that is left as it was", got="it was changed")
-    for name in ("all-to-none", "all-to-all"):
+    got = lab.observe(f"{PROGRAMS}:table", [["all-gather", 800, 2], ["all-to-all", 800], ["all-gather", 800]], 8, 1)["table"]
+    require_equal(
+        [[name, row["sent"]] for name, row in got],
+        [["all-gather", 1100.0], ["all-to-all", 700.0]],
+        of="what communication_table() says is sent, of an all-gather of 800 bytes on 2 of 8 ranks, an all-to-all of 800 on all, and "
+        "an all-gather of 800 on all",
+    )
+    for name in ("all-to-none", "reduce"):
         got = lab.observe(f"{PROGRAMS}:table", [[name, 80]], 4, 2)
         require(
             name in got.get("refused", str(got.get("table"))),
             expected=f"no collective left out: for a trace of {name!r} the ValueError of bytes_sent, which names it",
             got=got.get("refused", f"no error: {got.get('table')}"),
         )
-    agree_as_recorded(tabled(lab), __file__, "5.9 table", "communication_table{}, of (collectives as name and bytes, ranks, steps)")
+    agree_as_recorded(tabled(lab), __file__, "5.9 table", "communication_table{}, of (collectives as name, bytes and their own ranks if known; ranks, steps)")
 
 
 def tabled(of):

@@ -127,7 +127,7 @@ def test_evaluation_on_three_ranks(lab, run_experiments):
 
 @pytest.mark.milestone(task="5.9")
 def test_other_bytes(lab):
-    names = st.sampled_from(["all-reduce", "all-gather", "reduce-scatter", "broadcast", "gather", ""])
+    names = st.sampled_from(["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "gather", ""])
     sizes = st.integers(0, 2**40)
     edges = [("all-reduce", 0, 1), ("all-gather", 7, 3), ("broadcast", 5, 4096), ("reduce", 1, 2), ("all-reduce", 1, -1)]
     agree(
@@ -139,7 +139,8 @@ def test_other_bytes(lab):
         same=near,
     )
     rows = st.lists(st.tuples(names, sizes).map(list), max_size=9)
-    known = st.lists(st.tuples(st.sampled_from(["all-reduce", "all-gather", "reduce-scatter"]), sizes).map(list), max_size=9)
+    some = st.sampled_from(["all-reduce", "all-gather", "reduce-scatter", "all-to-all"])
+    known = st.lists((st.tuples(some, sizes) | st.tuples(some, sizes, st.integers(1, 64))).map(list), max_size=9)
     tables = st.tuples(known | rows, st.integers(1, 70), st.integers(1, 6))
     agree(tabled(lab), tabled(Here()), tables, first=[([], 2, 1)], record="5.9 table", same=near)
 

@@ -7,6 +7,7 @@ sends past torch is not in it, such as DeepSpeed's all-reduce over shared memory
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -50,9 +51,11 @@ class Collective:
 
     Attributes:
         name: such as `all-reduce`.
-        elements: of the whole tensor: what is reduced, what is there after an all-gather, what is there before a reduce-scatter.
+        elements: of the whole tensor: what is reduced, what is there after an all-gather, what is there before a reduce-scatter or
+            an all-to-all.
         bytes: of the same.
         start, end: microseconds, of the call on the host; the transfer itself can go on after it.
+        ranks: of its process group, where the trace names them: NCCL does, gloo does not (None).
     """
 
     name: str
@@ -60,6 +63,7 @@ class Collective:
     bytes: int
     start: float
     end: float
+    ranks: int | None = None
 
 
 def profile_to(path: Path, take_step: Callable[[], object], steps: int) -> None:
@@ -125,8 +129,18 @@ def collectives(path: Path) -> list[Collective]:
         elements = _elements(shapes) if of_lists else math.prod(shapes)
         if kind not in BYTES:
             kind = _type_below(every, at)
-        found.append(Collective(name, elements, elements * BYTES[kind], event["ts"], event["ts"] + event["dur"]))
+        end = event["ts"] + event["dur"]
+        found.append(Collective(name, elements, elements * BYTES[kind], event["ts"], end, _group_size(every, at)))
     return found
+
+
+def _group_size(every: list[dict], at: int) -> int | None:
+    """What NCCL notes within the call of a collective, on the same thread."""
+    call = every[at]
+    for below in itertools.takewhile(lambda event: event["ts"] <= call["ts"] + call["dur"], every[at + 1 :]):
+        if below["name"] == "record_param_comms" and below["tid"] == call["tid"]:
+            return below.get("args", {}).get("Group size")
+    return None
 
 
 def _elements(shapes: list) -> int:
