@@ -51,6 +51,15 @@ def who(experiment, run):
             "port": os.environ.get("MASTER_PORT")}
 
 
+def whose_linear(experiment, run):
+    if experiment.deepspeed:
+        import deepspeed
+
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        deepspeed.initialize(model=torch.nn.Linear(4, 4), config=settings)
+    return {"linear": torch.nn.functional.linear.__module__}
+
+
 def one_rank_raises(experiment, run):
     if dist.get_rank() == 1:
         print("rank 1 says why", file=sys.stderr)
@@ -298,6 +307,15 @@ def test_equal_worlds_share_their_processes(programs, tmp_path):
     # The caller keeps its signal handlers and its environment.
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
     assert {name: os.environ.get(name) for name in environment} == environment
+
+
+@pytest.mark.usefixtures("programs", "no_rank_is_left")
+def test_a_run_after_zero3_computes_with_torch_s_own_linear(tmp_path):
+    """The first assertion says that DeepSpeed still replaces it; if it fails, nothing has to be put back any more."""
+    plans = [program("deep", "whose_linear", deepspeed=zero(3)), program("plain", "whose_linear")]
+    deep, plain = launch(plans, runs=tmp_path, display=Quiet())
+    assert deep.results["linear"].startswith("deepspeed")
+    assert not (plain.results["linear"] or "").startswith("deepspeed")
 
 
 @pytest.mark.usefixtures("programs", "no_rank_is_left")

@@ -28,6 +28,9 @@ from shardlab.run.run_folder import Run
 from shardlab.zero import memory_model
 
 
+TORCH_LINEAR = torch.nn.functional.linear
+
+
 class Rows(Dataset):
     """A list as a torch data set."""
 
@@ -42,12 +45,15 @@ class Rows(Dataset):
 
 
 def prepare_process(experiment: Experiment) -> None:
-    """Give this process what a fresh one has: no accelerate state, no DeepSpeed configuration, a process group, a seed."""
+    """Give this process what a fresh one has: no accelerate state, nothing that DeepSpeed has left, a process group, a seed."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()
+    # ZeRO-3 puts a function of its own in the place of this one, for good (deepspeed 0.19.8, "this will persist"). It is Python, and
+    # would make every method that comes later in this process slower.
+    torch.nn.functional.linear = TORCH_LINEAR
     gc.collect()
     if torch.cuda.is_available():
         if os.environ.get("SHARDLAB_EXACT"):
