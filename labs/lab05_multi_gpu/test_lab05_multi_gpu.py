@@ -496,7 +496,7 @@ def check_engine(got: dict, stage: int, ranks: int, accumulation: int, seed: int
     require(parameters == [share] * ranks, expected=f"{share} bytes of parameters on each rank ({what})", got=parameters)
 
 
-@pytest.mark.milestone(task="5.6", points=10, section="What each method sends, and when")
+@pytest.mark.milestone(task="5.6", points=10, section="An engine without Trainer")
 def test_engines(lab, run_experiments):
     lab.initialize_deepspeed_model  # noqa: B018
     for text, mentions, what in (
@@ -799,7 +799,12 @@ def test_bytes_sent(lab):
             expected=f"no collective left out: for a trace of {name!r} the ValueError of bytes_sent, which names it",
             got=got.get("refused", f"no error: {got.get('table')}"),
         )
-    agree_as_recorded(tabled(lab), __file__, "5.9 table", "communication_table{}, of (collectives as name, bytes and their own ranks if known; ranks, steps)")
+    agree_as_recorded(
+        tabled(lab),
+        __file__,
+        "5.9 table",
+        "communication_table{}, of (collectives as name, bytes and their own ranks if known; ranks, steps)",
+    )
 
 
 def tabled(of):
@@ -1055,7 +1060,7 @@ def check_run(
         require(result[key] == value, expected=f"{key}: {value!r} ({what})", got=repr(result[key]))
 
 
-@pytest.mark.milestone(task="5.11", points=10, section="Which method when")
+@pytest.mark.milestone(task="5.11", points=10, section="A fair comparison")
 def test_runner(lab):
     check_run(lab, "ddp", "cpu", 1, 2)
     check_run(lab, "fsdp2", "cpu", 0, 3, epochs=1, accumulation=1, dtype="bfloat16", seed=4)

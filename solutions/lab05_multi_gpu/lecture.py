@@ -113,6 +113,22 @@ print(links["hardware"]["gpus"][0], links["versions"], links["date"])
 # watched. Its kernels need a GPU; a rank's part of each parameter must be a multiple of 8 elements; and DeepSpeed 0.19.8 refuses it together with `torch_autocast`. On four GPUs of one node, where NVLink is fast, it
 # gained nothing: 87 samples/s, ZeRO-3 94 (BLOOM-560m's shape, micro-batch 8, 4 × H200).
 #
+# ## An engine without Trainer
+#
+# A DeepSpeed configuration is complete only where somebody has filled it in. `Trainer` does that: each `"auto"` becomes a number from its own arguments. Without it three numbers have to agree, and the engine refuses what does not:
+#
+# $$\text{train\_batch\_size} = \text{micro-batch per rank} \times \text{accumulation} \times N$$
+#
+# What the engine computes in is its configuration's business too. There are three ways, and they exclude each other:
+#
+# | entry | parameters at rest | computes in |
+# | --- | --- | --- |
+# | none | as the model has them, here fp32 | the same; a `torch.autocast` around the engine is switched off inside it |
+# | `torch_autocast` | as the model has them | what autocast chooses, as in a loop by hand |
+# | `bf16` | bf16, and a fp32 master copy in the optimizer | bf16 throughout |
+#
+# The second is what DDP and FSDP2 do in this lab, so it is what makes methods comparable. ZeRO++ with quantized weights refuses it (deepspeed 0.19.8), and so runs with the third.
+#
 # ## A step, by hand and by an engine
 #
 # DDP hooks into the backward pass: when the last gradient of a bucket is there, its all-reduce begins, and the backward pass goes on. So communication is **hidden** behind compute, all but the last bucket's. What is not
@@ -133,6 +149,16 @@ print(links["hardware"]["gpus"][0], links["versions"], links["date"])
 #
 # **Strong scaling**: the same global batch on more ranks. Each computes less, and sends as much as before; so communication becomes a larger part of a shorter step. **Weak scaling**: the same micro-batch per rank on more ranks. The step stays as long as
 # it was, but for communication. Weak scaling looks better and answers another question: how long an *epoch* takes, with a batch that grows. Whether the model still learns as well from larger batches is a third question (lab 06 goes on from here).
+#
+# ## A fair comparison
+#
+# Two methods can be compared when all else is equal, and that is more than the arguments:
+#
+# - the same **weights**: the seed is set just before the model is loaded, and not once at the top of the program, since the method before has drawn random numbers too;
+# - the same **rows in the same order**: the sampler is told the epoch, or each epoch repeats the first;
+# - the same **global batch**, and throughput counted in samples of *all* ranks, or two ranks seem no faster than one;
+# - **scores before measurements**: steps that are taken to measure speed or memory change the weights;
+# - the same **keys in every result**, whatever happened: what could not run says why, and is not left out.
 #
 # ## Which method when
 #

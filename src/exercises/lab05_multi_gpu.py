@@ -329,15 +329,16 @@ def bytes_sent(collective: str, size: int, ranks: int) -> float:
     """Bytes that each rank sends in one collective over a ring of `ranks`.
 
     Args:
-        collective: `all-reduce`, `all-gather`, `reduce-scatter`, or `broadcast`.
-        size: bytes of the whole tensor: what is reduced or broadcast; what is there after an all-gather,
-            before a reduce-scatter.
+        collective: `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all`, or `broadcast`.
+        size: bytes of the whole tensor: what is reduced or broadcast; what is there after an all-gather;
+            what a rank has before a reduce-scatter or an all-to-all.
         ranks: N, at least 1.
 
     Returns:
         All-gather and reduce-scatter pass N − 1 of N pieces on: size · (N − 1) / N. An all-reduce is one of
-        each, so twice that. In
-        a broadcast all but the last rank pass everything on: size · (N − 1) / N in the mean over the ranks.
+        each, so twice that. In an all-to-all a rank keeps one of its N pieces and sends each of the others to
+        the rank that it is for: size · (N − 1) / N. In a broadcast all but the last rank pass everything on:
+        size · (N − 1) / N in the mean over the ranks.
 
     Raises:
         ValueError: another collective, or fewer than 1 rank; the sentence names it.
@@ -351,9 +352,10 @@ def communication_table(found: list[Collective], ranks: int, steps: int) -> dict
     """What one rank sends per optimizer step, by collective.
 
     Args:
-        found: the collectives of that rank's trace, `shardlab.run.trace.collectives(path)`: each with `name`
-            and `bytes`, those of the whole tensor.
-        ranks: of the process group.
+        found: the collectives of that rank's trace, `shardlab.run.trace.collectives(path)`: each with `name`,
+            `bytes`, those of the whole tensor, and `ranks`, how many took part; None where the trace does not
+            say. (ZeRO++ on 8 GPUs gathers within pairs: `ranks` is 2 there.)
+        ranks: all there are; for the collectives whose own `ranks` is None.
         steps: optimizer steps in the trace.
 
     Returns:

@@ -23,7 +23,7 @@ from shardlab.show import report
 RUNS = Path(os.environ.get("SHARDLAB_RUNS", hardware.ROOT / "runs"))
 """Where the notebooks keep their run folders; the variable `SHARDLAB_RUNS` moves it."""
 
-SIZES = {"tiny": "tiny: no GPU here, so bloom-tiny and mini-squad on two ranks", "gpu": "gpu", "cluster": "cluster"}
+SIZES = {"tiny": "tiny: no GPU here, so small models and data, on two ranks", "gpu": "gpu", "cluster": "cluster"}
 
 
 class Exercises:
