@@ -51,8 +51,8 @@ def prepare_process(experiment: Experiment) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()
-    # ZeRO-3 puts a function of its own in the place of this one, for good (deepspeed 0.19.8, "this will persist"). It is Python, and
-    # would make every method that comes later in this process slower.
+    # ZeRO-3 puts a function of its own in the place of this one, for good (deepspeed 0.19.8: "This will persist"). It is Python,
+    # and makes every method that comes later in this process slower.
     torch.nn.functional.linear = TORCH_LINEAR
     gc.collect()
     if torch.cuda.is_available():
