@@ -27,7 +27,6 @@ from shardlab.run.recorder import RunRecorder, StateRecorder
 from shardlab.run.run_folder import Run
 from shardlab.zero import memory_model
 
-
 TORCH_LINEAR = torch.nn.functional.linear
 
 
