@@ -215,6 +215,7 @@ def write(options: argparse.Namespace, results: list[dict], last: Run) -> None:
     record, experiment = last.record_json, last.experiment
     ranks = " ".join(map(str, options.ranks))
     command = f"python bench/multi_gpu.py --ranks {ranks} --model {options.model} --micro-batch {options.micro_batch}"
+    command += f" --methods {' '.join(options.methods)}" if options.methods else ""
     provenance = {
         "what": __doc__.splitlines()[0],
         "command": f"{command} --repetitions {options.repetitions} --precision {options.precision}",

@@ -34,6 +34,7 @@ launch = partial(launch, or_cpu=True)  # with one GPU these ranks run on the CPU
 PROGRAMS = '''
 """What the ranks of these tests run."""
 
+import gc
 import os
 import signal
 import sys
@@ -51,13 +52,22 @@ def who(experiment, run):
             "port": os.environ.get("MASTER_PORT")}
 
 
-def whose_linear(experiment, run):
+def what_deepspeed_leaves(experiment, run):
     if experiment.deepspeed:
         import deepspeed
 
-        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-        deepspeed.initialize(model=torch.nn.Linear(4, 4), config=settings)
-    return {"linear": torch.nn.functional.linear.__module__}
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+            "zero_optimization": {"stage": 3},
+        }
+        engine = deepspeed.initialize(model=torch.nn.Linear(4, 999), config=settings)[0]
+        engine.backward(engine(torch.ones(1, 4)).sum())
+        engine.step()
+        del engine
+    gc.collect()
+    states = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and one.numel() > 1000]
+    return {"linear": torch.nn.functional.linear.__module__, "states": len(states)}
 
 
 def one_rank_raises(experiment, run):
@@ -310,12 +320,12 @@ def test_equal_worlds_share_their_processes(programs, tmp_path):
 
 
 @pytest.mark.usefixtures("programs", "no_rank_is_left")
-def test_a_run_after_zero3_computes_with_torch_s_own_linear(tmp_path):
-    """The first assertion says that DeepSpeed still replaces it; if it fails, nothing has to be put back any more."""
-    plans = [program("deep", "whose_linear", deepspeed=zero(3)), program("plain", "whose_linear")]
-    deep, plain = launch(plans, runs=tmp_path, display=Quiet())
-    assert deep.results["linear"].startswith("deepspeed")
-    assert not (plain.results["linear"] or "").startswith("deepspeed")
+def test_a_run_after_zero3_finds_nothing_of_it(tmp_path):
+    """The first assertion says that DeepSpeed still leaves something; if it fails, nothing has to be undone any more."""
+    plans = [program("deep", "what_deepspeed_leaves", deepspeed=zero(3)), program("plain", "what_deepspeed_leaves")]
+    deep, plain = (run.results for run in launch(plans, runs=tmp_path, display=Quiet()))
+    assert deep["linear"].startswith("deepspeed") and deep["states"] >= 3
+    assert not (plain["linear"] or "").startswith("deepspeed") and plain["states"] == 0
 
 
 @pytest.mark.usefixtures("programs", "no_rank_is_left")

@@ -6,8 +6,10 @@ continues pre-training on the paragraphs. Milestones use it where they judge a D
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -50,9 +52,7 @@ def prepare_process(experiment: Experiment) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     unset_hf_deepspeed_config()
-    # ZeRO-3 puts a function of its own in the place of this one, for good (deepspeed 0.19.8: "This will persist"). It is Python,
-    # and makes every method that comes later in this process slower.
-    torch.nn.functional.linear = TORCH_LINEAR
+    _forget_deepspeed()
     gc.collect()
     if torch.cuda.is_available():
         if os.environ.get("SHARDLAB_EXACT"):
@@ -72,6 +72,28 @@ def prepare_process(experiment: Experiment) -> None:
         deepspeed.init_distributed(auto_mpi_discovery=False)
         _unlink_shared_buffers()
     set_seed(experiment.seed)
+
+
+def _forget_deepspeed() -> None:
+    """Undo what earlier engines have left in this process: memory, and a function of torch's that they replace.
+
+    An engine and its states stay in memory when nobody holds it any more, since hooks on its parameters do; `destroy` takes most of
+    them off, but under ZeRO-3 not all (deepspeed 0.19.8). So what it holds is taken out of it. And ZeRO-3 puts a `linear` of its own
+    in the place of torch's, for good: "This will persist". It is Python, and makes methods that come later slower.
+    """
+    torch.nn.functional.linear = TORCH_LINEAR
+    if (deepspeed := sys.modules.get("deepspeed")) is None:
+        return
+    for left in gc.get_objects():
+        if issubclass(type(left), deepspeed.DeepSpeedEngine):
+            with contextlib.suppress(Exception):  # one whose making has failed half-way
+                left.destroy()
+                for parameter in left.module.parameters():
+                    for held in (parameter, getattr(parameter, "ds_tensor", parameter)):
+                        held.data = torch.empty(0)
+                left.basic_optimizer.state.clear()
+                left.basic_optimizer.param_groups.clear()
+                vars(left.optimizer).clear()
 
 
 def _unlink_shared_buffers() -> None:
