@@ -78,8 +78,8 @@ def _forget_deepspeed() -> None:
     """Undo what earlier engines have left in this process: memory, and a function of torch's that they replace.
 
     An engine and its states stay in memory when nobody holds it any more, since hooks on its parameters do; `destroy` takes most of
-    them off, but under ZeRO-3 not all (deepspeed 0.19.8). So what it holds is taken out of it. And ZeRO-3 puts a `linear` of its own
-    in the place of torch's, for good: "This will persist". It is Python, and makes methods that come later slower.
+    them off, but under ZeRO-3 not all (deepspeed 0.19.8). So what it holds is taken out of it. And ZeRO-3 puts a `linear` of its
+    own in the place of torch's, for good: "This will persist". It is Python, and makes methods that come later slower.
     """
     torch.nn.functional.linear = TORCH_LINEAR
     if (deepspeed := sys.modules.get("deepspeed")) is None:
