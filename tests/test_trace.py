@@ -141,6 +141,28 @@ def test_holistic_analysis_wants_a_trace_of_a_gpu(tmp_path):
         holistic_shares([trace])
 
 
+def test_holistic_analysis_gives_the_shares_of_each_rank(tmp_path):
+    """Rank 0 computes for 40 ms and communicates for 50 of 100; rank 1 computes for 80, and for 10 of them next to a collective."""
+    pytest.importorskip("hta")
+
+    def kernel(name: str, start: int, duration: int, stream: int) -> dict:
+        return event(name, 1000 * start, 1000 * duration, cat="kernel", tid=stream, stream=stream, correlation=start, device=0)
+
+    mm, reduce, last = "ampere_sgemm_128x64_tn", "ncclDevKernel_AllReduce_Sum_f32_RING_LL", "elementwise_kernel"
+    ranks = (
+        [kernel(mm, 0, 40, 7), kernel(reduce, 40, 50, 20), kernel(last, 99, 1, 7)],
+        [kernel(mm, 0, 80, 7), kernel(reduce, 70, 20, 20), kernel(last, 99, 1, 7)],
+    )
+    traces = []
+    for rank, kernels in enumerate(ranks):
+        traces.append(write(tmp_path / f"rank{rank}.json", event("cudaLaunchKernel", 0, 5, cat="cuda_runtime", correlation=0), *kernels))
+        written = json.loads(traces[-1].read_text())
+        traces[-1].write_text(json.dumps(written | {"distributedInfo": {"rank": rank, "world_size": 2}}))
+    first, second = holistic_shares(traces)
+    assert first == pytest.approx({"rank": 0, "compute": 0.41, "exposed communication": 0.50, "idle": 0.09}, abs=0.002)
+    assert second == pytest.approx({"rank": 1, "compute": 0.81, "exposed communication": 0.10, "idle": 0.09}, abs=0.002)
+
+
 def test_scaling_is_strong_where_the_global_batch_stays_and_weak_where_it_grows():
     def point(ranks: int, global_batch: int, speed: float, method: str = "ddp") -> dict:
         return {"method": method, "ranks": ranks, "global_batch": global_batch, "samples_per_second": speed}
