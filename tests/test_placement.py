@@ -225,6 +225,7 @@ def test_nvml_and_torch_see_the_same_gpus():
     import torch
 
     assert len(hardware.gpus()) == torch.cuda.device_count() == hardware.gpu_count()
+    assert hardware.describe("cuda")["driver"]
     for index, gpu in enumerate(hardware.gpus()):
         assert (gpu.name, gpu.capability) == (torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
 

@@ -104,6 +104,18 @@ def _described(handle) -> Gpu:
     return Gpu(name if isinstance(name, str) else name.decode(), capability, memory.total, memory.free)
 
 
+def driver() -> str | None:
+    """The version of NVIDIA's driver; None where NVML cannot say."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        found = pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return None
+    return found if isinstance(found, str) else found.decode()
+
+
 def nvml_handles() -> list:
     """NVML's handle of each GPU that `CUDA_VISIBLE_DEVICES` names, by index, by UUID or its beginning, or as a MIG device.
 
@@ -224,7 +236,8 @@ def describe(for_device: str | None = None) -> dict:
     """
     for_device = for_device or device()
     names = [gpu.name for gpu in gpus()] or ["a GPU that NVML does not name"] * gpu_count() if for_device == "cuda" else []
-    return {"host": platform.node(), "cpu": cpu_name(), "cpu_cores": cpu_cores(), "gpus": names, "ranks_on": for_device}
+    found = {"host": platform.node(), "cpu": cpu_name(), "cpu_cores": cpu_cores(), "gpus": names, "ranks_on": for_device}
+    return found | ({"driver": driver()} if names else {})
 
 
 def versions() -> dict:
