@@ -11,6 +11,7 @@ from shardlab.milestones.elsewhere import CARD
 from shardlab.milestones.exercises import Lab
 from shardlab.milestones.messages import MilestoneFailed
 from shardlab.sandbox.calls import CallAtFault, watched
+from shardlab.switch import SOLUTIONS, use_exercises
 
 NUMBERS = st.tuples(st.integers(-50, 50))
 
@@ -138,6 +139,7 @@ def test_exercises_are_called_with_one_thread_and_the_threads_come_back():
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
+    use_exercises(SOLUTIONS)
     try:
         lab = Lab("lab01_baseline")
         assert lab.collate is not None and torch.get_num_threads() == 1

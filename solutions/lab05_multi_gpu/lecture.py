@@ -44,7 +44,8 @@
 layers, hidden, inner, tokens = 32, 1280, 5120, 257
 block_parameters = layers * (4 * hidden**2 + 2 * hidden * inner)
 flops = tokens * (6 * block_parameters + 12 * layers * hidden * tokens)
-print(f"{block_parameters / 1e6:.0f} million parameters in blocks, {flops / 1e12:.2f} TFLOPs per image")
+print(f"{block_parameters / 1e6:.0f} million parameters in blocks,", end=" ")
+print(f"{flops / 1e12:.2f} TFLOPs per image")
 
 # %% [markdown]
 # With gradient checkpointing each block's forward pass is computed twice. What is computed twice is not counted twice: MFU says how much *useful* work a GPU does.
@@ -74,8 +75,7 @@ figure, axis = plt.subplots(figsize=(6.5, 3.2))
 axis.loglog(sizes, ring, label="ring")
 axis.loglog(sizes, tree, label="tree")
 axis.set(xlabel="bytes", ylabel="seconds, 64 ranks")
-axis.legend();
-
+axis.legend()
 # %% [markdown]
 # And measured, on four H200s of one host (`bench/links.py`). Below a megabyte the time hardly depends on the size: there α is all that counts. That is why DDP puts gradients into buckets of
 # 25 MiB, and why many small gathers are slow on any link.
@@ -87,7 +87,9 @@ links = reference("links-4xh200")
 figure, axis = plt.subplots(figsize=(6.5, 3.2))
 for collective in ("all-reduce", "all-gather", "reduce-scatter"):
     rows = [row for row in links["results"] if row["collective"] == collective]
-    axis.loglog([row["bytes"] for row in rows], [row["seconds"] for row in rows], "o-", label=collective)
+    axis.loglog(
+        [row["bytes"] for row in rows], [row["seconds"] for row in rows], "o-", label=collective
+    )
 axis.set(xlabel="bytes", ylabel="seconds, 4 ranks")
 axis.legend()
 print(links["hardware"]["gpus"][0], links["versions"], links["date"])

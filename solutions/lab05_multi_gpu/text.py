@@ -194,7 +194,9 @@ check("5.8")
 
 # %%
 for collective in ("all-reduce", "all-gather", "reduce-scatter"):
-    print(f"{collective:15}", [round(lab.bytes_sent(collective, 1000, n)) for n in (1, 2, 4, 8, 64)])
+    print(
+        f"{collective:15}", [round(lab.bytes_sent(collective, 1000, n)) for n in (1, 2, 4, 8, 64)]
+    )
 
 # %%
 check("5.9")
@@ -273,11 +275,22 @@ sent = {
     for method in predicted_sent
     if method in done
 }
-course = {"ddp": 1_328_004, "zero1": 1_992_008, "zero2": 3_320_008, "zero3": 1_992_012, "fsdp2": 3_866_372}
+course = {
+    "ddp": 1_328_004,
+    "zero1": 1_992_008,
+    "zero2": 3_320_008,
+    "zero3": 1_992_012,
+    "fsdp2": 3_866_372,
+}
 compare(sent, predicted_sent, course, unit="bytes", reference_name="course")
 table(
     [
-        {"method": method, "collective": name, "calls per step": row["calls"], "bytes sent": round(row["sent"])}
+        {
+            "method": method,
+            "collective": name,
+            "calls per step": row["calls"],
+            "bytes sent": round(row["sent"]),
+        }
         for method, run in done.items()
         for name, row in run.results["communication"].items()
         if run.experiment.ranks > 1
@@ -300,9 +313,17 @@ table(
 
 # %%
 held = {
-    method: sum(done[method].results["held_bytes"].values()) for method in predicted_held if method in done
+    method: sum(done[method].results["held_bytes"].values())
+    for method in predicted_held
+    if method in done
 }
-course = {"ddp": 5_312_000, "zero1": 3_984_000, "zero2": 3_984_000, "zero3": 3_320_000, "fsdp2": 2_669_824}
+course = {
+    "ddp": 5_312_000,
+    "zero1": 3_984_000,
+    "zero2": 3_984_000,
+    "zero3": 3_320_000,
+    "fsdp2": 2_669_824,
+}
 compare(held, predicted_held, course, unit="bytes", reference_name="course")
 
 # %% [markdown]
@@ -366,8 +387,7 @@ create_performance_visualizations(list(runs.values()))
 # %%
 from shardlab.run.tracking import test_wandb_connection
 
-test_wandb_connection();
-
+test_wandb_connection()
 # %% [markdown]
 # Two of these need a word. *Training time* contains all of an epoch, and here that is mostly drawing the images: one rank draws them all, of two ranks each draws half. *Throughput* is measured on a batch that is there already. And
 # on one machine's cores *scaling efficiency* must be low: a rank alone may use all of them, two ranks share them, and what they send each other is work for the same cores. (The hatched bars are
@@ -384,7 +404,9 @@ predicted_scaling = {"strong, × on 2 ranks": ..., "weak, × on 2 ranks": ...}
 from shardlab.show.charts import plot_scaling, scaling_points
 
 alone = {
-    "strong": lab.method_experiment("ddp", ranks=1, accumulation=4, trace=False, name="lab05-strong-1"),
+    "strong": lab.method_experiment(
+        "ddp", ranks=1, accumulation=4, trace=False, name="lab05-strong-1"
+    ),
     "weak": lab.method_experiment("ddp", ranks=1, accumulation=2, trace=False, name="lab05-weak-1"),
 }
 alone = dict(zip(alone, launch_each(list(alone.values()), runs=RUNS)))
@@ -408,11 +430,23 @@ predicted_accuracy = {"top-1 accuracy after 8 epochs, %": ...}
 
 # %%
 learning = lab.method_experiment(
-    "ddp", ranks=2, epochs=8, train_images=6060, test_images=1010, trace=False, accumulation=1, name="lab05-learning"
+    "ddp",
+    ranks=2,
+    epochs=8,
+    train_images=6060,
+    test_images=1010,
+    trace=False,
+    accumulation=1,
+    name="lab05-learning",
 )
 learning = launch_each([learning], runs=RUNS)[0]
 reached = {"top-1 accuracy after 8 epochs, %": 100 * learning.results["final_accuracy"]}
-compare(reached, predicted_accuracy, {"top-1 accuracy after 8 epochs, %": 34.2}, reference_name="course, two cores")
+compare(
+    reached,
+    predicted_accuracy,
+    {"top-1 accuracy after 8 epochs, %": 34.2},
+    reference_name="course, two cores",
+)
 show(learning)
 
 # %% [markdown]
@@ -429,24 +463,29 @@ for name in ("vit-huge", "bloom-560m"):
     alone = {row["method"]: row.get("samples_per_second") for row in one["results"]}
     last = {row["method"]: row["repetitions"][-1] for row in two["results"]}
     parameters = max(last["ddp"]["held_bytes"]) / 16  # DDP holds 16 bytes of each
-    print(f"{two['model']}, micro-batch {two['micro_batch']}, {parameters / 1e6:.0f} million parameters; one GPU by hand: {alone['single_gpu_simple']:.0f} samples/s, with offload {alone['single_gpu_offload']:.0f}")
-    table(
-        [
-            {
-                "method": row["method"],
-                "samples/s, 2 GPUs": row["samples_per_second"],
-                "spread, %": row["spread_percent"],
-                "samples/s, 1 GPU": alone[row["method"]],
-                "MFU, %": 100 * row["samples_per_second"] * two["flops_per_sample"] / (2 * 989e12),
-                "peak, GB": last[row["method"]]["peak_gb"],
-                "held, bytes per parameter": max(last[row["method"]]["held_bytes"]) / parameters,
-                "sent per step, GB": sum(row["traced"]["sent_bytes_per_step"].values()) / 1e9,
-                "calls": f"{sum(row['traced']['calls_per_step'].values()):.0f}",
-            }
-            | {share: f"{100 * row['traced']['shares_of_a_step'][share]:.0f} %" for share in ("compute", "exposed transfer", "waiting", "neither")}
-            for row in two["results"]
-        ]
-    )
+    print(f"{two['model']}, {parameters / 1e6:.0f} million parameters,", end=" ")
+    print(f"micro-batch {two['micro_batch']}.")
+    print(f"One GPU by hand: {alone['single_gpu_simple']:.0f} samples/s;", end=" ")
+    print(f"with offload {alone['single_gpu_offload']:.0f}.")
+    rows = []
+    for row in two["results"]:
+        method, traced = row["method"], row["traced"]
+        flops = row["samples_per_second"] * two["flops_per_sample"]
+        figures = {
+            "method": method,
+            "samples/s, 2 GPUs": row["samples_per_second"],
+            "spread, %": row["spread_percent"],
+            "samples/s, 1 GPU": alone[method],
+            "MFU, %": 100 * flops / (2 * 989e12),
+            "peak, GB": last[method]["peak_gb"],
+            "held, bytes per parameter": max(last[method]["held_bytes"]) / parameters,
+            "sent per step, GB": sum(traced["sent_bytes_per_step"].values()) / 1e9,
+            "calls": f"{sum(traced['calls_per_step'].values()):.0f}",
+        }
+        for share in ("compute", "exposed transfer", "waiting", "neither"):
+            figures[share] = f"{100 * traced['shares_of_a_step'][share]:.0f} %"
+        rows.append(figures)
+    table(rows)
 
 # %% [markdown]
 # Line by line:
