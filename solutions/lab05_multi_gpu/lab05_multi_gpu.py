@@ -1,6 +1,6 @@
 """Lab 05, multi-GPU: one experiment runner for every data-parallel way to train, measured against each other.
 
-You complete twelve functions. `train_method` puts them together; `launch` starts it on each rank.
+You complete 15 functions. `train_method` puts them together; `launch` starts it on each rank.
 """
 
 from __future__ import annotations

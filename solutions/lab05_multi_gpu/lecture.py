@@ -75,7 +75,8 @@ figure, axis = plt.subplots(figsize=(6.5, 3.2))
 axis.loglog(sizes, ring, label="ring")
 axis.loglog(sizes, tree, label="tree")
 axis.set(xlabel="bytes", ylabel="seconds, 64 ranks")
-axis.legend()
+axis.legend();
+
 # %% [markdown]
 # And measured, on four H200s of one host (`bench/links.py`). Below a megabyte the time hardly depends on the size: there α is all that counts. That is why DDP puts gradients into buckets of
 # 25 MiB, and why many small gathers are slow on any link.
@@ -105,15 +106,17 @@ print(links["hardware"]["gpus"][0], links["versions"], links["date"])
 # | DDP | all-reduce of buckets, during the backward pass | 2 | 2 |
 # | ZeRO-1 | gradients at the end, parameters after the step | 2 | 3: an all-reduce, not a reduce-scatter, of the gradients |
 # | ZeRO-2 | gradients in the backward pass, parameters after the step | 2 | 3, for the same reason |
-# | ZeRO-3 | parameters before each forward and backward pass of a layer, gradients in the backward pass | 3 | 2, where the model is below `stage3_max_live_parameters`: what was gathered once stays |
+# | ZeRO-3 | parameters before each forward and backward pass of a layer, gradients in the backward pass | 3 | 2, where less than `stage3_max_live_parameters` is gathered at a time: what was gathered for the forward pass stays for the backward pass |
 # | FSDP2 | as ZeRO-3, by units of `fully_shard` | 3 | 3, less the model's own unit, which is gathered once |
+#
+# ZeRO-3 has a second limit: tensors below `stage3_param_persistence_threshold` (100,000 elements; biases and norms, or all of a tiny model) stay whole on each rank, and are gathered once per step, after it.
 #
 # With accumulation over $k$ micro-batches, DDP (with `no_sync`) and ZeRO-1 reduce once per step; ZeRO-2, ZeRO-3 and FSDP2 in every micro-batch, since none of them keeps a whole gradient.
 #
 # **ZeRO++** (arXiv 2306.10209) is for slow links between nodes. It quantizes the weights to 8 bits on the way (qwZ: 1 of the 3 units becomes ½), keeps a second copy of the shards within each node, so that the
 # backward pass gathers inside of it (hpZ: 1 becomes 0 between nodes), and sends quantized gradients by all-to-all (qgZ: 1 becomes ¼). Between nodes 3 units become 0.75. It costs memory for the second copy, and accuracy that has to be
-# watched. Its kernels need a GPU; a rank's part of each parameter must be a multiple of 8 elements; and DeepSpeed 0.19.8 refuses it together with `torch_autocast`. On four GPUs of one node, where NVLink is fast, it
-# gained nothing: 87 samples/s, ZeRO-3 94 (BLOOM-560m's shape, micro-batch 8, 4 × H200).
+# watched. Its kernels need a GPU; a rank's part of each parameter must be a multiple of 8 elements; and DeepSpeed 0.19.8 refuses it together with `torch_autocast`. On two GPUs of one node, where NVLink is fast, it
+# gained nothing: 76 samples/s, ZeRO-3 75 (ViT-huge's shape, micro-batch 32, 2 × H200); and gradients are quantized only where there is more than one node.
 #
 # ## An engine without Trainer
 #
@@ -133,7 +136,7 @@ print(links["hardware"]["gpus"][0], links["versions"], links["date"])
 #
 # ## A step, by hand and by an engine
 #
-# DDP hooks into the backward pass: when the last gradient of a bucket is there, its all-reduce begins, and the backward pass goes on. So communication is **hidden** behind compute, all but the last bucket's. What is not
+# DDP hooks into the backward pass: when the last gradient of a bucket is there, its all-reduce begins, and the backward pass goes on. So communication can be **hidden** behind compute, all but the last bucket's, if there is enough to compute. What is not
 # hidden is **exposed**: the GPU waits. Exposed communication, not communication, is what a method costs in time.
 #
 # FSDP2 and ZeRO-3 hide theirs by **prefetching**: while one block computes, the next is gathered. That needs a host that is ahead of its GPU. Where blocks are small, the host cannot keep up.
@@ -173,7 +176,7 @@ print(links["hardware"]["gpus"][0], links["versions"], links["date"])
 # | checkpoints | a file per rank, converters to one model or to other ranks (lab 03) | `torch.distributed.checkpoint`: any number of ranks |
 # | configuration | JSON, any launcher, in `Trainer` | Python calls in your program; in `Trainer` through accelerate |
 #
-# Samples/s on 4 H200s of one host, BLOOM-560m's shape, 512 tokens, bf16: at micro-batch 8, DDP 262, FSDP2 147, ZeRO-3 67.5, and ZeRO-3 with whole blocks as leaf modules 116. At micro-batch 32: DDP 366, FSDP2 369, ZeRO-3 with leaf
+# Samples/s on 4 H200s of one host, BLOOM-560m's shape, 512 tokens, bf16, no gradient checkpointing (so all are faster than in lab 05's tables): at micro-batch 8, DDP 262, FSDP2 147, ZeRO-3 67.5, and ZeRO-3 with whole blocks as leaf modules 116. At micro-batch 32: DDP 366, FSDP2 369, ZeRO-3 with leaf
 # modules 321. So with enough work per step the methods come together, and the choice is one of memory:
 #
 # 1. Does the model fit on one GPU with 16 to 18 bytes per parameter and its activations? DDP.

@@ -300,12 +300,13 @@ table(
 # %% [markdown]
 # Read it line by line against the formulae of the lecture:
 #
-# - **DDP** sends 2 · ½ · 4Ψ, once per step, thanks to `no_sync`. The four bytes more are the mean of the loss.
+# - **DDP** sends 2 · ½ · 4Ψ, once per step, thanks to `no_sync`. The four bytes more are the mean of the loss. (DeepSpeed asks the ranks for a number or two of its own: 8 and 12 bytes.)
 # - **ZeRO-1** is said to send no more than DDP, 2Ψ: a reduce-scatter and an all-gather. DeepSpeed 0.19.8 sends 3Ψ: it all-reduces the gradients, each rank takes its
 #   shard of the sum, and then the new parameters are gathered.
 # - **ZeRO-2** reduces after *every* micro-batch, as it keeps no whole gradients between them. With accumulation 2 it sends twice as many gradients.
-# - **ZeRO-3** reduce-scatters in every micro-batch too. It gathers less than you may have predicted: below `stage3_max_live_parameters`, 10⁹ elements, parameters
-#   that were gathered once stay until the step changes them. So this small model is whole on each rank, and the textbook's 3Ψ is not what happens.
+# - **ZeRO-3** reduce-scatters in every micro-batch too. It gathers less than you may have predicted: a tensor below `stage3_param_persistence_threshold`, 100,000 elements,
+#   stays whole on each rank, and is gathered once per step, right after the step has changed it. All tensors of this small model are below it. Larger ones are gathered in each micro-batch: once,
+#   as long as less than `stage3_max_live_parameters`, 10⁹ elements, are there at a time, and else in the forward and in the backward pass. That last case is the textbook's 3Ψ.
 # - **FSDP2** does let go: every block is gathered in the forward pass and again in the backward pass, in each micro-batch. The model's own part, outside of the
 #   blocks, is gathered once.
 #
@@ -381,18 +382,19 @@ from shardlab.show.charts import create_performance_visualizations
 create_performance_visualizations(list(runs.values()))
 
 # %% [markdown]
+# Some of these need a word. *Training time* contains all of an epoch, and here that is mostly drawing the images: one rank draws them all, of two ranks each draws half. *Throughput* is measured on a batch that is there already. And
+# on one machine's cores *scaling efficiency* must be low: a rank alone may use all of them, two ranks share them, and what they send each other is work for the same cores. (The hatched bars are
+# states that offload has put on the host. Where a step has several micro-batches, DeepSpeed keeps the gradients there twice: one copy to add up in, one for the step; lab 04 has the formula.)
+#
 # The same runs are in TensorBoard: in a terminal, `tensorboard --logdir runs`. With a key for Weights & Biases they go there as well (`pip install wandb`); without network they are kept in their run folders,
 # and `wandb sync` sends them later. What there is here:
 
 # %%
 from shardlab.run.tracking import test_wandb_connection
 
-test_wandb_connection()
+test_wandb_connection();
+
 # %% [markdown]
-# Two of these need a word. *Training time* contains all of an epoch, and here that is mostly drawing the images: one rank draws them all, of two ranks each draws half. *Throughput* is measured on a batch that is there already. And
-# on one machine's cores *scaling efficiency* must be low: a rank alone may use all of them, two ranks share them, and what they send each other is work for the same cores. (The hatched bars are
-# states that offload has put on the host. Where a step has several micro-batches, DeepSpeed keeps the gradients there twice: one copy to add up in, one for the step; lab 04 has the formula.)
-#
 # ## Scaling, weak and strong
 #
 # **Strong scaling** keeps the global batch, **weak scaling** the samples per rank. So DDP on one rank is measured twice: with the global batch of 64 that two ranks had, and with 32, the samples that each of the two had.
@@ -418,7 +420,7 @@ compare(gained, predicted_scaling)
 plot_scaling(scaling_points([*alone.values(), runs["ddp"]]))
 
 # %% [markdown]
-# On two cores the gain is small or none: a rank alone computes on both of them already. On GPUs each rank brings its own. The two kinds differ by what a step pays once, whatever its batch: the optimizer's step, and what is sent. Strong
+# Five steps are few: run it again, and the figures can differ by half. On two cores the gain is small or none: a rank alone computes on both of them already. On GPUs each rank brings its own. The two kinds differ by what a step pays once, whatever its batch: the optimizer's step, and what is sent. Strong
 # scaling on many ranks has ever less to compute for the same bytes to send.
 #
 # ## Does it learn?
@@ -450,11 +452,11 @@ compare(
 show(learning)
 
 # %% [markdown]
-# Far above chance, and far from done: the loss still falls.
+# Far above chance, and far from done: the loss still falls, ever more slowly. The right class is among the first five nearly always: what it has not learned is to tell neighbours apart.
 #
 # ## On GPUs
 #
-# ViT-huge's shape with 32 images per GPU, and BLOOM-560m's with 8 rows of 512 tokens; random weights, bf16, gradient checkpointing; two H200s of one host, and one. Measured with `bench/multi_gpu.py`, medians of three;
+# ViT-huge's shape with 32 images per GPU, and BLOOM-560m's with 8 rows of 512 tokens; random weights, bf16, gradient checkpointing; two H200s of one host, and one (while another such measurement ran on the other). Measured with `bench/multi_gpu.py` and torch 2.11, medians of three;
 # the spread is the fastest of the three over the slowest. MFU counts against 989 TFLOP/s, dense bf16 (NVIDIA's datasheet).
 
 # %%
@@ -490,13 +492,16 @@ for name in ("vit-huge", "bloom-560m"):
 # %% [markdown]
 # Line by line:
 #
-# - **Held**: 16 bytes per parameter with DDP, half of them with FSDP2; (4 + 4 + 8) / 2 + 4 = 12 with ZeRO-1 and 2; (4 + 4 + 4 + 8) / 2 = 10 with ZeRO-3. These are your figures from above, on a model 1,900 times as large. ZeRO++ runs with
+# - **Held**: 16 bytes per parameter with DDP, half of them with FSDP2; (4 + 4 + 8) / 2 + 4 = 12 with ZeRO-1 and 2; (4 + 4 + 4 + 8) / 2 = 10 with ZeRO-3. These are your figures from above, on models 1,700 and 1,900 times as large. ZeRO++ runs with
 #   `bf16` instead of autocast: (2 + 2 + 4 + 8) / 2 = 8.
-# - **Sent**: DDP and FSDP2 send fp32, for that is what the parameters are. DeepSpeed's `torch_autocast` reduces gradients and gathers ZeRO-3's parameters in bf16, half of it. ZeRO++ quantizes what ZeRO-3 gathers to 8 bits,
-#   which halves that once more.
-# - **Exposed transfer** is 3 % of a step or less everywhere: between two GPUs with NVLink, the link is not what one waits for.
+# - **Sent**: DDP and FSDP2 send fp32, for that is what the parameters are. DeepSpeed's `torch_autocast` reduces gradients and gathers ZeRO-3's parameters in bf16, half of it; ZeRO-1 and 2 gather new parameters in fp32, and so come
+#   to what DDP sends. ZeRO++ quantizes what ZeRO-3 gathers to 8 bits, which halves that part once more; gradients it quantizes only between nodes (deepspeed 0.19.8, `stage3.py`), so here they go as ZeRO-3's do.
+# - **Peak** is more than held: activations, what has been gathered, and buckets. ZeRO-3 keeps what it has gathered here, since both models are below `stage3_max_live_parameters`, and has a bucket of 500 million elements
+#   (`reduce_bucket_size`) for gradients. So on models this small its peak is no lower than ZeRO-1's, or even DDP's, though it holds less.
+# - **Exposed transfer** is 3 % of a step or less everywhere: between two GPUs with NVLink, the link is not what one waits for. Next to nothing is hidden either: while the host is late, the transfer is done before there is anything to
+#   compute next to it.
 # - **Neither** is the host. With 32 images a GPU is done with a kernel before Python has started the next one. ZeRO-3 has hooks around every sub-module and hundreds of calls per step, and computes in a tenth to a fifth of its step; DDP in a third to a half. A rank
-#   whose host is late lets the other **wait**. What depends on the host varies, too: look at the spread.
+#   whose host is late lets the other **wait** (the table has rank 0). What depends on the host varies, too: look at the spread.
 #
 # So what ZeRO-3 costs on models this small is not the link but the work around each sub-module. With larger batches there is more to compute per call; the lecture has BLOOM's figures with micro-batch 32, where FSDP2 is as fast as DDP.
 #
@@ -504,12 +509,13 @@ for name in ("vit-huge", "bloom-560m"):
 #
 # 1. Why does ZeRO-2 send more than ZeRO-1 here, and with accumulation 1 not?
 # 2. DDP's parameters are the same on all ranks after every step, though nobody sends them. Why?
-# 3. At which Ψ would ZeRO-3 begin to gather every block twice? (`stage3_max_live_parameters`)
+# 3. At which Ψ would ZeRO-3 begin to gather every block twice? Which of its two limits keeps this model whole, and which would keep ViT-huge?
 # 4. Which of the methods would you take for ViT-huge on 2 GPUs of 80 GB? And on 2 of 8 GB?
 #
 # ## Going further
 #
-# - Put `"stage3_max_live_parameters": 0` and `"stage3_max_reuse_distance": 0` into a copy of `zero3.json` and look at the timeline again.
+# - Put `"stage3_param_persistence_threshold": 0` into `zero_optimization` of `labs/lab05_multi_gpu/configs/zero3.json`, run zero3 again, and look at bytes and timeline; then add
+#   `"stage3_max_live_parameters": 0` and `"stage3_max_reuse_distance": 0`. With all three it sends 3,984,012 bytes: the textbook's 3Ψ, in each of two micro-batches.
 # - `deepspeed.utils.set_z3_leaf_modules(model, [type(block)])` before the engine is made gathers a block at once.
 # - On more GPUs: `python bench/multi_gpu.py --help`.
 #
