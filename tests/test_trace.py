@@ -155,7 +155,8 @@ def test_holistic_analysis_gives_the_shares_of_each_rank(tmp_path):
     )
     traces = []
     for rank, kernels in enumerate(ranks):
-        traces.append(write(tmp_path / f"rank{rank}.json", event("cudaLaunchKernel", 0, 5, cat="cuda_runtime", correlation=0), *kernels))
+        launched = event("cudaLaunchKernel", 0, 5, cat="cuda_runtime", correlation=0)
+        traces.append(write(tmp_path / f"rank{rank}.json", launched, *kernels))
         written = json.loads(traces[-1].read_text())
         traces[-1].write_text(json.dumps(written | {"distributedInfo": {"rank": rank, "world_size": 2}}))
     first, second = holistic_shares(traces)

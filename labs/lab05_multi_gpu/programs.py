@@ -31,7 +31,6 @@ from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
 from shardlab.run.trace import Collective, collectives, profile_to
 from shardlab.zero.held_bytes import held_before_step
-from shardlab.zero.memory_model import States
 
 
 def _lab():
@@ -1073,9 +1072,6 @@ def orchestrate(
         bound.apply_defaults()
         return dict(bound.arguments)
 
-    def of_all(groups, setting) -> list:
-        return sorted({group[setting] for group in groups})
-
     def trained(name):
         def stand_in(*args, **named):
             arguments = given(name, args, named)
@@ -1092,7 +1088,7 @@ def orchestrate(
                         "model": called(arguments.get("model", arguments.get("engine"))),
                         "optimizer": None
                         if optimizer is None
-                        else [type(optimizer).__name__, *of_all(groups, "lr"), *of_all(groups, "weight_decay"), id(optimizer)],
+                        else [type(optimizer).__name__, groups[0]["lr"], groups[0]["weight_decay"], id(optimizer)],
                         "others": [[list(group["betas"]), group["eps"], group["amsgrad"], group["maximize"]] for group in groups],
                         "trains the model": {id(p) for group in groups for p in group["params"]}
                         == set(map(id, model.parameters())),
@@ -1176,7 +1172,7 @@ def orchestrate(
         "evaluate": simple("evaluate", evaluated),
         "measure_throughput": calls_a_step("measure_throughput", 321.5),
         "get_memory_stats": simple("get_memory_stats", {"peak_allocated_gb": 1.5, "peak_reserved_gb": 2.5}),
-        "held_before_step": calls_a_step("held_before_step", States(parameters=8, gradients=4, optimizer=2, host_optimizer=16)),
+        "held_before_step": calls_a_step("held_before_step", SimpleNamespace(parameters=8, gradients=4, optimizer=2)),
         "profile_to": calls_a_step("profile_to", None),
         "collectives": simple("collectives", ["found"]),
         "communication_table": simple("communication_table", {"all-reduce": {"calls": 1.0}}),

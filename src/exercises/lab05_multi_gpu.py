@@ -443,7 +443,7 @@ def run_training_experiment(method: str, model_name: str, train_loader, test_loa
         the last epoch; `train_losses`, one per step, all epochs in one list; `epoch_duration`, seconds, one
         per epoch. What follows is measured after the evaluation, so that it changes no score, by steps that
         take the training loader's first micro-batch again and again: `throughput`, samples/s; `held_bytes`,
-        the fields of `held_before_step` as a dictionary; `peak_memory_gb`, what `get_memory_stats` calls
+        `vars(…)` of what `held_before_step` returns; `peak_memory_gb`, what `get_memory_stats` calls
         `peak_allocated_gb`; `communication`, the `communication_table` of the trace. What there is not is None.
 
     Raises:
