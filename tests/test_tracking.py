@@ -75,7 +75,9 @@ def on_kaggle(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kept, said", [(in_the_environment, "environment"), (by_login, "login of wandb"), (on_kaggle, "Kaggle")], ids=lambda x: str(x)
+    "kept, said",
+    [(in_the_environment, "environment"), (by_login, "login of wandb"), (on_kaggle, "Kaggle")],
+    ids=["environment", "login", "Kaggle"],
 )
 def test_a_key_is_found_where_people_keep_it_and_not_printed(monkeypatch, tmp_path, capsys, kept, said):
     kept(monkeypatch, tmp_path)
