@@ -289,7 +289,8 @@ def holistic_shares(traces: list[Path]) -> list[dict]:
     Source: https://hta.readthedocs.io, "Temporal Breakdown"
     """
     if not any(event.get("cat") == "kernel" for event in events(traces[0])):
-        raise TraceError(f"{traces[0]}: no kernels of a GPU in it; `shares` reads traces of CPUs too")
+        first = Path(traces[0])
+        raise TraceError(f"{first.parent.name}/{first.name}: no kernels of a GPU in it; `shares` reads traces of CPUs too")
     try:
         from hta.trace_analysis import TraceAnalysis
     except ModuleNotFoundError:
