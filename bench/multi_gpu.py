@@ -148,7 +148,7 @@ def traced_figures(run: Run) -> dict:
     return {
         "sent_bytes_per_step": {name: round(row["sent"]) for name, row in table.items()},
         "calls_per_step": {name: row["calls"] for name, row in table.items()},
-        "shares_of_a_step": {name: abs(round(share, 4)) for name, share in shares(traces, 1).items()},
+        "shares_of_a_step": {name: round(share, 4) for name, share in shares(traces, 1).items()},
     }
 
 

@@ -272,7 +272,7 @@ def shares(traces: list[Path], step: int = 0, rank: int = 0) -> dict[str, float]
         "exposed transfer": exposed / length,
         "waiting": (every - with_transfers) / length,
         "neither": 1 - every / length,
-        "hidden transfer": (_covered(transfers) - exposed) / length,
+        "hidden transfer": max(0.0, _covered(transfers) - exposed) / length,  # sums of floats can differ in their last digits
     }
 
 
