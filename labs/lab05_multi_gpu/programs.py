@@ -6,11 +6,14 @@ import contextlib
 import copy
 import functools
 import inspect
+import io
 import json
 import math
 import os
 import resource
 import tempfile
+import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -31,6 +34,7 @@ from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
 from shardlab.run.trace import Collective, collectives, profile_to
 from shardlab.zero.held_bytes import held_before_step
+from shardlab.zero.memory_model import States
 
 
 def _lab():
@@ -65,6 +69,8 @@ def set_up(experiment: Experiment, run: Run) -> dict:
         dist.barrier()
         dist.destroy_process_group()
     lab.cleanup_distributed()  # without a group
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    before = [os.environ.get(name) for name in names]
     told = lab.setup_distributed()
     device, *numbers = told
     made = dist.is_initialized()
@@ -82,6 +88,7 @@ def set_up(experiment: Experiment, run: Run) -> dict:
         "backend": dist.get_backend(),
         "again": gather(str(lab.setup_distributed()) == str(told)),
     }
+    results["environment"] = gather([os.environ.get(name) for name in names] == before)
     dist.barrier()
     lab.cleanup_distributed()
     results["left"] = dist.is_initialized()
@@ -162,6 +169,8 @@ IMAGES = {
     "grey with transparency": ("LA", (20, 30)),
     "black and white": ("1", (30, 20)),
     "CMYK": ("CMYK", (24, 20)),
+    "YCbCr": ("YCbCr", (24, 20)),
+    "HSV": ("HSV", (20, 24)),
 }
 """Mode, width and height, and the largest value of a pixel if it is not 255."""
 
@@ -194,6 +203,9 @@ def transform(name: str, image_size: int, mean: list[float], std: list[float]) -
     again = validation(given)
     kept = given.tobytes() == before and (given.size, given.mode) == (size, mode)
     upside_down = given.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    made = []
+    for picture in (given, upside_down) * 4:
+        made += [(one, one.clone()) for one in (training(picture), validation(picture))]
     wanted = validation(upside_down)
     given.paste(upside_down)  # the same object, other pixels
     return {
@@ -209,7 +221,19 @@ def transform(name: str, image_size: int, mean: list[float], std: list[float]) -
             for turn in turns
         ],
         "again": torch.equal(again, whole),
+        "own memory": all(torch.equal(one, copy) for one, copy in made),
     }
+
+
+def from_a_file() -> dict:
+    """A JPEG that is opened and not read yet, and the same one read before."""
+    kept = io.BytesIO()
+    image("RGB", (640, 480)).save(kept, "JPEG")
+    _, validation = _lab().create_image_transforms(16, [0.5] * 3, [0.5] * 3)
+    waiting, read = Image.open(kept), Image.open(kept)
+    read.load()
+    wanted = validation(read)
+    return {"same": torch.equal(validation(waiting), wanted), "size": list(waiting.size)}
 
 
 def mirrored(count: int, seed: int) -> int:
@@ -244,9 +268,12 @@ def load(rows: int, test_rows: int, micro_batch_size: int, ranks: int, seed: int
     """What each rank's loaders give: in some epochs of training, and in evaluation."""
     train_set, test_set, found = Numbered(rows), Numbered(test_rows), []
     for one in range(ranks):
+        state, before = torch.get_rng_state(), train_set.read + test_set.read
         train, test = _lab().create_data_loaders(
             train_set, test_set, micro_batch_size=micro_batch_size, rank=one, world_size=ranks, seed=seed
         )
+        at_once = train_set.read + test_set.read - before
+        drew = not torch.equal(state, torch.get_rng_state())
         by_epoch, reads, types = [], [], set()
         for epoch in range(epochs):
             train.sampler.set_epoch(epoch)
@@ -264,6 +291,8 @@ def load(rows: int, test_rows: int, micro_batch_size: int, ranks: int, seed: int
             {
                 "epochs": by_epoch,
                 "reads": reads,
+                "read at once": at_once,
+                "draws": drew,
                 "types": sorted(types),
                 "again": again == by_epoch[0],
                 "evaluation": evaluation,
@@ -326,8 +355,17 @@ def computed(model: nn.Module) -> list[int]:
 
 def load_models(stored_labels: int = 10, labels: int = 101) -> dict:
     """The small model with other arguments, and one from a folder whose head has `stored_labels` classes."""
-    from transformers import ViTConfig, ViTForImageClassification
+    from transformers import (
+        AutoModelForImageClassification,
+        DeiTConfig,
+        DeiTForImageClassification,
+        ViTConfig,
+        ViTForImageClassification,
+    )
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     default, left = torch.get_default_dtype(), set()
 
     def load(*given, **named) -> nn.Module:
@@ -354,12 +392,25 @@ def load_models(stored_labels: int = 10, labels: int = 101) -> dict:
     }
     stored = ViTForImageClassification(ViTConfig(num_labels=stored_labels, **small))
     in_bf16 = copy.deepcopy(stored).to(torch.bfloat16)
+    relative = DeiTForImageClassification(DeiTConfig(num_labels=stored_labels, **small))
+    asked = []
+
+    def from_pretrained(name, *_, **__):
+        asked.append(str(name))
+        return copy.deepcopy(stored)
+
+    with mock.patch.object(AutoModelForImageClassification, "from_pretrained", from_pretrained):
+        load("google/vit-huge-patch14-224-in21k", stored_labels)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as folder_in_bf16:
         stored.save_pretrained(folder)
         in_bf16.save_pretrained(folder_in_bf16)
         loaded = load(folder, labels, torch.bfloat16, True)
         as_stored = load(folder, stored_labels)
         fitting = load(folder_in_bf16, stored_labels, torch.float32, True)
+        relative.save_pretrained(folder)
+        of_another_kind = load(folder, stored_labels)
+    torch.manual_seed(1)
+    in_a_row = [load("vit-tiny", 7) for _ in range(2)]
     models = {
         "tiny": load("vit-tiny", labels),
         "in bf16": load("vit-tiny", 7, torch_dtype=torch.bfloat16),
@@ -384,6 +435,10 @@ def load_models(stored_labels: int = 10, labels: int = 101) -> dict:
         "as stored": same(as_stored, stored) and facts_of(as_stored)["dtypes"] == ["torch.float32"],
         "fits": same(fitting, in_bf16),
         "default types": sorted(left),
+        "in a row": same(*in_a_row),
+        "of the hub": asked,
+        "another kind": type(of_another_kind).__name__,
+        "its weights": type(of_another_kind) is type(relative) and same(of_another_kind, relative),
     }
 
 
@@ -449,8 +504,23 @@ class NotMoved(torch.Tensor):
         return self.as_subclass(torch.Tensor).to(*where, **how)
 
 
-class Loader(list):
-    """Batches that have not been moved, with the length of a loader."""
+class OneByOne:
+    """Batches as a loader gives them: it has a length, and can be gone through, and that is all. `read` counts what was taken."""
+
+    def __init__(self, given):
+        self.given, self.read = list(given), 0
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def __iter__(self):
+        for batch in self.given:
+            self.read += 1
+            yield batch
+
+
+class Loader(OneByOne):
+    """Batches that have not been moved."""
 
     def __init__(self, given):
         super().__init__((images.as_subclass(NotMoved), labels.as_subclass(NotMoved)) for images, labels in given)
@@ -460,7 +530,7 @@ class Watch:
     """Notes of each forward pass of a model: were its tensors moved, was it in training mode, of which type were its logits, with gradients?"""
 
     def __init__(self, model: nn.Module):
-        self.moved, self.training, self.parts, self.dtypes, self.gradients = [], [], [], [], []
+        self.moved, self.training, self.parts, self.dtypes, self.gradients, self.inference = [], [], [], [], [], []
         model.register_forward_pre_hook(self.before, with_kwargs=True)
         model.register_forward_hook(self.after)
 
@@ -470,6 +540,7 @@ class Watch:
         self.training.append(all(modes))
         self.parts.append(any(modes))
         self.gradients.append(torch.is_grad_enabled())
+        self.inference.append(torch.is_inference_mode_enabled())
 
     def after(self, module, given, output):
         self.dtypes.append(str(output.logits.dtype))
@@ -499,11 +570,17 @@ def meshes_noted(lab):
         meshes.append(None if mesh is None else [mesh.device_type, mesh.shape[-1]])
         return real(module, *given, **named)
 
-    bound = [(lab, name) for name, value in vars(lab).items() if value is real]
-    with contextlib.ExitStack() as stack:
-        for owner, name in [(fsdp, "fully_shard"), *bound]:
-            stack.enter_context(mock.patch.object(owner, name, fully_shard))
+    with in_place_of(lab, real, fully_shard, (fsdp, "fully_shard")):
         yield meshes
+
+
+@contextlib.contextmanager
+def in_place_of(lab, real, stand_in, *owners):
+    """While this lasts, a function or class is another one in modules that have it, and under whatever name the exercise has it."""
+    with contextlib.ExitStack() as stack:
+        for owner, name in [*owners, *((lab, name) for name, value in vars(lab).items() if value is real)]:
+            stack.enter_context(mock.patch.object(owner, name, stand_in))
+        yield
 
 
 def wrap(experiment: Experiment, run: Run) -> dict:
@@ -560,6 +637,58 @@ def moved(method: str) -> bool:
     with pretended.gpu() as gpu:
         model = _lab().wrap_model(small(0), method, pretended.GPU)
         return all(map(gpu.holds, model.parameters()))
+
+
+class NotedDDP(nn.Module):
+    """What stands for DistributedDataParallel where there is no GPU: it notes what it is given."""
+
+    def __init__(self, module, device_ids=None, **_):
+        super().__init__()
+        self.module = module
+        self.numbers = (
+            None
+            if device_ids is None
+            else [torch.device("cuda", one).index if isinstance(one, int) else torch.device(one).index for one in device_ids]
+        )
+
+
+def ddp_on_a_gpu() -> dict:
+    """Task 5.5: what the exercise gives to DistributedDataParallel on rank 9 of 16, on the second GPU of its machine, which is
+    pretended."""
+    lab, parallel = _lab(), nn.parallel
+    real = parallel.DistributedDataParallel
+    owners = [(parallel, "DistributedDataParallel"), (parallel.distributed, "DistributedDataParallel")]
+    with pretended.gpu() as gpu, pretended.lone_group(), in_place_of(lab, real, NotedDDP, *owners):
+        with (
+            mock.patch.object(dist, "get_rank", lambda *_, **__: 9),
+            mock.patch.object(dist, "get_world_size", lambda *_, **__: 16),
+            mock.patch.dict(os.environ, {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16"}),
+        ):
+            made = lab.wrap_model(small(0), "ddp", torch.device("cuda", 1))
+        wrapped = isinstance(made, NotedDDP)
+        moved = all(map(gpu.holds, made.parameters()))
+    return {"numbers": made.numbers if wrapped else "no DistributedDataParallel", "moved": moved}
+
+
+def mesh_beside_a_gpu() -> list[str]:
+    """Task 5.5: of which kind the exercise makes a mesh, for a model that is on the CPU of a machine that has a GPU, too."""
+    from torch.distributed import device_mesh, fsdp
+
+    lab, kinds = _lab(), []
+
+    def mesh(kind, *_, **__):
+        kinds.append(str(kind))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pretended.lone_group())
+        stack.enter_context(in_place_of(lab, fsdp.fully_shard, lambda module, *_, **__: module, (fsdp, "fully_shard")))
+        for name in ("init_device_mesh", "DeviceMesh"):
+            owners = [(device_mesh, name), *([(dist, name)] if hasattr(dist, name) else [])]
+            stack.enter_context(in_place_of(lab, getattr(device_mesh, name), mesh, *owners))
+        stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: True))
+        stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: 1))
+        lab.wrap_model(small(0), "fsdp2", torch.device("cpu"))
+    return kinds
 
 
 def engine(experiment: Experiment, run: Run) -> dict:
@@ -719,17 +848,22 @@ class Loud(Small):
 
     def __init__(self):
         super().__init__()
-        self.autocast, self.sync = [], []
+        self.autocast, self.sync, self.reshard, self.ahead = [], [], [], []
+        self.loader = OneByOne([])
 
     def forward(self, pixel_values, labels=None):
         on = next((device for device in ("cuda", "cpu") if torch.is_autocast_enabled(device)), "")
         dtype = str(torch.get_autocast_dtype(on)) if on else "torch.float32"
         self.autocast.append(f"{dtype}, for the CPU" if on == "cpu" else dtype)
+        self.ahead.append(self.loader.read - len(self.autocast))
         found = super().forward(pixel_values, labels)
         return ImageClassifierOutput(loss=1000 * found.loss, logits=found.logits)
 
     def set_requires_gradient_sync(self, wanted: bool, **_) -> None:
         self.sync.append(wanted)
+
+    def set_reshard_after_backward(self, wanted: bool, **_) -> None:
+        self.reshard.append(wanted)
 
 
 class Held:
@@ -752,37 +886,44 @@ class Held:
 
 
 def epoch_on_a_gpu(dtype: str, accumulation: int, count: int) -> dict:
-    """Task 5.7: an epoch by hand on a GPU, which is pretended, alone: under which autocast the model is called, and with which
-    gradients a step is taken.
+    """Task 5.7: an epoch by hand on a GPU, which is pretended, alone: under which autocast the model is called, how many batches
+    were read by then, and with which gradients a step is taken. The last micro-batch of the first step has fewer rows.
     """
     lab, given = _lab(), batches(11, count, 3, 0)
+    if accumulation <= count:
+        given[accumulation - 1] = tuple(part[:2] for part in given[accumulation - 1])
     torch.manual_seed(11)
     model = Loud()
     wanted = []
     for at in range(0, count // accumulation * accumulation, accumulation):
         loss = sum(model(images, labels).loss for images, labels in given[at : at + accumulation]) / accumulation
         wanted.append([gradient.clone() for gradient in torch.autograd.grad(loss, list(model.parameters()))])
-    model.autocast.clear()
+    model.autocast.clear(), model.ahead.clear()
+    model.loader = OneByOne(given)
     seen: dict = {"ended": ""}
     with pretended.lone_group(), pretended.gpu():
         model.to(pretended.GPU)
         wanted = [[gradient.to(pretended.GPU) for gradient in step] for step in wanted]
         optimizer = Held(model, wanted)
         try:
-            found = lab.train_epoch_standard(model, given, optimizer, pretended.GPU, accumulation, getattr(torch, dtype))
+            found = lab.train_epoch_standard(model, model.loader, optimizer, pretended.GPU, accumulation, getattr(torch, dtype))
             seen["losses"] = len(found)
         except RuntimeError as error:
             if isinstance(error, NotImplementedError):
                 raise
             seen["ended"] = f"RuntimeError: {error}"
-    return seen | {"autocast": model.autocast, "sync": model.sync, "apart": optimizer.apart}
+    noted = {name: getattr(model, name) for name in ("autocast", "sync", "reshard")}
+    return seen | noted | {"ahead": max(model.ahead, default=0), "apart": optimizer.apart}
 
 
 def short_epoch(accumulation: int, count: int) -> dict:
-    """Task 5.7: what an epoch with an engine returns, whose micro-batches make no whole step; nothing else is the engine's."""
+    """Task 5.7: what an epoch with an engine returns, and how many batches it has read at each forward pass; nothing else is the
+    engine's.
+    """
+    loader = OneByOne(batches(11, count, 3, 0))
 
     class Engine:
-        training, called = True, 0
+        training, called, ahead = True, 0, 0
 
         def gradient_accumulation_steps(self) -> int:
             return accumulation
@@ -792,6 +933,7 @@ def short_epoch(accumulation: int, count: int) -> dict:
 
         def __call__(self, **_):
             self.called += 1
+            self.ahead = max(self.ahead, loader.read - self.called)
             return SimpleNamespace(loss=torch.ones((), requires_grad=True))
 
         def backward(self, *_, **__) -> None: ...
@@ -801,8 +943,8 @@ def short_epoch(accumulation: int, count: int) -> dict:
     with pretended.lone_group():
         try:
             engine = Engine()
-            found = _lab().train_epoch_deepspeed(engine, batches(11, count, 3, 0), torch.device("cpu"))
-            return {"ended": "", "losses": found, "passes": engine.called}
+            found = _lab().train_epoch_deepspeed(engine, loader, torch.device("cpu"))
+            return {"ended": "", "losses": found, "passes": engine.called, "ahead": engine.ahead}
         except RuntimeError as error:
             if isinstance(error, NotImplementedError):
                 raise
@@ -844,7 +986,8 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
     model = small(seed, dropout=0.5)
     model = made_engine(experiment, model) if experiment.deepspeed else model.to(here())
     module = model.module if experiment.deepspeed else model
-    watch, loader = Watch(module), Loader(given)
+    watch, loader, outside = Watch(module), Loader(given), []
+    model.register_forward_pre_hook(lambda *_: outside.append(1))
     modes, scores, enabled = [], [], []
     for training in (True, False):
         model.train(training)
@@ -866,6 +1009,8 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
         "off": not any(watch.parts),
         "enabled": all(enabled),
         "gradients": any(watch.gradients),
+        "inference": any(watch.inference),
+        "outside": gather(len(outside)),
         "passes": gather(len(watch.moved)),
         "batches": gather(2 * len(given)),
         "kept": kept,
@@ -911,6 +1056,7 @@ def nothing_counts() -> int:
     """Task 5.8: how many collectives the exercise calls on a rank all of whose rows only fill up: the others wait in theirs for it."""
     images, labels = torch.zeros(2, PIXELS), torch.tensor([-100, -100])
     with (
+        warnings.catch_warnings(action="ignore"),  # torchmetrics warns of a metric that was given nothing
         pretended.lone_group() as sent,
         contextlib.suppress(ArithmeticError, ValueError),
     ):  # what is 0 of 0 rows is nobody's business
@@ -958,6 +1104,7 @@ def throughput(seconds: list[float], samples: int, device: str, **named) -> dict
 
     with (
         clock.in_place_of_time(_lab()),
+        mock.patch.object(time, "time", lambda: 5.0 - clock.now),  # somebody sets the machine's clock
         mock.patch.object(torch.cuda, "synchronize", synchronize),
         mock.patch.object(torch.cuda, "empty_cache", empty_cache),
     ):
@@ -994,8 +1141,7 @@ def memory(device: str) -> dict:
         for name in ("reset_peak_memory_stats", "reset_max_memory_allocated", "reset_max_memory_cached"):
             if hasattr(torch.cuda, name):
                 stack.enter_context(mock.patch.object(torch.cuda, name, reset))
-        if torch.device(device).type == "cuda":
-            stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: True))
+        stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: True))
         stack.enter_context(mock.patch.object(resource, "getrusage", usage))
         found, again = (_lab().get_memory_stats(torch.device(device)) for _ in range(2))
     return {"found": found, "again": again, "asked": sorted(set(asked))}
@@ -1072,6 +1218,9 @@ def orchestrate(
         bound.apply_defaults()
         return dict(bound.arguments)
 
+    def of_all(groups, setting) -> list:
+        return sorted({group[setting] for group in groups})
+
     def trained(name):
         def stand_in(*args, **named):
             arguments = given(name, args, named)
@@ -1088,7 +1237,7 @@ def orchestrate(
                         "model": called(arguments.get("model", arguments.get("engine"))),
                         "optimizer": None
                         if optimizer is None
-                        else [type(optimizer).__name__, groups[0]["lr"], groups[0]["weight_decay"], id(optimizer)],
+                        else [type(optimizer).__name__, *of_all(groups, "lr"), *of_all(groups, "weight_decay"), id(optimizer)],
                         "others": [[list(group["betas"]), group["eps"], group["amsgrad"], group["maximize"]] for group in groups],
                         "trains the model": {id(p) for group in groups for p in group["params"]}
                         == set(map(id, model.parameters())),
@@ -1172,7 +1321,7 @@ def orchestrate(
         "evaluate": simple("evaluate", evaluated),
         "measure_throughput": calls_a_step("measure_throughput", 321.5),
         "get_memory_stats": simple("get_memory_stats", {"peak_allocated_gb": 1.5, "peak_reserved_gb": 2.5}),
-        "held_before_step": calls_a_step("held_before_step", SimpleNamespace(parameters=8, gradients=4, optimizer=2)),
+        "held_before_step": calls_a_step("held_before_step", States(parameters=8, gradients=4, optimizer=2, host_optimizer=16)),
         "profile_to": calls_a_step("profile_to", None),
         "collectives": simple("collectives", ["found"]),
         "communication_table": simple("communication_table", {"all-reduce": {"calls": 1.0}}),

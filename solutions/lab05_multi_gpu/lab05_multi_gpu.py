@@ -591,7 +591,7 @@ def run_training_experiment(method: str, model_name: str, train_loader, test_loa
         model_name, num_labels, enable_gradient_checkpointing: for `load_vit_model`; its parameters are
             float32, and `torch_dtype` is what autocast computes in.
         train_loader, test_loader: from `create_data_loaders`.
-        num_epochs: passes over the training data, each told its number.
+        num_epochs: passes over the training data, each told its number. With 0 the model is evaluated as it is.
         micro_batch_size, gradient_accumulation_steps, learning_rate: of the training; AdamW, whose other
             settings are torch's defaults, or what the method's file in `CONFIGS` says.
         seed: set (`torch.manual_seed`) before the model is loaded, so that all methods begin with the same
