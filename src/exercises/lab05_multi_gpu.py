@@ -47,8 +47,8 @@ def setup_distributed() -> tuple[torch.device, int, int, int]:
     A launcher sets RANK, LOCAL_RANK and WORLD_SIZE, and where the ranks meet. Where RANK is not set, this is
     a lone process, rank 0 of 1, whatever the other two say: a login shell or a Slurm job may have set them. A
     lone process has no meeting place: `init_process_group(…, store=dist.HashStore(), rank=0, world_size=1)`.
-    A group that is there already stays, so a second call returns the same; the GPU is chosen as without it. NCCL
-    connects GPUs, gloo CPUs.
+    A group that is there already stays, so a second call returns the same; the GPU is looked at and chosen as
+    without it. The environment stays as it is. NCCL connects GPUs, gloo CPUs.
 
     Returns:
         The device, rank, local rank and world size. The device is `cuda:<local rank>`, and torch's current
@@ -77,7 +77,8 @@ def create_image_transforms(image_size: int, mean: list[float], std: list[float]
 
     Both: convert to RGB, resize to the square (`Image.Resampling.BILINEAR`), scale 0…255 to 0…1, subtract the
     mean, divide by the deviation. The one for training then mirrors half of the images, left and right
-    exchanged, by torch's random numbers; the one for validation draws nothing.
+    exchanged, by torch's random numbers; the one for validation draws nothing. The image stays as it is, and
+    each tensor has memory of its own.
 
     Args:
         image_size: height and width that the model takes, pixels.
@@ -131,7 +132,7 @@ def create_data_loaders(train_set: Dataset, test_set: Dataset, *, micro_batch_si
     rows do not divide by the ranks, the few that are over are left out of this epoch (`drop_last` of the
     sampler); no row is seen twice. The next epoch leaves out others, if it is told its number:
     `loader.sampler.set_epoch(epoch)`. A row is read when its batch is due, in each epoch anew: the transform
-    may draw.
+    may draw. Torch's own random numbers stay as they are.
 
     Evaluation: each row once, in order, dealt to the ranks. Where the rows do not divide, nothing may be left
     out: `FilledUp` makes them divide. Neither loader leaves out a last batch that is smaller.
@@ -158,9 +159,10 @@ def load_vit_model(model_name: str, num_labels: int, torch_dtype: torch.dtype = 
 
     Args:
         model_name: `vit-tiny` is built from `shardlab.data.models.vit_config`, with random weights from
-            torch's generator. Anything else is a name on the hub or a folder, and brings its weights
-            (`AutoModelForImageClassification`, `ViTForImageClassification` in transformers). Where its head
-            has another number of classes, the head is new.
+            torch's generator (`ViTForImageClassification`). Anything else is a name on the hub or a folder,
+            of a model of any kind for images, and brings its weights
+            (`AutoModelForImageClassification.from_pretrained`). Where its head has another number of classes,
+            the head is new: `ignore_mismatched_sizes=True`.
         num_labels: classes.
         torch_dtype: of all parameters, in whatever type a folder has them.
         enable_gradient_checkpointing: compute activations anew in the backward pass instead of keeping them.
@@ -185,10 +187,10 @@ def wrap_model(model: nn.Module, method: str, device: torch.device) -> nn.Module
     - `single_gpu_simple`: on its device, else as it is.
     - `ddp`: in `DistributedDataParallel`. Each rank holds all; gradients are averaged in the backward pass,
       in buckets of torch's own size.
-    - `fsdp2`: sharded by `fully_shard`, over a mesh of all ranks of that device's kind, on however many
-      machines. Without a mesh torch would take the machine's accelerator, if there is one. Every block first
-      (`blocks_of`), then the whole model: what is sharded together is gathered together. With the whole model
-      alone there would be one gather of everything.
+    - `fsdp2`: sharded by `fully_shard`, over a mesh (`init_device_mesh`) of all ranks, of that device's kind, on
+      however many machines. Without one torch would take the machine's GPU, though the model is on its CPU.
+      Every block first (`blocks_of`), then the whole model: what is sharded together is gathered together. With
+      the whole model alone there would be one gather of everything.
 
     Args:
         method: one of the three.
@@ -263,12 +265,14 @@ def train_epoch_standard(model: nn.Module, loader, optimizer, device: torch.devi
     A step's gradient is the mean over its micro-batches and over the ranks. DDP would average over the ranks
     after each backward pass; only that of a step's last micro-batch needs it, so the others run within
     `model.no_sync()`, forward pass included. What has no `no_sync` needs none: FSDP2 reduces after each backward
-    pass, so that no rank keeps whole gradients. Gradients are not clipped.
+    pass and lets its parameters go, so that no rank keeps whole ones; leave its settings alone. Gradients that
+    are left from before are cleared first. They are not clipped.
 
     Args:
         model: from `wrap_model`; it may be in evaluation mode. Called as `model(pixel_values=…, labels=…)`,
             it returns the loss as `.loss`.
-        loader: batches of images and labels, on the CPU; something with a length.
+        loader: batches of images and labels, on the CPU. It has a length, and gives one batch after the other;
+            all of them together need not fit in memory.
         gradient_accumulation_steps: micro-batches per optimizer step.
         dtype: where it is not float32, the forward pass runs under `torch.autocast` with it.
 
@@ -308,14 +312,16 @@ def evaluate(model, loader, device: torch.device, num_classes: int) -> dict[str,
     whatever the model's type is. All of it is on the device: NCCL adds up nothing else.
 
     Args:
-        model: called as `model(pixel_values=…)`, it returns `.logits` of shape [rows, num_classes].
+        model: called itself, with its wrapper or engine, as `model(pixel_values=…)`, it returns `.logits` of
+            shape [rows, num_classes].
         loader: from `create_data_loaders`.
         num_classes: classes.
 
     Returns:
         `loss`, the mean cross-entropy of a row; `top1` and `top5`, the share of rows whose label has the
         highest logit, or one of the five highest; numbers from 0 to 1. The same on every rank. No gradient is
-        kept. Afterwards gradients are computed as before, and the model is in training or evaluation mode as
+        kept (`torch.no_grad`; under `inference_mode` FSDP2 would gather tensors that cannot be trained on).
+        Afterwards gradients are computed as before, and the model is in training or evaluation mode as
         before. (An engine's own `training` is always
         True; that of its `module` says which.)
     """
@@ -429,7 +435,7 @@ def run_training_experiment(method: str, model_name: str, train_loader, test_loa
         model_name, num_labels, enable_gradient_checkpointing: for `load_vit_model`; its parameters are
             float32, and `torch_dtype` is what autocast computes in.
         train_loader, test_loader: from `create_data_loaders`.
-        num_epochs: passes over the training data, each told its number.
+        num_epochs: passes over the training data, each told its number. With 0 the model is evaluated as it is.
         micro_batch_size, gradient_accumulation_steps, learning_rate: of the training; AdamW, whose other
             settings are torch's defaults, or what the method's file in `CONFIGS` says.
         seed: set (`torch.manual_seed`) before the model is loaded, so that all methods begin with the same
