@@ -122,11 +122,11 @@ def started_on_nodes(settings: dict, program: list[str], setup: str = "true", ge
 LIVES = {
     "fails with 5": ("exit 5", []),
     "is asked, and fails while it saves": (
-        'mkdir -p "$run"; until [ -e "$run/stop" ]; do sleep 0.1; done; rm "$run/stop"; touch "$run/stop"; exit 6',
+        'mkdir -p "$run"; until [ -e "$run/stop" ]; do /bin/sleep 0.1; done; rm "$run/stop"; touch "$run/stop"; exit 6',
         [0.6],
     ),
     "is asked before it has a run folder": (
-        'sleep 1.2; mkdir -p "$run"; for _ in $(seq 50); do sleep 0.1; [ ! -e "$run/stop" ] || exit 0; done; exit 7',
+        '/bin/sleep 2; mkdir -p "$run"; for _ in $(seq 50); do /bin/sleep 0.1; [ ! -e "$run/stop" ] || exit 0; done; exit 7',
         [0.5],
     ),
     "dies in its first checkpoint": (
@@ -137,8 +137,13 @@ LIVES = {
         'mkdir -p "$run/checkpoints/checkpoint-100"; touch "$run/checkpoints/checkpoint-100/complete.json"; exit 9',
         [],
     ),
+    "dies when it has removed the older of two checkpoints": (
+        'rm -r "$run/checkpoints/checkpoint-80"; exit 9',
+        [],
+    ),
+    "is asked, and fails without a run folder": ("/bin/sleep 1; exit 3", [0.5]),
     "is asked twice": (
-        'mkdir -p "$run"; until [ -e "$run/stop" ]; do sleep 0.1; done; sleep 1.5; touch "$run/saved"; exit 0',
+        'mkdir -p "$run"; until [ -e "$run/stop" ]; do /bin/sleep 0.1; done; /bin/sleep 1.5; touch "$run/saved"; exit 0',
         [0.6, 1.2, 1.6],
     ),
 }
@@ -146,22 +151,29 @@ LIVES = {
 
 
 def lives() -> dict[str, list]:
-    """Task 6.9: for each of `LIVES`, the script's exit status, how often it asked for a requeue, and whether `saved` was there at its end."""
+    """Task 6.9: for each of `LIVES`, the script's exit status, how often it asked for a requeue, whether `saved` was there at its end,
+    and whether something has put `stop` into a run folder that was made after it. `sleep` is short for the script, so that what
+    gives up after some turns does so soon; and it is the job's thirteenth life.
+    """
     surviving = switch.import_exercise("lab06_multi_node").surviving
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(LIVES)) as pool:
         bin_folder = Path(folder, "bin")
         bin_folder.mkdir()
+        executable(bin_folder / "sleep", "exec /bin/sleep 0.02")
         executable(bin_folder / "scontrol", '[ "$1" != requeue ] || echo "$2" >>"$REQUEUED"')
 
         def live(number: int, ranks: str, signals: list[float]) -> list:
             place = Path(folder, f"run {number}")
             requeued, script = Path(folder, f"requeued-{number}"), Path(folder, f"{number}.sh")
-            if "checkpoint-100" in ranks:
-                (place / "checkpoints" / "checkpoint-80").mkdir(parents=True)
-                (place / "checkpoints" / "checkpoint-80" / "complete.json").touch()
+            for checkpoint in ["checkpoint-80"] * ("checkpoint-" in ranks and "-5" not in ranks) + ["checkpoint-100"] * (
+                "rm -r" in ranks
+            ):
+                (place / "checkpoints" / checkpoint).mkdir(parents=True)
+                (place / "checkpoints" / checkpoint / "complete.json").touch()
             launch = f"bash -c {shlex.quote(f'run={shlex.quote(str(place))}; {ranks}')}"
             script.write_text(f"set -euo pipefail\n{surviving(launch, str(place))}\n")
             variables = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "REQUEUED": str(requeued), "SLURM_JOB_ID": "17"}
+            variables["SLURM_RESTART_COUNT"] = "12"
             output = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             shell = subprocess.Popen(["bash", script], env=os.environ | variables, start_new_session=True, **output)
             started = time.monotonic()
@@ -173,10 +185,15 @@ def lives() -> dict[str, list]:
                 status = shell.wait(timeout=25)
             except subprocess.TimeoutExpired:
                 status = "no end"
-            saved = (place / "saved").exists()
+            saved, late = (place / "saved").exists(), False
+            if not place.exists():
+                time.sleep(0.5)  # for a turn of the loop, which then sees that the script has ended
+                place.mkdir()
+                time.sleep(1)
+                late = (place / "stop").exists()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(shell.pid, signal.SIGKILL)
-            return [status, len(requeued.read_text().splitlines()) if requeued.exists() else 0, saved]
+            return [status, len(requeued.read_text().splitlines()) if requeued.exists() else 0, saved, late]
 
         return dict(zip(LIVES, pool.map(live, range(len(LIVES)), *zip(*LIVES.values()))))
 

@@ -690,6 +690,8 @@ WANTED_LIVES = {
     "is asked before it has a run folder": (0, 1, False),
     "dies in its first checkpoint": (8, 0, False),
     "dies after checkpoint 100, of an older one of step 80": (9, 1, False),
+    "dies when it has removed the older of two checkpoints": (9, 0, False),
+    "is asked, and fails without a run folder": (3, 0, False),
     "is asked twice": (0, 1, True),
 }
 """By the name of a life that bash alone plays: the script's status, requeues, and whether the ranks have saved before it ends."""
@@ -709,8 +711,13 @@ FAKE = {
 @pytest.mark.milestone(task="6.9", points=15, section="A job that ends before its training")
 def test_surviving(lab, run_experiments, workspace, slurm_beside_exercises):
     own_lines = lab.surviving("launch", "run")
-    for name, (status, requeued, saved) in lab.observe(f"{PROGRAMS}:lives").items():
+    for name, (status, requeued, saved, late) in lab.observe(f"{PROGRAMS}:lives").items():
         wanted_status, wanted_requeued, wanted_saved = WANTED_LIVES[name]
+        require(
+            not late,
+            expected="nothing of the script that goes on when it has ended",
+            got="a loop that put the file stop into a run folder which was made later: the job's next life would stop at once",
+        )
         require(
             (requeued, saved) == (wanted_requeued, wanted_saved) and (wanted_requeued or status == wanted_status),
             expected=f"of ranks that stand for training which {name}: {'a requeue' if wanted_requeued else f'status {wanted_status}, and no requeue'}"
