@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 from transformers.modeling_outputs import ImageClassifierOutput
 
@@ -585,7 +586,6 @@ def in_place_of(lab, real, stand_in, *owners):
 
 def wrap(experiment: Experiment, run: Run) -> dict:
     """Task 5.5: four steps of a model that the exercise has wrapped; options: `method`."""
-    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
     lone_group()
@@ -841,10 +841,13 @@ def train_engine(experiment: Experiment, run: Run) -> dict:
     }
 
 
-class Loud(Small):
-    """A small model with a thousand times the loss, that notes under which autocast it is called. What has `set_requires_gradient_sync`
-    and no `no_sync` is FSDP2's.
+class Loud(Small, FSDPModule):
+    """A small model with a thousand times the loss, that notes under which autocast it is called. It passes for one of FSDP2's, whose
+    settings it notes.
     """
+
+    def __new__(cls):
+        return object.__new__(cls)  # FSDPModule's makes one of the class that was sharded, and none was
 
     def __init__(self):
         super().__init__()
