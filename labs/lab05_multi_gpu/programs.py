@@ -18,6 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import huggingface_hub
 import numpy
 import torch
 import torch.distributed as dist
@@ -105,7 +106,7 @@ def set_up_with_gpus(rank: int | None, local_rank: int, world_size: int, gpus: i
         local_rank, world_size, gpus: of the rank.
         there: whether a process group is there already.
     """
-    lab, asked = _lab(), {"groups": [], "stores": [], "current": []}
+    lab, asked = _lab(), {"rank": [rank, local_rank, world_size, gpus, there], "groups": [], "stores": [], "current": []}
     group = [there]
     signature = inspect.signature(dist.init_process_group)
 
@@ -354,15 +355,26 @@ def computed(model: nn.Module) -> list[int]:
     return calls
 
 
+KNOWN_ON_THE_HUB = "google/vit-huge-patch14-224-in21k"
+"""Whose shape `vit_config` knows as well."""
+
+
+@contextlib.contextmanager
+def on_the_hub(name: str, model: nn.Module):
+    """The hub's cache holds this model under this name, and the hub cannot be reached."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        repository, commit = Path(folder, f"models--{name.replace('/', '--')}"), "0" * 40
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(commit)
+        model.save_pretrained(repository / "snapshots" / commit)
+        for constant, value in (("HF_HUB_CACHE", folder), ("HF_HUB_OFFLINE", True)):
+            stack.enter_context(mock.patch.object(huggingface_hub.constants, constant, value))
+        yield
+
+
 def load_models(stored_labels: int = 10, labels: int = 101) -> dict:
     """The small model with other arguments, and one from a folder whose head has `stored_labels` classes."""
-    from transformers import (
-        AutoModelForImageClassification,
-        DeiTConfig,
-        DeiTForImageClassification,
-        ViTConfig,
-        ViTForImageClassification,
-    )
+    from transformers import DeiTConfig, DeiTForImageClassification, ViTConfig, ViTForImageClassification
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -394,14 +406,8 @@ def load_models(stored_labels: int = 10, labels: int = 101) -> dict:
     stored = ViTForImageClassification(ViTConfig(num_labels=stored_labels, **small))
     in_bf16 = copy.deepcopy(stored).to(torch.bfloat16)
     relative = DeiTForImageClassification(DeiTConfig(num_labels=stored_labels, **small))
-    asked = []
-
-    def from_pretrained(name, *_, **__):
-        asked.append(str(name))
-        return copy.deepcopy(stored)
-
-    with mock.patch.object(AutoModelForImageClassification, "from_pretrained", from_pretrained):
-        load("google/vit-huge-patch14-224-in21k", stored_labels)
+    with on_the_hub(KNOWN_ON_THE_HUB, stored):
+        of_the_hub = load(KNOWN_ON_THE_HUB, stored_labels)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as folder_in_bf16:
         stored.save_pretrained(folder)
         in_bf16.save_pretrained(folder_in_bf16)
@@ -437,7 +443,9 @@ def load_models(stored_labels: int = 10, labels: int = 101) -> dict:
         "fits": same(fitting, in_bf16),
         "default types": sorted(left),
         "in a row": same(*in_a_row),
-        "of the hub": asked,
+        "of the hub": type(of_the_hub) is type(stored)
+        and facts_of(of_the_hub)["parameters"] == facts_of(stored)["parameters"]
+        and same(of_the_hub, stored),
         "another kind": type(of_another_kind).__name__,
         "its weights": type(of_another_kind) is type(relative) and same(of_another_kind, relative),
     }
