@@ -10,6 +10,7 @@ import threading
 import types
 from pathlib import Path
 
+import psutil
 import pytest
 
 from shardlab.run import tracking
@@ -143,6 +144,7 @@ def test_a_run_without_a_server_is_kept_and_can_be_sent_later(monkeypatch, run, 
     with tracking.tracked(run) as log:
         for step in (1, 2, 3):
             log(step, loss=1 / step)
+    assert not [child for child in psutil.Process().children() if "wandb" in child.name()], "what closes the file is still at it"
     (kept,) = (run.folder / "wandb").glob("offline-run-*/run-*.wandb")
     records = records_of(kept)
     losses = [

@@ -171,5 +171,7 @@ def _wandb(run: Run):
                 status = 0
             finally:
                 tracking.finish(exit_code=status)
+                # finish only asks wandb's own process to write the rest of the file; this waits until it has.
+                wandb.teardown()
 
     return sending()
