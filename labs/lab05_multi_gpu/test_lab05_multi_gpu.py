@@ -584,6 +584,7 @@ def test_engines(lab, run_experiments):
         (quantized, "bfloat16", {"bf16": {"enabled": True}}),
         (quantized, "float32", {}),
         (quantized, "float16", {"bf16": {"enabled": True}}),
+        ('{"optimizer": {"type": "AdamW"}}', "bfloat16", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
         (
             quantized.replace("weights", "gradients"),
             "bfloat16",
@@ -591,7 +592,6 @@ def test_engines(lab, run_experiments):
         ),
         (quantized.replace("true", "false"), "bfloat16", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
         (quantized.replace("true", "false"), "float16", {"torch_autocast": {"enabled": True, "dtype": "float16"}}),
-        ('{"optimizer": {"type": "AdamW"}}', "bfloat16", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
     ):
         given = lab.observe(f"{PROGRAMS}:configure", text, dtype)
         require(
