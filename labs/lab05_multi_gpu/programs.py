@@ -106,7 +106,7 @@ def set_up_with_gpus(rank: int | None, local_rank: int, world_size: int, gpus: i
         local_rank, world_size, gpus: of the rank.
         there: whether a process group is there already.
     """
-    lab, asked = _lab(), {"rank": [rank, local_rank, world_size, gpus, there], "groups": [], "stores": [], "current": []}
+    lab, asked = _lab(), {"groups": [], "stores": [], "current": []}
     group = [there]
     signature = inspect.signature(dist.init_process_group)
 
