@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=1, help="size of a copy and of the file")
     parser.add_argument("--elements", type=int, default=100_000_000, help="parameters of the step of Adam")
     options = parser.parse_args()
-    size = int(options.gib * GIB)
+    size = int(options.gib * GIB) // 4096 * 4096  # the disk is read by pages
     found = {
         "what": __doc__.splitlines()[0],
         "command": f"python bench/host.py --gib {options.gib:g} --elements {options.elements}",

@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -119,41 +120,55 @@ def started_on_nodes(settings: dict, program: list[str], setup: str = "true", ge
     return {"status": done.returncode, "torchruns": torchruns}
 
 
+class Life(NamedTuple):
+    """What stands for the ranks in one life of a job, and the job around it.
+
+    Attributes:
+        ranks: a command of bash; `$run` is the run folder.
+        signals: after how many seconds the script's shell gets SIGUSR1.
+        checkpoints: those that are complete when it begins.
+        restarts: lives before this one, as Slurm counts them.
+    """
+
+    ranks: str
+    signals: list[float] = []
+    checkpoints: list[int] = []
+    restarts: int = 0
+
+
+SAVE_100 = 'mkdir -p "$run/checkpoints/checkpoint-100"; touch "$run/checkpoints/checkpoint-100/complete.json"; '
 LIVES = {
-    "fails with 5": ("exit 5", []),
-    "is asked, and fails while it saves": (
-        'mkdir -p "$run"; until [ -e "$run/stop" ]; do /bin/sleep 0.1; done; rm "$run/stop"; touch "$run/stop"; exit 6',
-        [0.6],
+    "fails with 5": Life("exit 5"),
+    "is asked, and fails while it saves": Life(
+        'mkdir -p "$run"; until [ -e "$run/stop" ]; do /bin/sleep 0.1; done; rm "$run/stop"; touch "$run/stop"; exit 6', [0.6]
     ),
-    "is asked before it has a run folder": (
-        '/bin/sleep 2; mkdir -p "$run"; for _ in $(seq 50); do /bin/sleep 0.1; [ ! -e "$run/stop" ] || exit 0; done; exit 7',
-        [0.5],
+    "is asked before it has a run folder": Life(
+        '/bin/sleep 2; mkdir -p "$run"; for _ in $(seq 50); do /bin/sleep 0.1; [ ! -e "$run/stop" ] || exit 0; done; exit 7', [0.5]
     ),
-    "dies in its first checkpoint": (
-        'mkdir -p "$run/checkpoints/checkpoint-5"; touch "$run/checkpoints/checkpoint-5/model.pt"; exit 8',
-        [],
+    "dies in its first checkpoint": Life(
+        'mkdir -p "$run/checkpoints/checkpoint-5"; touch "$run/checkpoints/checkpoint-5/model.pt"; exit 8'
     ),
-    "dies after checkpoint 100, of an older one of step 80": (
-        'mkdir -p "$run/checkpoints/checkpoint-100"; touch "$run/checkpoints/checkpoint-100/complete.json"; exit 9',
-        [],
+    "dies after checkpoint 100, beside that of step 80": Life(f"{SAVE_100} exit 9", checkpoints=[80]),
+    "dies after checkpoint 100, in the place of that of step 80": Life(
+        f'{SAVE_100} rm -r "$run/checkpoints/checkpoint-80"; exit 9', checkpoints=[80]
     ),
-    "dies when it has removed the older of two checkpoints": (
-        'rm -r "$run/checkpoints/checkpoint-80"; exit 9',
-        [],
+    "dies after checkpoint 100, in its thirteenth life": Life(f"{SAVE_100} exit 9", checkpoints=[80], restarts=12),
+    "dies when it has removed the older of two checkpoints": Life(
+        'rm -r "$run/checkpoints/checkpoint-80"; exit 9', checkpoints=[80, 100]
     ),
-    "is asked, and fails without a run folder": ("/bin/sleep 1; exit 3", [0.5]),
-    "is asked twice": (
+    "is asked, and fails without a run folder": Life("/bin/sleep 1; exit 3", [0.5]),
+    "is asked twice": Life(
         'mkdir -p "$run"; until [ -e "$run/stop" ]; do /bin/sleep 0.1; done; /bin/sleep 1.5; touch "$run/saved"; exit 0',
         [0.6, 1.2, 1.6],
     ),
 }
-"""Task 6.9: what stands for the ranks, and after how many seconds the script's shell gets SIGUSR1."""
+"""Of task 6.9."""
 
 
 def lives() -> dict[str, list]:
     """Task 6.9: for each of `LIVES`, the script's exit status, how often it asked for a requeue, whether `saved` was there at its end,
     and whether something has put `stop` into a run folder that was made after it. `sleep` is short for the script, so that what
-    gives up after some turns does so soon; and it is the job's thirteenth life.
+    gives up after some turns does so soon.
     """
     surviving = switch.import_exercise("lab06_multi_node").surviving
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(LIVES)) as pool:
@@ -162,22 +177,21 @@ def lives() -> dict[str, list]:
         executable(bin_folder / "sleep", "exec /bin/sleep 0.02")
         executable(bin_folder / "scontrol", '[ "$1" != requeue ] || echo "$2" >>"$REQUEUED"')
 
-        def live(number: int, ranks: str, signals: list[float]) -> list:
+        def live(number: int, life: Life) -> list:
             place = Path(folder, f"run {number}")
             requeued, script = Path(folder, f"requeued-{number}"), Path(folder, f"{number}.sh")
-            for checkpoint in ["checkpoint-80"] * ("checkpoint-" in ranks and "-5" not in ranks) + ["checkpoint-100"] * (
-                "rm -r" in ranks
-            ):
-                (place / "checkpoints" / checkpoint).mkdir(parents=True)
-                (place / "checkpoints" / checkpoint / "complete.json").touch()
-            launch = f"bash -c {shlex.quote(f'run={shlex.quote(str(place))}; {ranks}')}"
+            for step in life.checkpoints:
+                checkpoint = place / "checkpoints" / f"checkpoint-{step}"
+                checkpoint.mkdir(parents=True)
+                (checkpoint / "complete.json").touch()
+            launch = f"bash -c {shlex.quote(f'run={shlex.quote(str(place))}; {life.ranks}')}"
             script.write_text(f"set -euo pipefail\n{surviving(launch, str(place))}\n")
             variables = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "REQUEUED": str(requeued), "SLURM_JOB_ID": "17"}
-            variables["SLURM_RESTART_COUNT"] = "12"
+            variables["SLURM_RESTART_COUNT"] = str(life.restarts)
             output = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             shell = subprocess.Popen(["bash", script], env=os.environ | variables, start_new_session=True, **output)
             started = time.monotonic()
-            for after in signals:
+            for after in life.signals:
                 time.sleep(max(0.0, started + after - time.monotonic()))
                 if shell.poll() is None:
                     shell.send_signal(signal.SIGUSR1)
@@ -195,7 +209,7 @@ def lives() -> dict[str, list]:
                 os.killpg(shell.pid, signal.SIGKILL)
             return [status, len(requeued.read_text().splitlines()) if requeued.exists() else 0, saved, late]
 
-        return dict(zip(LIVES, pool.map(live, range(len(LIVES)), *zip(*LIVES.values()))))
+        return dict(zip(LIVES, pool.map(live, range(len(LIVES)), LIVES.values())))
 
 
 def rendezvous_of_this_process(variables: dict, address: str, ranks_per_node: int) -> dict:
