@@ -239,14 +239,15 @@ predicted_held = {"ddp": ..., "zero1": ..., "zero2": ..., "zero3": ..., "fsdp2":
 # %% [markdown]
 # ## Run
 #
-# `method_experiment` says what to train, and `launch_each` runs one after the other; one that fails does not end those after it. About a minute on two cores, and one more the first time, when `cpu_adam` is compiled. (The list counts the
-# drawing of images into samples/s; the throughput in the table is that of steps alone.)
+# `method_experiment` says what to train, and `launch_each` runs one after the other; one that fails does not end those after it. About a minute on two cores, and one more the first time, when `cpu_adam` is compiled. (The list counts the drawing of images into samples/s; the throughput in the table is that of steps alone.)
+#
+# What is compared are bytes and losses, which are the same on the CPU: with `or_cpu=True` both ranks run there on a machine with one GPU, and the throughput is that of its cores.
 
 # %%
 from shardlab.run.launch import launch_each
 
 planned = [lab.method_experiment(method, ranks=2) for method in lab.METHODS]
-runs = {run.experiment.method: run for run in launch_each(planned, runs=RUNS)}
+runs = {run.experiment.method: run for run in launch_each(planned, runs=RUNS, or_cpu=True)}
 table(
     [
         {
@@ -412,7 +413,7 @@ alone = {
     ),
     "weak": lab.method_experiment("ddp", ranks=1, accumulation=2, trace=False, name="lab05-weak-1"),
 }
-alone = dict(zip(alone, launch_each(list(alone.values()), runs=RUNS)))
+alone = dict(zip(alone, launch_each(list(alone.values()), runs=RUNS, or_cpu=True, largest=2)))
 gained = {
     f"{kind}, × on 2 ranks": runs["ddp"].results["throughput"] / run.results["throughput"]
     for kind, run in alone.items()
@@ -445,7 +446,7 @@ learning = lab.method_experiment(
     accumulation=1,
     name="lab05-learning",
 )
-learning = launch_each([learning], runs=RUNS)[0]
+learning = launch_each([learning], runs=RUNS, or_cpu=True)[0]
 reached = {
     "top-1 accuracy after 8 epochs, %": 100 * learning.results["final_accuracy"],
     "top-5 accuracy after 8 epochs, %": 100 * learning.results["final_top5"],
@@ -464,7 +465,7 @@ show(learning)
 #
 # ## On GPUs
 #
-# ViT-huge's shape with 32 images per GPU, and BLOOM-560m's with 8 rows of 512 tokens; random weights, bf16, gradient checkpointing; two H200s of one host, and one (while another such measurement ran on the other). Measured with `bench/multi_gpu.py` and torch 2.11, medians of three;
+# ViT-huge's shape with 32 images per GPU, and BLOOM-560m's with 8 rows of 512 tokens; random weights, bf16, gradient checkpointing; two H200s of one host, and one. Measured with `bench/multi_gpu.py` and torch 2.11, medians of three;
 # the spread is the fastest of the three over the slowest. MFU counts against 989 TFLOP/s, dense bf16 (NVIDIA's datasheet).
 
 # %%
@@ -477,25 +478,30 @@ for name in ("vit-huge", "bloom-560m"):
     print(f"micro-batch {two['micro_batch']}.")
     print(f"One GPU by hand: {alone['single_gpu_simple']:.0f} samples/s;", end=" ")
     print(f"with offload {alone['single_gpu_offload']:.0f}.")
-    rows = []
+    speeds, steps = [], []
     for row in two["results"]:
         method, traced = row["method"], row["traced"]
         flops = row["samples_per_second"] * two["flops_per_sample"]
-        figures = {
-            "method": method,
-            "samples/s, 2 GPUs": row["samples_per_second"],
-            "spread, %": row["spread_percent"],
-            "samples/s, 1 GPU": alone[method],
-            "MFU, %": 100 * flops / (2 * 989e12),
-            "peak, GB": last[method]["peak_gb"],
-            "held, bytes per parameter": max(last[method]["held_bytes"]) / parameters,
-            "sent per step, GB": sum(traced["sent_bytes_per_step"].values()) / 1e9,
-            "calls": f"{sum(traced['calls_per_step'].values()):.0f}",
+        speeds.append(
+            {
+                "method": method,
+                "samples/s, 2 GPUs": row["samples_per_second"],
+                "spread, %": row["spread_percent"],
+                "samples/s, 1 GPU": alone[method],
+                "MFU, %": 100 * flops / (2 * 989e12),
+                "peak, GB": last[method]["peak_gb"],
+                "held, bytes per parameter": max(last[method]["held_bytes"]) / parameters,
+            }
+        )
+        sent, calls = traced["sent_bytes_per_step"], traced["calls_per_step"]
+        of_a_step = {
+            share: f"{100 * traced['shares_of_a_step'][share]:.0f} %"
+            for share in ("compute", "exposed transfer", "waiting", "neither")
         }
-        for share in ("compute", "exposed transfer", "waiting", "neither"):
-            figures[share] = f"{100 * traced['shares_of_a_step'][share]:.0f} %"
-        rows.append(figures)
-    table(rows)
+        sums = {"sent per step, GB": sum(sent.values()) / 1e9, "calls": round(sum(calls.values()))}
+        steps.append({"method": method} | sums | of_a_step)
+    table(speeds)
+    table(steps)
 
 # %% [markdown]
 # Line by line:
