@@ -57,6 +57,14 @@ def test_a_run_that_was_started_again_is_read_from_its_beginning(run):
     assert live.row().done == 1
 
 
+def test_what_could_not_be_done_here_is_not_called_finished(run):
+    run.start()
+    run.record(not_run="quantized weights need a GPU")
+    run.finish()
+    row = LiveRun(run).row()
+    assert (row.state, row.over) == ("not run", True)
+
+
 def test_a_display_asks_for_rows_when_it_draws_and_a_quiet_one_never(monkeypatch):
     def rows():
         asked.append(1)

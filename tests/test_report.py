@@ -50,6 +50,19 @@ def test_a_run_that_broke_off_has_its_row_and_breaks_no_plot(tmp_path):
     assert (tmp_path / "report.png").stat().st_size > 0
 
 
+def test_a_plot_that_would_say_nothing_is_left_out(tmp_path):
+    def titles(*runs) -> list[str]:
+        return [axis.get_title() for axis in report.plot(list(runs)).axes]
+
+    one, other = make_run(tmp_path, "one"), make_run(tmp_path, "other")
+    broken, uncounted = make_run(tmp_path, "broken", steps=0, states=False), make_run(tmp_path, "uncounted", states=False)
+    loss, held, speed = "Training loss", "Model states held by one rank", "Throughput over all ranks"
+    assert titles(one, other) == [loss, held, speed]
+    assert titles(one) == [loss, held], "the samples/s of one run are in its table"
+    assert titles(uncounted) == [loss]
+    assert titles(broken) == []
+
+
 def test_text_of_a_run_cannot_break_the_page(tmp_path):
     run = Run.create(Experiment(name="odd", method="<script>alert(1)</script>"), tmp_path)
     run.start()

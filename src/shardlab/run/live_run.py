@@ -45,6 +45,8 @@ class LiveRun:
         if outcome == "running":
             outcome = "starting" if not done else "evaluating" if done == total else "training"
             outcome = f"{doing}, {time.time() - since:.0f} s" if doing else outcome
+        elif now.results.get("not_run"):
+            outcome = "not run"  # the program has ended as it should, and says that it could not do this here
         facts = {
             "ranks": str(experiment.ranks),
             "loss": f"{last['loss']:.3f}" if last else "",

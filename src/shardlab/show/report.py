@@ -163,8 +163,8 @@ def plot(runs: list[Run], path: Path | str | None = None):
     """Up to three plots side by side: loss by step, bytes per rank by kind with the prediction, and samples/s.
 
     Args:
-        runs: any runs; those without a step or without counted states are left out of the plot that needs them, and a plot for
-            which no run has anything is left out.
+        runs: any runs; those without a step or without counted states are left out of the plot that needs them. A plot for which
+            no run has anything is left out, and so is that of samples/s for a single run, which has nothing to be compared with.
         path: where to save the PNG; by default nothing is saved.
 
     Returns:
@@ -172,26 +172,30 @@ def plot(runs: list[Run], path: Path | str | None = None):
     """
     from matplotlib.figure import Figure
 
-    counted = [run for run in runs if run.states()]
-    figure = Figure(figsize=(15 if counted else 10, 4.4), layout="constrained")
-    loss, *held, speed = figure.subplots(1, 3 if counted else 2)
-    for index, run in enumerate(run for run in runs if run.metrics()):
-        # The curves lie on one another when all is well; thinner lines on top leave each visible.
-        loss.plot([row["step"] for row in run.metrics()], run.losses(), label=run.experiment.method, linewidth=max(1, 5 - index))
-    loss.set(title="Training loss", xlabel="optimizer step", ylabel="loss")
-    if loss.lines:
-        loss.legend(fontsize="small")
-
-    if counted:
-        _plot_held(held[0], counted)
-
+    trained, counted = [run for run in runs if run.metrics()], [run for run in runs if run.states()]
     timed = [run for run in runs if run.samples_per_second()]
-    speed.bar([run.experiment.method for run in timed], [run.samples_per_second() for run in timed], color="#8172b3")
-    speed.set(title="Throughput over all ranks", ylabel="samples/s")
-    speed.tick_params(axis="x", rotation=30)
+    drawn = [(_plot_losses, trained)] * bool(trained) + [(_plot_held, counted)] * bool(counted)
+    drawn += [(_plot_speed, timed)] * (len(timed) > 1)
+    figure = Figure(figsize=(5 * max(1, len(drawn)), 4.4), layout="constrained")
+    for number, (draw, with_figures) in enumerate(drawn, 1):
+        draw(figure.add_subplot(1, len(drawn), number), with_figures)
     if path is not None:
         figure.savefig(path, dpi=110)
     return figure
+
+
+def _plot_losses(axis, trained: list[Run]) -> None:
+    for index, run in enumerate(trained):
+        # The curves lie on one another when all is well; thinner lines on top leave each visible.
+        axis.plot([row["step"] for row in run.metrics()], run.losses(), label=run.experiment.method, linewidth=max(1, 5 - index))
+    axis.set(title="Training loss", xlabel="optimizer step", ylabel="loss")
+    axis.legend(fontsize="small")
+
+
+def _plot_speed(axis, timed: list[Run]) -> None:
+    axis.bar([run.experiment.method for run in timed], [run.samples_per_second() for run in timed], color="#8172b3")
+    axis.set(title="Throughput over all ranks", ylabel="samples/s")
+    axis.tick_params(axis="x", rotation=30)
 
 
 def _plot_held(axis, counted: list[Run]) -> None:
