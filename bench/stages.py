@@ -109,6 +109,7 @@ def main() -> None:
         switch.use_exercises(switch.SOLUTIONS)
     planned = experiments(
         options.methods,
+        program="shardlab.run.training:train_text",
         model=options.model,
         random_weights=options.model != "bloom-tiny",
         ranks=options.ranks,

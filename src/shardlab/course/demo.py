@@ -32,15 +32,16 @@ def experiments(methods: list[str], **settings) -> list[Experiment]:
 
     Args:
         methods: keys of `METHODS`.
-        settings: fields of `Experiment`; a `name` is put in front of each experiment's own.
+        settings: fields of `Experiment`; a `name` is put in front of each experiment's own. By default they run the first lab's job.
     """
     prefix = settings.pop("name", "")
+    settings = {"program": provided("finetune")} | settings
     found = []
     for method in methods:
         if method not in METHODS:
             raise UsageError(f"there is no method '{method}'; there are {', '.join(METHODS)}")
         name = prefix + method.lower().replace(" + ", "-").replace(" ", "-")
-        found.append(Experiment(name=name, method=method, deepspeed=config_of(method), program=provided("finetune"), **settings))
+        found.append(Experiment(name=name, method=method, deepspeed=config_of(method), **settings))
     return found
 
 

@@ -110,7 +110,8 @@ def _prove_task(stem: str, task: str, wrong_answers: list[Mutant], record: dict[
             (own,) = [m for m in outcome if m.task == task]
             if not failed and any(m.task == task and m.verdict == "not run" for m in outcome):
                 ran = False
-                yield Line(stem, f"{task} {mutant.name} (not run: its milestone cannot run here)")
+                reason = own.message.splitlines()[0] if own.message else "its milestone cannot run here"
+                yield Line(stem, f"{task} {mutant.name} (not run: {reason})")
                 continue
             if set(hidden) - caught:
                 looked = grade(stem, exercises=package, task=task, files=files_of(stem), hidden_too=True)
