@@ -187,7 +187,8 @@ def plot(runs: list[Run], path: Path | str | None = None):
 def _plot_losses(axis, trained: list[Run]) -> None:
     for index, run in enumerate(trained):
         # The curves lie on one another when all is well; thinner lines on top leave each visible.
-        axis.plot([row["step"] for row in run.metrics()], run.losses(), label=run.experiment.method, linewidth=max(1, 5 - index))
+        width = 1.5 + min(3, len(trained) - 1 - index)
+        axis.plot([row["step"] for row in run.metrics()], run.losses(), label=run.experiment.method, linewidth=width)
     axis.set(title="Training loss", xlabel="optimizer step", ylabel="loss")
     axis.legend(fontsize="small")
 
