@@ -32,7 +32,8 @@ def experiments(methods: list[str], **settings) -> list[Experiment]:
 
     Args:
         methods: keys of `METHODS`.
-        settings: fields of `Experiment`; a `name` is put in front of each experiment's own. By default they run the first lab's job.
+        settings: fields of `Experiment`; a `name` is put in front of each experiment's own. The program is the first lab's, if
+            none is given.
     """
     prefix = settings.pop("name", "")
     settings = {"program": provided("finetune")} | settings
