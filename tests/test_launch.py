@@ -565,3 +565,14 @@ def test_killed_launcher_s_ranks_end(launchers):
 def test_stopped_launch_leaves_no_shared_memory(launchers, name):
     (row,) = Run.read(launchers[name].runs / "endless").metrics()
     assert shared_memory(row["port"]) == []
+
+
+def test_the_fork_server_does_not_keep_the_exercises_of_the_moment_it_was_started(tmp_path):
+    program = (
+        "import multiprocessing, os; from shardlab import switch; from shardlab.run import launch; "
+        f"os.environ[switch.VARIABLE] = {str(tmp_path)!r}; launch.warm_up('cpu'); "
+        "pool = multiprocessing.get_context('forkserver').Pool(1); print(pool.apply(os.getenv, (switch.VARIABLE,))); "
+        "print(os.environ[switch.VARIABLE]); pool.terminate()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["None", str(tmp_path)], done.stderr

@@ -142,23 +142,28 @@ def warm_up(device: str | None = None) -> None:
     server = _servers[device]
     # A site without network must not wait for the hub; real loading code still asks it unless this is set.
     server.set_forkserver_preload(PRELOAD)
-    with _environment(ops.environment(device)):
+    # Ranks are told which exercises they run. What else comes from the server, such as judges, must not get those of this moment.
+    with _environment(ops.environment(device) | {switch.VARIABLE: None}):
         server.ensure_running()
 
 
 @contextlib.contextmanager
-def _environment(variables: dict[str, str]):
-    """Have these variables in the environment meanwhile: the fork server inherits it."""
+def _environment(variables: dict[str, str | None]):
+    """Have these variables in the environment meanwhile, and those without a value not: the fork server inherits it."""
+
+    def put(values: dict[str, str | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
     before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+    put(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        put(before)
 
 
 @contextlib.contextmanager
