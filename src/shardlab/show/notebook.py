@@ -20,7 +20,7 @@ from shardlab.progress import Row, default_display
 from shardlab.run.run_folder import Run
 from shardlab.show import report
 
-RUNS = Path(os.environ.get("SHARDLAB_RUNS", hardware.ROOT / "runs"))
+RUNS = Path(os.environ.get("SHARDLAB_RUNS") or hardware.ROOT / "runs")
 """Where the notebooks keep their run folders; the variable `SHARDLAB_RUNS` moves it."""
 
 SIZES = {"tiny": "tiny: no GPU here, so small models and data, on two ranks", "gpu": "gpu", "cluster": "cluster"}
