@@ -532,7 +532,7 @@ for name in ("vit-huge", "bloom-560m"):
 # 2. DDP sends the parameters of rank 0 to all when it wraps the model. From then on each rank applies the same averaged gradients to the same parameters, with the same optimizer states; the same arithmetic gives the same result.
 # 3. Beyond 10⁹ elements, `stage3_max_live_parameters`. This model is kept whole by `stage3_param_persistence_threshold`: each of its tensors has fewer than 100,000 elements. ViT-huge's large ones have 1.6 million and more; it is kept by the other limit, as it has 631 million in all.
 # 4. With 80 GB, DDP: it holds 16 bytes per parameter, 10.1 GB, peaked at 15.5 GB, and is the fastest. In 8 GB not even its states fit. FSDP2 holds 5.0 GB and peaked at 7.0 GB with 32 images per GPU: it fits, and better with fewer images. ZeRO-3 holds 6.3 GB, and needs smaller
-#    buckets than by default; and offload (lab 04) takes the optimizer states to the host, for 59 samples/s instead of 202 on one GPU.
+#    buckets than by default; offload (lab 04) takes the optimizer states to the host, but peaked at 8.6 GB with 32 images on one GPU, so it needs fewer too; it gave 59 samples/s there instead of 202.
 #
 # </details>
 #
