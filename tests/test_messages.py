@@ -1,8 +1,14 @@
 """What a failing milestone says: where values differ, what is wrong with a file, and no cause that is not known."""
 
 import functools
+import gc
 import itertools
 import json
+import logging
+import os
+import signal
+import types
+import warnings
 
 import pytest
 import torch
@@ -13,7 +19,7 @@ from shardlab.hardware import ROOT
 from shardlab.labs import LabError, catalogue, named, stems
 from shardlab.milestones.grade import grade
 from shardlab.milestones.messages import MilestoneFailed, fingerprint, known_mistakes, require, require_equal, require_error
-from shardlab.sandbox.calls import CallAtFault, is_exercise, watched
+from shardlab.sandbox.calls import CallAtFault, WatchedModule, is_exercise, watched
 from shardlab.sandbox.wire import described, rebuilt
 
 STEM = stems()[0]
@@ -193,8 +199,102 @@ def test_a_changed_setting_of_a_tokenizer_or_model_is_a_fault():
 
     with pytest.raises(CallAtFault, match="changed at 'model_max_length', from .* to '7'"):
         watched(shorten)(load_tokenizer())
-    with pytest.raises(CallAtFault, match="changed at 'do_sample'"):
+
+    def freeze(model) -> int:
+        model.transformer.ln_f.weight.requires_grad_(False)
+        return 1
+
+    with pytest.raises(CallAtFault, match="changed at 'generation_config.do_sample'"):
         watched(sample)(load_model())
+    with pytest.raises(CallAtFault, match="changed at 'requires_grad of transformer.ln_f.weight'"):
+        watched(freeze)(load_model())
+
+
+def test_a_changed_part_of_a_trainer_is_a_fault(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from shardlab.data.models import load_model
+
+    def set_on(trainer, **parts) -> int:
+        for name, value in parts.items():
+            setattr(trainer, name, value)
+        return 1
+
+    def train_less(trainer) -> int:
+        trainer.args.max_steps = 1
+        return 1
+
+    trainer = Trainer(load_model(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
+    assert watched(set_on)(trainer) == 1
+    with pytest.raises(CallAtFault, match="changed at 'data_collator'"):
+        watched(set_on)(trainer, data_collator=list)
+    with pytest.raises(CallAtFault, match="changed at 'args.max_steps', from '-1' to '1'"):
+        watched(train_less)(trainer)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("whether torch records gradients", lambda: torch.set_grad_enabled(False)),
+        ("torch's default type", lambda: torch.set_default_dtype(torch.float64)),
+        ("torch's default device", lambda: torch.set_default_device("meta")),
+        ("whether torch's algorithms are deterministic", lambda: torch.use_deterministic_algorithms(True)),
+        ("torch's number of threads", lambda: torch.set_num_threads(torch.get_num_threads() + 1)),
+        ("whether garbage is collected", gc.disable),
+        ("the current folder", lambda: os.chdir("/")),
+        ("which kinds of warnings are hidden", lambda: warnings.simplefilter("ignore", BytesWarning)),
+        ("the level below which nothing is logged", lambda: logging.disable(logging.CRITICAL)),
+        ("what SIGINT does", lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)),
+        (r"\$SHARDLAB_NEW", lambda: os.environ.update(SHARDLAB_NEW="1")),
+        (r"\$PATH", lambda: os.environ.pop("PATH")),
+    ],
+)
+def test_a_changed_setting_of_the_process_is_a_fault(name, change):
+    def set_it() -> None:
+        change()
+
+    handler, disabled = signal.getsignal(signal.SIGINT), logging.root.manager.disable
+    with warnings.catch_warnings():
+        with pytest.raises(CallAtFault, match=f"whole process as they were.*\ngot       {name} changed from "):
+            watched(set_it)()
+    signal.signal(signal.SIGINT, handler)
+    logging.disable(disabled)
+    assert torch.is_grad_enabled() and gc.isenabled() and os.environ["PATH"] and "SHARDLAB_NEW" not in os.environ
+    assert torch.get_default_dtype() == torch.float32 and os.getcwd() != "/" and torch.zeros(1).device.type == "cpu"
+
+
+def test_exercises_on_a_rank_are_looked_at_too():
+    class Trainer:
+        def step(self, rows: list) -> int:
+            rows.append(1)
+            return len(rows)
+
+        @property
+        def at(self) -> int:
+            return 3
+
+    module = types.ModuleType("exercises.some_lab")
+    module.Trainer, module.KINDS, Trainer.__module__ = Trainer, ("a", "b"), module.__name__
+    module.shared = lambda: module.KINDS
+    looked_at = WatchedModule(module)
+    assert looked_at.KINDS == ("a", "b") and looked_at.shared() == ("a", "b") and looked_at.Trainer().at == 3
+    with pytest.raises(CallAtFault, match=r"step\(\) to leave what it is given as it was"):
+        looked_at.Trainer().step([0])
+    assert issubclass(type(looked_at.Trainer()), Trainer)
+
+
+def test_a_number_in_an_error_stands_by_itself():
+    def says(text: str):
+        def call():
+            raise ValueError(text)
+
+        return call
+
+    for text in ("stage 13", "stage 3.5", "stage 30"):
+        with pytest.raises(MilestoneFailed, match="in a sentence that names '3'"):
+            require_error(says(text), ValueError, mentions=("3",), expected="ValueError")
+    for text in ("stage 3", "stage 3.", "stage3: no", "(2, 3)"):
+        require_error(says(text), ValueError, mentions=("3",), expected="ValueError")
 
 
 def test_a_result_that_is_shared_is_a_fault():

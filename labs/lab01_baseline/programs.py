@@ -12,9 +12,10 @@ from unittest import mock
 import numpy
 import torch
 
-from shardlab import switch
+from shardlab import hardware, switch
 from shardlab.data.models import load_model, load_tokenizer
 from shardlab.milestones import engine_runs
+from shardlab.milestones.exercises import watched_exercises
 from shardlab.run.collectives import barrier, gather, rank, world_size
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
@@ -83,20 +84,20 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         mock.patch.dict(os.environ, {"LOCAL_RANK": "0"}),
         mock.patch.object(time, "sleep", lambda seconds: None),  # no time that is slept is long enough for every disk
     ):
-        switch.import_exercise("lab01_baseline").save_and_reload(trainer, tokenizer, str(folder))
+        watched_exercises("lab01_baseline").save_and_reload(trainer, tokenizer, str(folder))
         early.append(not (folder / "tokenizer_config.json").exists())
         fresh = run.folder / "not" / "there yet"
-        switch.import_exercise("lab01_baseline").save_and_reload(trainer, load_tokenizer(), str(fresh))
+        watched_exercises("lab01_baseline").save_and_reload(trainer, load_tokenizer(), str(fresh))
         # The second model in the same folder has other weights than the first.
         norm = trainer.model.transformer.ln_f.weight
         with torch.no_grad(), deepspeed.zero.GatheredParameters([norm], modifier_rank=0, enabled=hasattr(norm, "ds_id")):
             norm.add_(1.0)
         barrier()
-        reloaded = switch.import_exercise("lab01_baseline").save_and_reload(trainer, tokenizer, str(folder))
+        reloaded = watched_exercises("lab01_baseline").save_and_reload(trainer, tokenizer, str(folder))
     other_class = None
     if world_size() == 1:
         small = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=32, n_positions=16))
-        other = switch.import_exercise("lab01_baseline").save_and_reload(
+        other = watched_exercises("lab01_baseline").save_and_reload(
             Trainer(model=small, args=arguments), load_tokenizer(), str(run.folder / "other model")
         )
         other_class = type(other).__name__
@@ -152,7 +153,7 @@ def with_another_tokenizer(vocabulary: list[str], question: str, context: str, a
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    lab, ids = switch.import_exercise("lab01_baseline"), {word: at for at, word in enumerate(vocabulary)}
+    lab, ids = watched_exercises("lab01_baseline"), {word: at for at, word in enumerate(vocabulary)}
 
     def made(begins: bool):
         words = Tokenizer(models.WordLevel(ids, unk_token=vocabulary[2]))
@@ -203,10 +204,13 @@ def arguments_given(has_gpu: bool, **given) -> dict:
         stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: False))
         stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: has_gpu))
         stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: int(has_gpu)))
+        stack.enter_context(mock.patch.object(torch.accelerator, "is_available", lambda: has_gpu))
+        stack.enter_context(mock.patch.object(torch.accelerator, "device_count", lambda: int(has_gpu)))
+        stack.enter_context(mock.patch.object(hardware, "gpu_count", lambda: int(has_gpu)))
         for name in [name for name in os.environ if name.startswith("WANDB") and name != "WANDB_API_KEY"]:
             del os.environ[name]  # or what an earlier call has set would not be seen
         before = dict(os.environ)
-        module.training_arguments("somewhere", **given)
+        watched_exercises("lab01_baseline").training_arguments("somewhere", **given)
         seen["variables"] = " ".join(sorted(name for name in {*before, *os.environ} if before.get(name) != os.environ.get(name)))
     return {name: value if isinstance(value, str | int | float | bool | None) else str(value) for name, value in seen.items()}
 
@@ -229,7 +233,7 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int, long_
         the call before, and `changed_wanted`, of a copy of it; `padding on the right`: with a tokenizer that pads there, and behind that call
         whether the model is `left in training` mode and the `random state changed`.
     """
-    answer = switch.import_exercise("lab01_baseline").generate_answers
+    answer = watched_exercises("lab01_baseline").generate_answers
     tokenizer, model = load_tokenizer(), load_model()
     model.generation_config.update(do_sample=True, num_beams=3, temperature=9.0, top_k=0)
     torch.manual_seed(5)

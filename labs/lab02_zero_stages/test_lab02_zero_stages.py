@@ -187,24 +187,28 @@ def test_configuration_is_what_deepspeed_reads(lab, judge):
         expected="an optimizer of DeepSpeed's with lr 0.0001, and without torch_adam: it steps on the host",
         got=offload.get("optimizer", "none"),
     )
-    for words, call, name in (
-        ("stage 4", lambda: create(4), "4"),
-        ("stage '2', a text", lambda: create("2"), "2"),
-        ("stage True", lambda: create(True), "True"),
-        ("micro_batch True", lambda: create(1, micro_batch=True), "micro_batch"),
-        ("world_size 0", lambda: create(1, world_size=0), "world_size"),
-        ("precision fp8", lambda: create(1, precision="fp8"), "fp8"),
-        ("micro_batch 0", lambda: create(1, micro_batch=0), "micro_batch"),
-        ("accumulation 1.5", lambda: create(1, accumulation=1.5), "accumulation"),
-        ("a negative clipping", lambda: create(1, clipping=-1.0), "clipping"),
-        ("offload_param at stage 2", lambda: create(2, offload_param=True), "stage 3"),
-        ("offload_optimizer at stage 0, which says that it needs stage 1, 2 or 3", lambda: create(0, offload_optimizer=True), "1"),
+    for arguments, names in (
+        ({"stage": 4}, ("stage", "4")),
+        ({"stage": -1}, ("stage", "-1")),
+        ({"stage": "2"}, ("stage", "2")),
+        ({"stage": True}, ("stage", "True")),
+        ({"stage": 1, "micro_batch": True}, ("micro_batch", "True")),
+        ({"stage": 1, "micro_batch": 0}, ("micro_batch", "0")),
+        ({"stage": 1, "micro_batch": "8"}, ("micro_batch", "8")),
+        ({"stage": 1, "accumulation": 1.5}, ("accumulation", "1.5")),
+        ({"stage": 1, "accumulation": -7}, ("accumulation", "-7")),
+        ({"stage": 1, "world_size": 0}, ("world_size", "0")),
+        ({"stage": 1, "world_size": "all"}, ("world_size", "all")),
+        ({"stage": 1, "precision": "fp8"}, ("precision", "fp8")),
+        ({"stage": 1, "clipping": -1.5}, ("clipping", "-1.5")),
+        ({"stage": 2, "offload_param": True}, ("offload_param", "stage 3")),
+        ({"stage": 0, "offload_optimizer": True}, ("offload_optimizer", "stage", "1", "2", "3")),
     ):
         require_error(
-            call,
+            lambda arguments=arguments: create(**arguments),
             ValueError,
-            mentions=(name,),
-            expected=f"ValueError for {words}",
+            mentions=names,
+            expected=f"ValueError for create_deepspeed_config(**{arguments})",
         )
     given = {"stage": 2, "micro_batch": 3, "optimizer": "AdamW", "learning_rate": 2.5e-7, "clipping": 5.0}
     rate = create(**given)["optimizer"]["params"]["lr"]

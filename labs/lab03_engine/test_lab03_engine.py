@@ -1305,6 +1305,20 @@ def test_universal_checkpoint_fits_any_number_of_ranks(lab, run_experiments, wor
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(checkpoints("bf16") / "step-2", source)
     shutil.rmtree(workspace / "engine" / "new", ignore_errors=True)
+    (workspace / "engine" / "link").unlink(missing_ok=True)
+    (workspace / "engine" / "link").symlink_to(source.parent)
+    for parent in (source.parent, f"{source.parent}/new/..", workspace / "engine" / "link"):
+        require_error(
+            lambda parent=parent: lab.convert_to_universal(source, str(parent)),
+            ValueError,
+            mentions=(source.name,),
+            expected="ValueError that names the checkpoint, where the original lies in the given path",
+        )
+        require(
+            len(list(source.glob("*"))) == len(list((checkpoints("bf16") / "step-2").glob("*"))),
+            expected="the original as it was",
+            got=sorted(path.name for path in source.glob("*")),
+        )
     masters = [torch.load(path, weights_only=True) for path in convert(source, "new/folder", fresh=True).rglob("fp32.pt")]
     masters = [master["param"] if isinstance(master, dict) else master for master in masters]
     require(

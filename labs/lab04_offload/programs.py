@@ -22,6 +22,7 @@ import torch
 
 from shardlab import switch
 from shardlab.milestones import engine_runs
+from shardlab.milestones.exercises import watched_exercises
 from shardlab.run.collectives import barrier, gather, rank
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
@@ -30,7 +31,7 @@ from shardlab.zero import ops
 
 def configure_offload_with_free_bytes(folder, free: int, needed: int) -> dict:
     """Task 4.1: the configuration for states of so many bytes on a disk of which a hundredth is free, in `folder` alone."""
-    create = switch.import_exercise("lab04_offload").create_offload_config
+    create = watched_exercises("lab04_offload").create_offload_config
 
     def usage(path):
         free_there = free if str(path) == str(folder) else 0
@@ -51,7 +52,7 @@ def _note_opened(event: str, arguments: tuple) -> None:
 def files_overwritten(folder) -> list[str]:
     """Task 4.1: which files of a user's own are lost if they have the names that trying a folder uses."""
     global _opened
-    create = switch.import_exercise("lab04_offload").create_offload_config
+    create = watched_exercises("lab04_offload").create_offload_config
     given = {"optimizer_offload": True, "offload_device": "nvme", "nvme_path": folder}
     sys.addaudithook(_note_opened)
     _opened = []
@@ -68,7 +69,7 @@ def files_overwritten(folder) -> list[str]:
 
 def tried_without_write_bits(folder) -> dict[str, bool]:
     """Task 4.1: whether a folder of mode 0555 is accepted, and whether this account can write into it: root can."""
-    create, path = switch.import_exercise("lab04_offload").create_offload_config, Path(folder, "mode-0555")
+    create, path = watched_exercises("lab04_offload").create_offload_config, Path(folder, "mode-0555")
     path.mkdir()
     path.chmod(0o555)
     try:
@@ -88,7 +89,7 @@ def tried_without_write_bits(folder) -> dict[str, bool]:
 
 def configure_offload_on_a_disk_that_says(folder, name: str) -> dict:
     """Task 4.1: where each attempt to make a file or a folder ends in an error of the kernel's, such as EROFS."""
-    create = switch.import_exercise("lab04_offload").create_offload_config
+    create = watched_exercises("lab04_offload").create_offload_config
 
     def refusing(call):
         def refused(path, *args, **kwargs):
@@ -106,7 +107,7 @@ def configure_offload_on_a_disk_that_says(folder, name: str) -> dict:
 
 def configure_offload_where_files_stay_empty(folder) -> dict:
     """Task 4.1: where files can be made and nothing can be written into them, as on a full disk."""
-    create = switch.import_exercise("lab04_offload").create_offload_config
+    create = watched_exercises("lab04_offload").create_offload_config
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
@@ -169,7 +170,7 @@ def compare_two_sums(size: int, steps: int, seed: int, factor: float = 3.0, firs
 
     They differ in the elements from `first_element` on.
     """
-    lab, clock, made = switch.import_exercise("lab04_offload"), Clock(), []
+    lab, clock, made = watched_exercises("lab04_offload"), Clock(), []
 
     def optimizer(factor: float):
         def make(parameters) -> Sum:
@@ -196,7 +197,7 @@ def compare_two_sums(size: int, steps: int, seed: int, factor: float = 3.0, firs
     torch.set_num_threads(2)
     before = torch.get_rng_state(), torch.get_num_threads()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(clock.in_place_of_time(lab))
+        stack.enter_context(clock.in_place_of_time(switch.import_exercise("lab04_offload")))
         stack.enter_context(mock.patch.object(torch, "randn", draw_slowly))
         for name in ("clone", "copy_"):
             stack.enter_context(mock.patch.object(torch.Tensor, name, slow(getattr(torch.Tensor, name))))
@@ -224,7 +225,7 @@ def compare_adams(size: int, steps: int) -> dict:
     import shardlab.run.cpu_facts  # noqa: F401  # DeepSpeedCPUAdam asks about the processor each time; once is enough
 
     settings = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-8}
-    return switch.import_exercise("lab04_offload").compare_optimizers(
+    return watched_exercises("lab04_offload").compare_optimizers(
         lambda p: DeepSpeedCPUAdam(p, **settings), lambda p: torch.optim.AdamW(p, **settings), size, steps
     )
 
@@ -235,7 +236,7 @@ FIRST_OF_ITS_NODE = mock.patch.dict(os.environ, {"LOCAL_RANK": "0"})
 
 def save_offloaded(experiment: Experiment, run: Run) -> dict:
     """Task 4.7: save twice into one place, the second time a step later, and go on; what should be in the files, by rank."""
-    lab, folder, engine = switch.import_exercise("lab04_offload"), run.folder / "checkpoints", engine_runs.build(experiment)
+    lab, folder, engine = watched_exercises("lab04_offload"), run.folder / "checkpoints", engine_runs.build(experiment)
     complete, kept, whole = [], True, []
     save, groups, events, save_checkpoint = torch.save, lab.swapped_groups, [], engine.save_checkpoint
 
@@ -265,7 +266,11 @@ def save_offloaded(experiment: Experiment, run: Run) -> dict:
             (folder / "last" / "offloaded" / "rank10-group0.pt").touch()
             barrier()
         engine.global_steps += engine_runs.STEPS_SKIPPED
-        with mock.patch.object(torch, "save", save_slowly), mock.patch.object(lab, "swapped_groups", noting), FIRST_OF_ITS_NODE:
+        with (
+            mock.patch.object(torch, "save", save_slowly),
+            mock.patch.object(switch.import_exercise("lab04_offload"), "swapped_groups", noting),
+            FIRST_OF_ITS_NODE,
+        ):
             returned = lab.save_offloaded(engine, path, "last", client)
         engine.global_steps -= engine_runs.STEPS_SKIPPED
         files = sorted(found.name for found in (folder / "last" / "offloaded").glob("*"))
@@ -289,7 +294,7 @@ def _with_groups(lab, groups: list[tuple], me: int):
     alone |= {name: lambda engine: contextlib.nullcontext() for name in ("without_its_nvme_part", "parameters_renewed")}
     with contextlib.ExitStack() as stack:
         for name, stand_in in alone.items():
-            stack.enter_context(mock.patch.object(lab, name, stand_in))
+            stack.enter_context(mock.patch.object(switch.import_exercise("lab04_offload"), name, stand_in))
         yield
 
 
@@ -299,7 +304,7 @@ def save_groups(path, sizes: tuple[int, ...], me: int) -> dict:
     Returns:
         `returned`; `files` in the checkpoint's folder; `other_tag`: whether the other one has kept its own.
     """
-    lab, other = switch.import_exercise("lab04_offload"), Path(path, "step-2", "offloaded", f"rank{me}-group0.pt")
+    lab, other = watched_exercises("lab04_offload"), Path(path, "step-2", "offloaded", f"rank{me}-group0.pt")
     shutil.rmtree(path, ignore_errors=True)
     other.parent.mkdir(parents=True)
     other.touch()
@@ -326,7 +331,7 @@ def load_groups(path, sizes: tuple[int, ...], me: int) -> dict:
         `client`: what came back; `left_out`: what the engine was told not to load; `masters`: a number of each sub-group afterwards;
         `steps`: Adam's count in each; `alive`: at most so many master weights of others were in memory when one was read.
     """
-    lab, folder = switch.import_exercise("lab04_offload"), Path(path, "step-4", "offloaded")
+    lab, folder = watched_exercises("lab04_offload"), Path(path, "step-4", "offloaded")
     shutil.rmtree(path, ignore_errors=True)
     folder.mkdir(parents=True)
     names = ("exp_avg", "exp_avg_sq")
@@ -357,7 +362,7 @@ def load_groups(path, sizes: tuple[int, ...], me: int) -> dict:
 
 def load_offloaded(experiment: Experiment, run: Run) -> dict:
     """Task 4.8: refuse what is no checkpoint, load one, and go on without the exercise."""
-    lab, options, engine = switch.import_exercise("lab04_offload"), experiment.options, engine_runs.build(experiment)
+    lab, options, engine = watched_exercises("lab04_offload"), experiment.options, engine_runs.build(experiment)
 
     def refusal(tag: str) -> str:
         try:
@@ -390,7 +395,11 @@ def load_offloaded(experiment: Experiment, run: Run) -> dict:
             events.append("read")
         return load(file, *args, **kwargs)
 
-    with FIRST_OF_ITS_NODE, mock.patch.object(torch, "load", load_noted), mock.patch.object(lab, "swapped_groups", noting):
+    with (
+        FIRST_OF_ITS_NODE,
+        mock.patch.object(torch, "load", load_noted),
+        mock.patch.object(switch.import_exercise("lab04_offload"), "swapped_groups", noting),
+    ):
         client = lab.load_offloaded(engine, Path(options["checkpoints"]), options["tag"])
     states, at = engine_runs.swapped_states(engine), engine.global_steps
     torch.save(states, run.folder / f"loaded{rank()}.pt")

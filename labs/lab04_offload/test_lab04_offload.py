@@ -118,11 +118,12 @@ def test_offload_configuration(lab, judge, tmp_path):
         require_error(lambda: create(**arguments), ValueError, mentions=mentions, expected=f"ValueError for {what}")
 
     both = {"stage": 3, "optimizer_offload": True}
-    refused("stage 4", ("4",), stage=4)
+    refused("stage 4", ("stage", "4"), stage=4)
+    refused("stage -1", ("stage", "-1"), stage=-1)
     for device in ("disk", "nvm", "c", ""):
-        refused(f"the device {device!r}", (device or "offload_device",), stage=1, offload_device=device)
-    refused("parameters below stage 3", ("param", "3"), stage=2, param_offload=True)
-    refused("the optimizer at stage 0", ("optimizer", "0"), stage=0, optimizer_offload=True)
+        refused(f"the device {device!r}", ("offload_device", device or "device"), stage=1, offload_device=device)
+    refused("parameters below stage 3", ("param_offload", "3"), stage=2, param_offload=True)
+    refused("the optimizer at stage 0", ("optimizer_offload", "stage", "0"), stage=0, optimizer_offload=True)
     refused(
         "NVMe below stage 3",
         ("nvme", "3"),

@@ -408,12 +408,17 @@ def convert_to_universal(folder: str | Path, path: str | Path) -> Path:
 
     Returns:
         The new checkpoint's folder.
+
+    Raises:
+        ValueError: `path` is the folder in which the original lies, whichever way it is written: the new one would take its place.
     """
     # BEGIN SOLUTION 3.9
     from deepspeed.checkpoint import ds_to_universal
 
     folder = Path(folder)
     out = Path(path, folder.name)
+    if out.resolve() == folder.resolve():
+        raise ValueError(f"{path} is where {folder.name} itself lies, and it would be overwritten: give another folder")
     shutil.rmtree(out, ignore_errors=True)
     ds_to_universal.main(argparse.Namespace(
         input_folder=str(folder), output_folder=str(out), num_extract_workers=1, num_merge_workers=1,

@@ -311,6 +311,9 @@ def convert_to_universal(folder: str | Path, path: str | Path) -> Path:
 
     Returns:
         The new checkpoint's folder.
+
+    Raises:
+        ValueError: `path` is the folder in which the original lies, whichever way it is written: the new one would take its place.
     """
     raise NotImplementedError("Task 3.9: complete convert_to_universal() in src/exercises/lab03_engine.py")
 

@@ -26,7 +26,9 @@ def go() -> None:
         gpu |= {"get_device_properties": lambda *_: CARD, "get_device_name": lambda *_: CARD.name}
         gpu |= {"get_device_capability": lambda *_: (7, 0), "mem_get_info": lambda *_: (CARD.total_memory, CARD.total_memory)}
         group = {"is_initialized": lambda: True, "get_world_size": lambda group=None: 5, "get_rank": lambda group=None: 3}
-        for module, stand_ins in ((torch.cuda, gpu), (torch.distributed, group)):
+        accelerator = {"is_available": lambda: True, "device_count": lambda: 1}
+        accelerator |= {"current_accelerator": lambda check_available=False: torch.device("cuda")}
+        for module, stand_ins in ((torch.cuda, gpu), (torch.accelerator, accelerator), (torch.distributed, group)):
             for name, stand_in in stand_ins.items():
                 stack.enter_context(mock.patch.object(module, name, stand_in))
     _until_back.append(stack)

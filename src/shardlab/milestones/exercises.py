@@ -11,12 +11,17 @@ from pathlib import Path
 from shardlab import switch
 from shardlab.milestones.messages import MilestoneFailed
 from shardlab.run.experiment import program_of
-from shardlab.sandbox.calls import is_exercise, watched
+from shardlab.sandbox.calls import WatchedModule, is_exercise, watched
 from shardlab.sandbox.ended import BoxEnded
 
 
 class FileAtFault(MilestoneFailed):
     """A file of exercises that cannot be imported: no task's own fault."""
+
+
+def watched_exercises(stem: str) -> WatchedModule:
+    """A lab's exercises for a program that runs where they are, on a rank too: their calls are looked at as a milestone's are."""
+    return WatchedModule(switch.import_exercise(stem))
 
 
 def _line(source: bytes, number: int | None) -> str:

@@ -66,13 +66,13 @@ def require_equal(got, wanted, *, of: str, likely: str = "") -> None:
 
 
 def require_error(call, error: type[Exception], *, mentions: tuple[str, ...] = (), expected: str, likely: str = "") -> None:
-    """Fail the milestone unless `call()` raises `error` with all of `mentions` in its text."""
+    """Fail the milestone unless `call()` raises `error` with all of `mentions` in its text; a number must stand there by itself."""
     try:
         result = call()
     except (NotImplementedError, BoxEnded):
         raise
     except error as raised:
-        missing = [word for word in mentions if word.lower() not in str(raised).lower()]
+        missing = [word for word in mentions if not _mentions(str(raised), word)]
         require(
             not missing,
             expected=f"{expected}, in a sentence that names {', '.join(map(repr, mentions))}",
@@ -85,6 +85,12 @@ def require_error(call, error: type[Exception], *, mentions: tuple[str, ...] = (
         require(False, expected=expected, got=said, likely=likely)
     else:
         require(False, expected=expected, got=f"no error; it returned {result!r}", likely=likely)
+
+
+def _mentions(text: str, word: str) -> bool:
+    if re.fullmatch(r"[0-9.]+", word):
+        return re.search(rf"(?<![0-9.]){re.escape(word)}(?![0-9]|\.[0-9])", text) is not None
+    return word.lower() in text.lower()
 
 
 def farthest(found: list[float], wanted: list[float]) -> float:

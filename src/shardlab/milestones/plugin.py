@@ -24,6 +24,7 @@ from shardlab.milestones.launches import launched, own_folder
 from shardlab.milestones.messages import MilestoneFailed, fingerprint, known_mistakes
 from shardlab.milestones.scoreboard import Milestone, render
 from shardlab.run.placement import CHECKING_RANKS, Placement, place
+from shardlab.sandbox.calls import CallAtFault
 from shardlab.sandbox.ended import BoxEnded
 
 
@@ -267,9 +268,12 @@ def _message(excinfo, read: str, folder, known: str) -> str:
     error = excinfo.value
     if _is_unwritten(error):
         return str(getattr(error, "error", error)).removeprefix("NotImplementedError: ")
-    if isinstance(error, MilestoneFailed) or _is_message(error):
+    on_rank = str(getattr(error, "error", "")).removeprefix(f"{CallAtFault.__module__}.{CallAtFault.__name__}: ")
+    if _is_message(on_rank):
+        text = f"{on_rank}\nat        rank {error.rank}, in '{error.experiment}'"
+    elif isinstance(error, MilestoneFailed) or _is_message(str(error)):
         text = str(error)
-        if not _is_message(error):
+        if not _is_message(text):
             return text
     else:
         text = _of_an_error(excinfo, folder)
@@ -278,9 +282,9 @@ def _message(excinfo, read: str, folder, known: str) -> str:
     return f"{text}\nread      {read}"
 
 
-def _is_message(error: BaseException) -> bool:
-    """Whether an error's text is a message already, as that of a `CallAtFault` is, from a box too."""
-    return str(error).startswith("expected  ")
+def _is_message(text: str) -> bool:
+    """Whether an error's text is a message already, as that of a `CallAtFault` is, from a box or a rank too."""
+    return text.startswith("expected  ")
 
 
 def _of_an_error(excinfo, folder) -> str:

@@ -10,6 +10,8 @@ import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from shardlab.sandbox.settings_of_process import put_back, settings_of_process
+
 PLAIN = (str, int, float, bool, bytes, types.NoneType)
 
 
@@ -20,9 +22,9 @@ class CallAtFault(AssertionError):
 def watched(function: Callable) -> Callable:
     """The function, with its calls looked at.
 
-    Lists and dictionaries of plain values must be the same afterwards, and a tokenizer's or a model's settings: who calls with the
-    same ones again would get something else. What is returned must be new each time: who changes one result would change another.
-    A function that says what it returns must not return None.
+    Lists and dictionaries of plain values must be the same afterwards, and the settings of a tokenizer, a model, a trainer and of
+    the process: who calls with the same ones again would get something else. What is returned must be new each time: who changes
+    one result would change another. A function that says what it returns must not return None.
 
     Raises:
         CallAtFault: by the returned function, when a call did one of these.
@@ -33,8 +35,14 @@ def watched(function: Callable) -> Callable:
     def call(*args, **kwargs):
         given = {**dict(enumerate(args, 1)), **kwargs}
         before = {key: noted for key, value in given.items() if (noted := _noted(value)) is not None}
+        process = settings_of_process()
 
         def look() -> None:
+            for setting, was, now in put_back(process)[:1]:
+                raise CallAtFault(
+                    f"expected  {name}() to leave the settings of the whole process as they were: others compute in it too\n"
+                    f"got       {setting} changed from {_short(was)} to {_short(now)}"
+                )
             for key, was in before.items():
                 if (now := _noted(given[key])) != was:
                     raise CallAtFault(
@@ -78,6 +86,25 @@ def shown_call(name: str, args: tuple, kwargs: dict) -> str:
     return f"{name}({', '.join([*map(shown, args), *(f'{key}={shown(value)}' for key, value in kwargs.items())])})"
 
 
+def watched_class(kind: type) -> type:
+    """A class like this one, with the calls of its own methods looked at."""
+    methods = {name: watched(found) for name, found in vars(kind).items() if inspect.isfunction(found) and not name.startswith("_")}
+    return type(kind.__name__, (kind,), methods)
+
+
+class WatchedModule:
+    """A module of exercises, with calls of its functions and methods looked at, for programs that run where they are."""
+
+    def __init__(self, module: types.ModuleType):
+        self._module = module
+
+    def __getattr__(self, name: str):
+        found = getattr(self._module, name)
+        if is_exercise(found):
+            return watched(found)
+        return watched_class(found) if getattr(found, "__module__", "") == self._module.__name__ else found
+
+
 def _noted(value):
     """What must be the same after a call; None if nothing of this value."""
     if is_plain_container(value):
@@ -85,9 +112,43 @@ def _noted(value):
     if hasattr(value, "padding_side"):  # a tokenizer
         names = ("model_max_length", "padding_side", "truncation_side", "special_tokens_map", "chat_template")
         return {name: str(getattr(value, name, None)) for name in names}
-    if hasattr(getattr(value, "generation_config", None), "to_dict"):
-        return {name: str(setting) for name, setting in value.generation_config.to_dict().items()}
+    if type(value).__module__.startswith("transformers."):
+        if hasattr(value, "named_parameters"):
+            return _settings_of_model(value)
+        if hasattr(value, "processing_class"):
+            return _settings_of_trainer(value)
     return None
+
+
+def _settings_of_model(model) -> dict[str, str]:
+    """A model's own settings, and which parameters are trained. Type and place of its weights are an engine's to change.
+
+    What saving notes in a configuration is left out.
+    """
+    noted = ("dtype", "architectures", "transformers_version")
+    found = {f"config.{name}": str(setting) for name, setting in model.config.to_dict().items() if name not in noted}
+    if model.generation_config is not None:
+        found |= {f"generation_config.{name}": str(setting) for name, setting in model.generation_config.to_dict().items()}
+    found |= {f"requires_grad of {name}": str(parameter.requires_grad) for name, parameter in model.named_parameters()}
+    return found | {"gradient checkpointing": str(model.is_gradient_checkpointing)}
+
+
+def _settings_of_trainer(trainer) -> dict[str, str]:
+    """A trainer's arguments, and which objects are its parts."""
+    parts = (
+        "model",
+        "model_wrapped",
+        "optimizer",
+        "lr_scheduler",
+        "train_dataset",
+        "eval_dataset",
+        "data_collator",
+        "processing_class",
+    )
+    found = {f"args.{name}": str(setting) for name, setting in trainer.args.to_dict().items()}
+    found |= {name: f"{type(part).__name__} {id(part)}" for name in parts for part in [getattr(trainer, name, None)]}
+    found["callbacks"] = str([type(callback).__name__ for callback in trainer.callback_handler.callbacks])
+    return found | {f"model.{name}": setting for name, setting in _settings_of_model(trainer.model).items()}
 
 
 def _change(was, now) -> str:
