@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from shardlab.milestones.exercises import watched_exercises
+from shardlab import switch
 from shardlab.run.collectives import gather, rank, world_size
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
@@ -28,7 +28,7 @@ def uneven_gradient(experiment: Experiment, run: Run) -> dict:
     """Task 6.5: the gradient of a linear model in the mean over the ranks, next to that of one rank with the whole global batch."""
     import torch.distributed as dist
 
-    lab, size = watched_exercises("lab06_multi_node"), experiment.options["global_batch"]
+    lab, size = switch.import_exercise("lab06_multi_node"), experiment.options["global_batch"]
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     generator = torch.Generator().manual_seed(experiment.seed)
     inputs = torch.randn(size, 5, generator=generator, dtype=torch.float64)
@@ -51,7 +51,7 @@ def uneven_gradient(experiment: Experiment, run: Run) -> dict:
 
 def stop_at_different_steps(experiment: Experiment, run: Run) -> dict:
     """Task 6.8: after which step each rank stops, where each is asked in a step of its own; drawn here if `asked` is not given."""
-    lab, options = watched_exercises("lab06_multi_node"), experiment.options
+    lab, options = switch.import_exercise("lab06_multi_node"), experiment.options
     stopped, kinds, made = options["steps"], [], []
     new_group = torch.distributed.new_group
 
@@ -99,7 +99,7 @@ def started_on_nodes(settings: dict, program: list[str], setup: str = "true", ge
         nodes = 'for node in 0 1 2 3; do SLURM_NODEID=$node SLURM_PROCID=$node "$@"; done'
         executable(Path(folder, "srun"), f"while [[ $1 == -* || $1 =~ ^[0-9]+$ ]]; do shift; done\n{nodes}")
         lines = f'PATH={shlex.quote(folder)}:"$PATH"\n{setup}'
-        text = watched_exercises("lab06_multi_node").batch_script(**settings, setup=lines, program=program)
+        text = switch.import_exercise("lab06_multi_node").batch_script(**settings, setup=lines, program=program)
         script = Path(folder, "job.sh")
         script.write_text(text)
         job = {"SLURM_JOB_ID": "4123456", "SLURM_JOB_NUM_NODES": "4", "SLURM_NNODES": "4", "SLURM_NODEID": "0"}
@@ -170,7 +170,7 @@ def lives() -> dict[str, list]:
     and whether something has put `stop` into a run folder that was made after it. `sleep` is short for the script, so that what
     gives up after some turns does so soon.
     """
-    surviving = watched_exercises("lab06_multi_node").surviving
+    surviving = switch.import_exercise("lab06_multi_node").surviving
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(LIVES)) as pool:
         bin_folder = Path(folder, "bin")
         bin_folder.mkdir()
@@ -215,14 +215,14 @@ def lives() -> dict[str, list]:
 def rendezvous_of_this_process(variables: dict, address: str, ranks_per_node: int) -> dict:
     """Task 6.2: with `os.environ` itself, which is a mapping and no dictionary."""
     with mock.patch.dict(os.environ, variables):
-        return watched_exercises("lab06_multi_node").rendezvous(os.environ, address, ranks_per_node)
+        return switch.import_exercise("lab06_multi_node").rendezvous(os.environ, address, ranks_per_node)
 
 
 def rendezvous_within_a_job(variables: dict, address: str, ranks_per_node: int) -> dict:
     """Task 6.2: in a process that is itself a task of another job, as JupyterLab on a compute node is."""
     job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "9", "SLURM_NODEID": "3", "SLURM_PROCID": "3"}
     with mock.patch.dict(os.environ, job):
-        return watched_exercises("lab06_multi_node").rendezvous(variables, address, ranks_per_node)
+        return switch.import_exercise("lab06_multi_node").rendezvous(variables, address, ranks_per_node)
 
 
 @cache
