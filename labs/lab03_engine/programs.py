@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import json
 import math
 import random
 import time
@@ -18,7 +19,7 @@ import numpy
 import torch
 
 from shardlab import switch
-from shardlab.milestones import engine_runs
+from shardlab.milestones import engine_runs, pretended
 from shardlab.milestones.exercises import watched_exercises
 from shardlab.run.collectives import barrier, gather, rank, world_size
 from shardlab.run.experiment import Experiment
@@ -204,7 +205,9 @@ def train_steps(experiment: Experiment, run: Run) -> dict:
         random_after.append(fingerprint(torch.get_rng_state()))
     if rank() == world_size() - 1:  # of one rank alone: the others must hear of it
         engine.module.register_forward_hook(_times_nan)
+    before = engine.micro_steps
     lost = float(trainer.train_step(batch))
+    of_no_label = float(trainer.train_step(batch | {"labels": torch.full_like(batch["labels"], -100)}))
     groups = [losses[at : at + experiment.accumulation] for at in range(0, wanted, experiment.accumulation)]
     return {
         "losses": [sum(group) / len(group) for group in groups],
@@ -218,6 +221,8 @@ def train_steps(experiment: Experiment, run: Run) -> dict:
         "moved": all(gather(all(moved))),
         "seeded": random_after[0] == random_after[1],
         "of_nan": "nan" if math.isnan(lost) else lost,
+        "of_no_label": "nan" if math.isnan(of_no_label) else of_no_label,
+        "counted_of_nan": engine.micro_steps - before,
         "training": all(modes) and engine.module.training,
     }
 
@@ -315,6 +320,53 @@ def train_epochs(experiment: Experiment, run: Run) -> dict:
         diverges[:] = [loss]
         results[name] = call(resumed)
     return results
+
+
+def epoch_without_an_engine(losses: list[float], accumulation: int, epoch: int) -> dict:
+    """Task 3.3: an epoch of one rank in which `train_step` gives these losses, with a stand-in for the engine.
+
+    Returns:
+        `returned`; `told`: what `after_step` was told, step by step; `epochs`: what the sampler was told.
+    """
+    lab, told, epochs, at = _lab(), [], [], iter(losses)
+    engine = SimpleNamespace(
+        gradient_accumulation_steps=lambda: accumulation, train_micro_batch_size_per_gpu=lambda: 2, micro_steps=0, global_steps=0
+    )
+
+    class Scripted(lab.DeepSpeedTrainer):
+        def train_step(self, batch):
+            engine.micro_steps += 1
+            engine.global_steps = engine.micro_steps // accumulation
+            return next(at)
+
+    class Batches(list):
+        data_sampler = SimpleNamespace(set_epoch=epochs.append)
+
+    trainer = Scripted(engine, lambda trainer, loss: told.append(loss))
+    trainer.epoch = epoch
+    with mock.patch.object(switch.import_exercise("lab03_engine"), "world_size", lambda: 1):
+        returned = trainer.train_epoch(Batches({"input_ids": torch.zeros(2, 4)} for _ in losses))
+    return {"returned": returned, "told": told, "epochs": epochs}
+
+
+def evaluation_without_an_engine(counts: list[int], losses: list[float]) -> float:
+    """Task 3.4: the mean over batches of one rank with so many labels and these losses, of a model in bf16, without an engine."""
+
+    class Engine(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module, self.device = torch.nn.Linear(2, 2, dtype=torch.bfloat16), torch.device("cpu")
+
+        def forward(self, input_ids, attention_mask, labels):
+            return SimpleNamespace(loss=torch.tensor(losses[int(input_ids[0, 0])], dtype=torch.float32))
+
+    def batch(number: int, count: int) -> dict:
+        labels = torch.tensor([[5] * (count + 1)])
+        return {"input_ids": torch.full_like(labels, number), "attention_mask": torch.ones_like(labels), "labels": labels}
+
+    batches = [batch(number, count) for number, count in enumerate(counts)]
+    with pretended.lone_group(), mock.patch("deepspeed.comm.all_reduce", lambda tensor, *_, **__: None):
+        return float(_lab().DeepSpeedTrainer(Engine()).evaluate(batches))
 
 
 def evaluate(experiment: Experiment, run: Run) -> dict:
@@ -477,6 +529,9 @@ STEPS_BEFORE = 10
 """Optimizer steps that the engine counts from a life before, as after loading; DeepSpeed's count of micro-batches begins anew there."""
 
 
+OLDER, FEW_STEPS = (3, 4, 5, 6, 7, 8), 4
+
+
 def save(experiment: Experiment, run: Run) -> dict:
     """Task 3.5: two checkpoints, and attempts between two micro-batches, before and after them."""
     engine, rows = engine_runs.build(experiment), text_rows(experiment)[0]
@@ -511,15 +566,18 @@ def save(experiment: Experiment, run: Run) -> dict:
     older, newer = folder / "step-2" / "complete.json", folder / "step-99" / "complete.json"
     if rank() == 0:
         manifest.parent.mkdir(parents=True)
-        for path in (older, newer):
+        for path in (older, newer, *(folder / f"step-{number}" / "complete.json" for number in OLDER)):
             path.parent.mkdir()
             path.write_text('{"ranks": 2, "universal": false, "files": {}}')
         manifest.write_text('{"ranks": 2, "universal": false, "files": {}}')
     barrier()
     complete_at_first: list[bool] = []
+    left_out: list[bool] = []
 
     def saving(*args, **kwargs):
         complete_at_first.append(manifest.exists())
+        given = inspect.signature(save_checkpoint).bind(*args, **kwargs).arguments
+        left_out.append(bool(given.get("exclude_frozen_parameters", False)))
         return save_checkpoint(*args, **kwargs)
 
     engine.save_checkpoint = saving
@@ -534,14 +592,18 @@ def save(experiment: Experiment, run: Run) -> dict:
         returned = trainer.save_checkpoint(folder, CLIENT)
         complete_on_return = manifest.exists()
     complete, at_first = gather(complete_on_return), gather(list(complete_at_first))
+    engine.global_steps, steps = FEW_STEPS, engine.global_steps
     first = trainer.save_checkpoint(str(run.folder / "fresh"), None)
+    engine.global_steps = steps
     refused += refusals()
     return {
         "kept": gather(manifest.exists()),
         "is_path": all(gather(isinstance(returned, Path) and isinstance(first, Path))),
         "returned_by_rank": gather(str(returned)),
-        "first": gather(Path(run.folder, "fresh", tag, "complete.json").exists()),
-        "older_kept": gather(older.exists()),
+        "first": gather(Path(run.folder, "fresh", f"step-{FEW_STEPS}", "complete.json").exists()),
+        "first_returned": str(first),
+        "frozen_left_out": any(gather(any(left_out))),
+        "older_kept": gather(older.exists() and all((folder / f"step-{number}").is_dir() for number in OLDER)),
         "newer_kept": gather(newer.exists()),
         "refused": gather(refused),
         "random": wanted,
@@ -625,8 +687,11 @@ def load_of_other_ranks(saved: int, here: int, me: int = 0, client=None, tag: st
         asked.append(ranks)
         return facts
 
+    from deepspeed import DeepSpeedEngine
+
     def load(*args, **kwargs):
-        left_out.extend(name for name, value in kwargs.items() if value is (name == "load_module_only"))
+        given = inspect.signature(DeepSpeedEngine.load_checkpoint).bind(None, *args, **kwargs).arguments
+        left_out.extend(name for name, value in given.items() if value is (name == "load_module_only"))
         return "folder", copy.deepcopy(state)
 
     def newest(path, ranks):
@@ -663,6 +728,30 @@ def convert(source, parent) -> dict:
         state = torch.load(converted, weights_only=False, map_location="cpu") if converted.exists() else {}
         kept[states.name] = sum(isinstance(of_a_rank, dict) for of_a_rank in state.get("random") or ())
     return {"returned": out, "asked": asked, "random_states": kept}
+
+
+def convert_of_many_ranks(source, parent, ranks: int) -> dict:
+    """Task 3.9: what is written for a checkpoint of so many ranks, with a stand-in for DeepSpeed's converter."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    for number in range(ranks):
+        Path(source).mkdir(parents=True, exist_ok=True)
+        Path(source, f"zero_pp_rank_{number}_mp_rank_00_optim_states.pt").write_bytes(b"x")
+    Path(source, "complete.json").write_text(json.dumps({"ranks": ranks, "universal": False, "files": {}}))
+
+    def convert_nothing(arguments):
+        Path(arguments.output_folder, "zero").mkdir(parents=True)
+
+    with mock.patch.object(ds_to_universal, "main", convert_nothing):
+        out = _lab().convert_to_universal(source, parent)
+    return {"returned": str(out), "ranks": json.loads(Path(out, "complete.json").read_text())["ranks"]}
+
+
+def consolidate_next_to_a_gpu(folder, base_model: str, out) -> str:
+    """Task 3.8: where the model that comes back is, on a machine where torch sees a GPU."""
+    with pretended.gpu() as gpu:
+        model = _lab().consolidate(folder, base_model, out)
+        return "GPU" if any(gpu.holds(parameter) for parameter in model.parameters()) else "CPU"
 
 
 def continue_universal(experiment: Experiment, run: Run) -> dict:

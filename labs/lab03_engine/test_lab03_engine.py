@@ -143,8 +143,11 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
             lambda: lab.initialize_deepspeed(None, configuration, optimizer),
             ValueError,
             mentions=(name,),
+            silent=tuple({"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"} - {name}),
             expected=f"ValueError for {words}, before the engine is made",
         )
+    scheduled = without | {"scheduler": WARM_UP}
+    only_the_global = {key: value for key, value in scheduled.items() if "micro_batch" not in key and "accumulation" not in key}
     runs = run_experiments(
         [
             # Accumulation is not the micro-batch, 26 rows are no whole optimizer steps, and DeepSpeed works out the global batch.
@@ -168,7 +171,7 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
                 "scheduled",
                 f"{PROGRAMS}:initialize",
                 2,
-                deepspeed=without | {"scheduler": WARM_UP},
+                deepspeed=only_the_global,
                 options={"own_optimizer": True},
             ),
             # Parameter groups of its own, some parameters frozen, and an entry of the configuration that only loading needs.
@@ -289,6 +292,12 @@ def test_engine_is_what_the_configuration_says(lab, run_experiments):
         expected="batches of 2, the micro-batch that DeepSpeed works out of a global batch of 4 and an accumulation of 2",
         got=sizes,
     )
+    wanted = [[scheduled["train_batch_size"] // 2] * 3] * 2
+    require_equal(
+        [[len(batch) for batch in share] for share in runs["scheduled"].results["seen"]],
+        wanted,
+        of=f"the batches of each of 2 ranks, where the configuration gives train_batch_size {scheduled['train_batch_size']} alone",
+    )
     require(
         got["as_they_are"] and got["devices"] == ["cpu"],
         expected="batches of the rows as they are, -100 among the labels and a column of fractions too, on the CPU",
@@ -308,6 +317,7 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
         "zero2": {"stage": 2, "accumulation": 1, "clipping": 0.0},
         "zero3": {"stage": 3, "accumulation": 4, "clipping": 0.5},
         "alone": {"stage": 1, "accumulation": 4, "clipping": 0.5, "ranks": 1, "scheduler": constant},
+        "unclipped": {"stage": 0, "accumulation": 4, "clipping": 0.0},
     }
     experiments = {
         name: experiment(
@@ -334,9 +344,11 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
     plain: dict[tuple, list[float]] = {}
     for name, case in cases.items():
         accumulation, ranks, got = case["accumulation"], case.get("ranks", 2), runs[name].results
-        if (accumulation, ranks) not in plain:
-            plain[accumulation, ranks] = engine_runs.plain_losses(experiments[name], padded_rows(experiments[name]))
-        wanted = plain[accumulation, ranks]
+        if (accumulation, ranks, case["clipping"]) not in plain:
+            plain[accumulation, ranks, case["clipping"]] = engine_runs.plain_losses(
+                experiments[name], padded_rows(experiments[name])
+            )
+        wanted = plain[accumulation, ranks, case["clipping"]]
         require(
             got["kind"] == "float",
             expected="a float",
@@ -381,6 +393,11 @@ def test_losses_are_those_of_plain_pytorch(lab, run_experiments):
             got=f"{got['lengths'][1]:,}",
         )
         require(got["of_nan"] == "nan", expected="nan where the model's loss is nan: that is to be seen", got=got["of_nan"])
+        require(
+            (got["of_no_label"], got["counted_of_nan"]) == ("nan", 2),
+            expected="nan for a micro-batch without labels as well, and both of them counted by the engine as any other",
+            got=f"{got['of_no_label']}; {got['counted_of_nan']} of the two counted",
+        )
         apart = max(abs(loss / wanted[0] - 1) for loss in got["by_rank"][0][:accumulation])
         require(
             apart < 0.5,
@@ -526,6 +543,14 @@ def test_epoch_keeps_its_place(lab, run_experiments):
         expected="nan as the mean where the loss of a micro-batch is nan: training has diverged",
         got=got["diverged"]["returned"],
     )
+    losses = [5.0, 1.0, 3.0, 8.0, 2.0, 11.0]
+    called = lab.observe(f"{PROGRAMS}:epoch_without_an_engine", losses, 3, 37)
+    require_equal(
+        called,
+        {"returned": 5.0, "told": [3.0, 7.0], "epochs": [37]},
+        of=f"train_epoch() in epoch 37 with accumulation 3, where train_step gives {losses}: what it returns, what after_step is told, and "
+        "what the sampler is told",
+    )
     told = got["diverged"]["told"][0][0]
     require(told != told, expected="nan for after_step too, where one of the step's micro-batches is nan", got=told)
     require(
@@ -645,6 +670,14 @@ def test_evaluation_counts_tokens_and_changes_nothing(lab, run_experiments):
         got=got["uneven"][0],
     )
     require_equal(got["of_no_batch"], "nan", of="evaluate([]): the mean of nothing")
+    counts, losses = [1 + number % 7 for number in range(700)], [0.5 + number / 64 for number in range(700)]
+    alone = lab.observe(f"{PROGRAMS}:evaluation_without_an_engine", counts, losses)
+    wanted = sum(loss * count for loss, count in zip(losses, counts)) / sum(counts)
+    require(
+        abs(alone - wanted) < 1e-6 * wanted,
+        expected=f"{wanted:.5f}, the mean over the {sum(counts):,} tokens of 700 batches, with a model in bf16: sums in bf16 have three digits",
+        got=alone,
+    )
     require(
         got["outputs_alive"] <= 2,
         expected="a batch's logits let go of before the ones after the next come: of a large vocabulary they take GiB",
@@ -724,7 +757,24 @@ def test_checkpoint_is_complete(lab, run_experiments):
             expected="the checkpoint before it left whole by a save that is refused",
             got="one without its complete.json",
         )
-        require(all(got["older_kept"]), expected="an older checkpoint, step-2, left where it is", got="it is gone")
+        require(all(got["older_kept"]), expected="older checkpoints, step-2 to step-8, left where they are", got="one is gone")
+        few = parent.parent / "fresh" / "step-4"
+        require(
+            got["first_returned"] == str(few) and few.is_dir(),
+            expected="the folder step-4 after 4 optimizer steps",
+            got=f"returned {got['first_returned']!r}; there are {sorted(path.name for path in few.parent.glob('*'))}",
+        )
+        client = {path.name: safely_loaded(path)["client"] for path in few.glob("*model_states.pt")}
+        require(
+            client and set(map(repr, client.values())) == {"None"},
+            expected="the caller's client_state as it is, None too",
+            got=client,
+        )
+        require(
+            not got["frozen_left_out"],
+            expected="all parameters in the checkpoint, those that are not trained too",
+            got="exclude_frozen_parameters=True",
+        )
         require(
             all(got["newer_kept"]),
             expected="another checkpoint, step-99, left whole, where a run went on from an older one",
@@ -1064,17 +1114,35 @@ def test_broken_checkpoints_are_refused(lab, tmp_path):
         mentions=("step-7",),
         expected="ValueError that names it, where a file has the folder's name",
     )
+    for name, change in (("missing", lambda file: file.unlink()), ("cut", lambda file: file.write_bytes(b"z" * 37))):
+        folder = tmp_path / f"why-{name}"
+        shutil.copytree(whole, folder)
+        change(folder / "zero" / "fp32.pt")
+        require_error(
+            lambda folder=folder: lab.check_checkpoint(folder, 2),
+            ValueError,
+            mentions=("fp32.pt", *(("37", "50") if name == "cut" else ())),
+            silent=("50",) if name == "missing" else (),
+            expected="ValueError with the reason: of 50 bytes there are 37" if name == "cut" else "ValueError: the file is missing",
+        )
+    refused(
+        "empty-missing",
+        lambda folder: (folder / "zero" / "empty.pt").unlink(),
+        2,
+        ("empty.pt",),
+        "ValueError for a file that is missing, though it should be empty",
+    )
     many = tmp_path / "many"
     many.mkdir()
-    for number in range(400):
+    for number in range(1400):
         (many / f"{number}.pt").write_bytes(b"x")
-    (many / "complete.json").write_text(json.dumps(manifest | {"files": {f"{number}.pt": 1 for number in range(400)}}))
-    (many / "399.pt").write_bytes(b"")
+    (many / "complete.json").write_text(json.dumps(manifest | {"files": {f"{number}.pt": 1 for number in range(1400)}}))
+    (many / "1399.pt").write_bytes(b"")
     require_error(
         lambda: lab.check_checkpoint(many, 2),
         ValueError,
-        mentions=("399.pt",),
-        expected="ValueError for the last of 400 files, which is empty",
+        mentions=("1399.pt",),
+        expected="ValueError for the last of 1,400 files, which is empty",
     )
     for saved, ranks in ((2, 3), (2, 1), (7, 13), (2, 4), (1, 3), (6, 2)):
         folder = tmp_path / "ranks"
@@ -1174,6 +1242,12 @@ def test_consolidated_model_is_the_engines(lab, run_experiments, tmp_path):
         )
         where = {parameter.device.type for parameter in returned.parameters()}
         require(where == {"cpu"}, expected="the model on the CPU", got=where)
+    there = lab.observe(
+        f"{PROGRAMS}:consolidate_next_to_a_gpu", str(checkpoints("stage2") / "step-2"), str(base), str(tmp_path / "model-gpu")
+    )
+    require_equal(
+        there, "CPU", of="where the model is that consolidate() returns on a machine with a GPU, on which it need not fit"
+    )
     for name, model, frozen in OTHER_MODELS:
         base_model, out = model or engine_runs.odd_model(tied=False), tmp_path / f"model-{name}"
         lab.consolidate(checkpoints(name) / "step-1", base_model, out)
@@ -1301,6 +1375,14 @@ def test_universal_checkpoint_fits_any_number_of_ranks(lab, run_experiments, wor
         )
         return run_experiments([plan])[name]
 
+    best = workspace / "engine" / "of-twelve" / "step-4.best"
+    shutil.rmtree(best.parent, ignore_errors=True)
+    found = lab.observe(f"{PROGRAMS}:convert_of_many_ranks", str(best), str(workspace / "engine" / "of-twelve-universal"), 12)
+    require_equal(
+        found,
+        {"returned": str(workspace / "engine" / "of-twelve-universal" / "step-4.best"), "ranks": 12},
+        of="convert_to_universal() of a checkpoint step-4.best of 12 ranks: the folder, and the ranks in its complete.json",
+    )
     source = workspace / "engine" / "run7-final"
     shutil.rmtree(source, ignore_errors=True)
     shutil.copytree(checkpoints("bf16") / "step-2", source)

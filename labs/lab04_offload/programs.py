@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 
 from shardlab import switch
-from shardlab.milestones import engine_runs
+from shardlab.milestones import engine_runs, pretended
 from shardlab.milestones.exercises import watched_exercises
 from shardlab.run.collectives import barrier, gather, rank
 from shardlab.run.experiment import Experiment
@@ -116,7 +116,7 @@ def configure_offload_where_files_stay_empty(folder) -> dict:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-STEP_SECONDS = (5, 1, 2, 6, 100, 24)
+STEP_SECONDS = (5, 1, 2.000001234, 6, 100, 24, *(30 + number for number in range(14)))
 """What the steps of a `Sum` take, times its factor. The first is not the slowest, and 5 steps have a median between two of them."""
 
 
@@ -151,6 +151,10 @@ class Sum(torch.optim.Optimizer):
         self.threads: set[int] = set()
         self.parameter = self.param_groups[0]["params"][0]
         self.start = self.parameter.detach().clone()
+
+    def zero_grad(self, *args, **kwargs):
+        self.clock.now += 1000
+        super().zero_grad(*args, **kwargs)
 
     def step(self, closure=None):
         now = self.clock.now
@@ -298,54 +302,69 @@ def _with_groups(lab, groups: list[tuple], me: int):
         yield
 
 
-def save_groups(path, sizes: tuple[int, ...], me: int) -> dict:
-    """Task 4.7: a checkpoint of sub-groups of so many elements, next to another one of the same rank.
+def save_groups(path, sizes: dict[int, int], me: int) -> dict:
+    """Task 4.7: a checkpoint of sub-groups of so many elements, by their numbers, next to another one of the same rank; and torch sees a
+    GPU.
 
     Returns:
-        `returned`; `files` in the checkpoint's folder; `other_tag`: whether the other one has kept its own.
+        `returned`; `files` in the checkpoint's folder, where an earlier one had many; `other_tag`: whether the other one has kept its
+        own; `on_gpu`: whether a tensor was saved from there.
     """
     lab, other = watched_exercises("lab04_offload"), Path(path, "step-2", "offloaded", f"rank{me}-group0.pt")
     shutil.rmtree(path, ignore_errors=True)
     other.parent.mkdir(parents=True)
     other.touch()
+    folder, on_gpu, save = Path(path, "step-4", "offloaded"), [], torch.save
+    folder.mkdir(parents=True)
+    for number in (0, 2, 77, 150):
+        (folder / f"rank{me}-group{number}.pt").touch()
     moments = {name: torch.ones for name in ("exp_avg", "exp_avg_sq")}
     groups = [
         (number, torch.ones(size), {"step": 3} | {name: make(size) for name, make in moments.items()})
-        for number, size in enumerate(sizes)
+        for number, size in sizes.items()
     ]
 
     def save_checkpoint(save_dir, tag=None, *args, **kwargs):
         Path(save_dir, tag).mkdir(parents=True, exist_ok=True)
 
-    with _with_groups(lab, groups, me):
-        returned = lab.save_offloaded(SimpleNamespace(save_checkpoint=save_checkpoint, global_steps=4), path, "step-4", {})
-    folder = Path(path, "step-4", "offloaded")
-    files = sorted(file.name for file in folder.iterdir()) if folder.is_dir() else "no such folder"
-    return {"returned": returned, "files": files, "other_tag": other.exists()}
+    with _with_groups(lab, groups, me), pretended.gpu() as gpu:
+
+        def save_noted(saved, *args, **kwargs):
+            on_gpu.extend(name for name, value in saved.items() if torch.is_tensor(value) and gpu.holds(value))
+            return save(saved, *args, **kwargs)
+
+        with mock.patch.object(torch, "save", save_noted):
+            returned = lab.save_offloaded(SimpleNamespace(save_checkpoint=save_checkpoint, global_steps=4), path, "step-4", {})
+    files = sorted(file.name for file in folder.iterdir())
+    return {"returned": returned, "files": files, "other_tag": other.exists(), "on_gpu": on_gpu}
 
 
-def load_groups(path, sizes: tuple[int, ...], me: int) -> dict:
-    """Task 4.8: a checkpoint of sub-groups of so many elements; the master weights of each are its number plus one.
+CLIENT_STATE = {"note": "kept", "place": (1, 2), "best": None, 3: ("four",)}
+
+
+def load_groups(path, sizes: dict[int, int], me: int) -> dict:
+    """Task 4.8: a checkpoint of sub-groups of so many elements, by their numbers; the master weights of each are its number plus one.
+    Torch sees a GPU.
 
     Returns:
-        `client`: what came back; `left_out`: what the engine was told not to load; `masters`: a number of each sub-group afterwards;
+        `client`: what came back; `refused`: the error where the first sub-group's file is missing; `left_out`: what the engine was told not to load; `masters`: a number of each sub-group afterwards;
         `steps`: Adam's count in each; `alive`: at most so many master weights of others were in memory when one was read.
     """
     lab, folder = watched_exercises("lab04_offload"), Path(path, "step-4", "offloaded")
     shutil.rmtree(path, ignore_errors=True)
     folder.mkdir(parents=True)
     names = ("exp_avg", "exp_avg_sq")
-    for number, size in enumerate(sizes):
+    for number, size in sizes.items():
         state = {"master": torch.full((size,), number + 1.0), "step": number + 3} | {name: torch.ones(size) for name in names}
         torch.save(state, folder / f"rank{me}-group{number}.pt")
-    groups = [(number, torch.zeros(size), {}) for number, size in enumerate(sizes)]
+    groups = [(number, torch.zeros(size), {}) for number, size in sizes.items()]
     left_out: list[str] = []
     read: list[weakref.ref] = []
     alive, load = [0], torch.load
 
     def load_checkpoint(load_dir, tag=None, **kwargs):
         left_out.extend(name for name, value in kwargs.items() if value is (name == "load_module_only"))
-        return str(load_dir), {"note": "kept"}
+        return str(load_dir), dict(CLIENT_STATE)
 
     def load_noted(*args, **kwargs):
         alive.append(sum(one() is not None for one in read))
@@ -353,11 +372,19 @@ def load_groups(path, sizes: tuple[int, ...], me: int) -> dict:
         read.append(weakref.ref(state["master"]))
         return state
 
-    with _with_groups(lab, groups, me), mock.patch.object(torch, "load", load_noted):
-        client = lab.load_offloaded(SimpleNamespace(load_checkpoint=load_checkpoint), path, "step-4")
+    engine, refused = SimpleNamespace(load_checkpoint=load_checkpoint), "no error"
+    with _with_groups(lab, groups, me), pretended.gpu(), mock.patch.object(torch, "load", load_noted):
+        client = lab.load_offloaded(engine, path, "step-4")
+    with _with_groups(lab, [(number, torch.zeros(size), {}) for number, size in sizes.items()], me):
+        (folder / f"rank{me}-group{min(sizes, default=0)}.pt").unlink(missing_ok=True)
+        try:
+            lab.load_offloaded(engine, path, "step-4")
+        except ValueError as error:
+            refused = str(error)
     masters = [master[0].item() for _, master, _ in groups]
     steps = [state.get("step") for _, _, state in groups]
-    return {"client": client, "left_out": left_out, "masters": masters, "steps": steps, "alive": max(alive)}
+    seen = {"client": repr(client), "left_out": left_out, "masters": masters, "steps": steps}
+    return seen | {"alive": max(alive), "refused": refused}
 
 
 def load_offloaded(experiment: Experiment, run: Run) -> dict:

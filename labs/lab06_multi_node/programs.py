@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,15 +126,18 @@ class Life(NamedTuple):
 
     Attributes:
         ranks: a command of bash; `$run` is the run folder.
-        signals: after how many seconds the script's shell gets SIGUSR1.
+        signals: after how many seconds the script's shell gets SIGUSR1; None for when it first looks for checkpoints with `find`, or
+            after 2 s.
         checkpoints: those that are complete when it begins.
         restarts: lives before this one, as Slurm counts them.
+        stop: whether an earlier life has left the file stop.
     """
 
     ranks: str
-    signals: list[float] = []
+    signals: list[float | None] = []
     checkpoints: list[int] = []
     restarts: int = 0
+    stop: bool = False
 
 
 SAVE_100 = 'mkdir -p "$run/checkpoints/checkpoint-100"; touch "$run/checkpoints/checkpoint-100/complete.json"; '
@@ -152,7 +156,7 @@ LIVES = {
     "dies after checkpoint 100, in the place of that of step 80": Life(
         f'{SAVE_100} rm -r "$run/checkpoints/checkpoint-80"; exit 9', checkpoints=[80]
     ),
-    "dies after checkpoint 100, in its thirteenth life": Life(f"{SAVE_100} exit 9", checkpoints=[80], restarts=12),
+    "dies after checkpoint 100, in its fortieth life": Life(f"{SAVE_100} exit 9", checkpoints=[80], restarts=39),
     "dies when it has removed the older of two checkpoints": Life(
         'rm -r "$run/checkpoints/checkpoint-80"; exit 9', checkpoints=[80, 100]
     ),
@@ -160,6 +164,11 @@ LIVES = {
     "is asked twice": Life(
         'mkdir -p "$run"; until [ -e "$run/stop" ]; do /bin/sleep 0.1; done; /bin/sleep 1.5; touch "$run/saved"; exit 0',
         [0.6, 1.2, 1.6],
+    ),
+    "is killed by SIGUSR1 itself": Life("kill -USR1 $$; /bin/sleep 1"),
+    "ends at once where a file stop is there": Life('[ ! -e "$run/stop" ] || exit 4', checkpoints=[80], stop=True),
+    "is asked while the script looks for checkpoints": Life(
+        'mkdir -p "$run"; for _ in $(seq 50); do /bin/sleep 0.1; [ ! -e "$run/stop" ] || exit 0; done; exit 7', [None]
     ),
 }
 """Of task 6.9."""
@@ -176,23 +185,33 @@ def lives() -> dict[str, list]:
         bin_folder.mkdir()
         executable(bin_folder / "sleep", "exec /bin/sleep 0.02")
         executable(bin_folder / "scontrol", '[ "$1" != requeue ] || echo "$2" >>"$REQUEUED"')
+        find = f'[ -z "$LOOKS" ] || [ -e "$LOOKS" ] || {{ touch "$LOOKS"; /bin/sleep 0.5; }}\nexec {shutil.which("find")} "$@"'
+        executable(bin_folder / "find", find)
 
         def live(number: int, life: Life) -> list:
-            place = Path(folder, f"run {number}")
-            requeued, script = Path(folder, f"requeued-{number}"), Path(folder, f"{number}.sh")
+            place = Path(folder, "checkpoint-7", f'run {number} of $USER\'s `own` "best"')
+            requeued, script, looks = (
+                Path(folder, f"requeued-{number}"),
+                Path(folder, f"{number}.sh"),
+                Path(folder, f"looks-{number}"),
+            )
             for step in life.checkpoints:
                 checkpoint = place / "checkpoints" / f"checkpoint-{step}"
                 checkpoint.mkdir(parents=True)
                 (checkpoint / "complete.json").touch()
+            if life.stop:
+                (place / "stop").touch()
             launch = f"bash -c {shlex.quote(f'run={shlex.quote(str(place))}; {life.ranks}')}"
             script.write_text(f"set -euo pipefail\n{surviving(launch, str(place))}\n")
             variables = {"PATH": f"{bin_folder}:{os.environ['PATH']}", "REQUEUED": str(requeued), "SLURM_JOB_ID": "17"}
-            variables["SLURM_RESTART_COUNT"] = str(life.restarts)
+            variables |= {"SLURM_RESTART_COUNT": str(life.restarts), "LOOKS": str(looks) if None in life.signals else ""}
             output = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             shell = subprocess.Popen(["bash", script], env=os.environ | variables, start_new_session=True, **output)
             started = time.monotonic()
             for after in life.signals:
-                time.sleep(max(0.0, started + after - time.monotonic()))
+                while after is None and not looks.exists() and time.monotonic() - started < 2:
+                    time.sleep(0.02)
+                time.sleep(max(0.0, started + (after or 0) - time.monotonic()))
                 if shell.poll() is None:
                     shell.send_signal(signal.SIGUSR1)
             try:
@@ -202,7 +221,7 @@ def lives() -> dict[str, list]:
             saved, late = (place / "saved").exists(), False
             if not place.exists():
                 time.sleep(0.5)  # for a turn of the loop, which then sees that the script has ended
-                place.mkdir()
+                place.mkdir(parents=True)
                 time.sleep(1)
                 late = (place / "stop").exists()
             with contextlib.suppress(ProcessLookupError):

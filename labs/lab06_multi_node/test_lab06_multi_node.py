@@ -40,7 +40,7 @@ def test_node_lists(lab):
         "c[9-11]",
         "n[001-3]",
         "GPU[01-02],nodeA",
-        "node[1-2500]",
+        "node[1-9500]",
         f"n[{','.join(map(str, range(1, 3001, 2)))}]",
     ]
     rng = random.Random(6)
@@ -73,7 +73,7 @@ def test_node_lists(lab):
             mentions=(bad,),
             expected=f"ValueError for {bad!r}",
         )
-    for bad in ("node[3-1]", "n[1-x]", "n[1-2"):
+    for bad in ("node[3-1]", "n[1-x]", "n[1-2", "n[1-]", "n[1,]", "n[-2]", "n[]", "n[[1]]"):
         require_error(
             lambda bad=bad: lab.expand_nodelist(f"a1,b[2-3],{bad}" + ",c" * bad.endswith("]")),
             ValueError,
@@ -145,6 +145,7 @@ def test_rendezvous(lab):
             lambda without=without: lab.observe(f"{PROGRAMS}:rendezvous_within_a_job", without, "10.0.0.7", 4),
             ValueError,
             mentions=(name,),
+            silent=tuple({"SLURM_JOB_ID", "SLURM_NODEID", "SLURM_JOB_NUM_NODES"} - {name}),
             expected=f"ValueError where `variables` lacks {name}, though this process itself may run in a job",
         )
     of_process = lab.observe(f"{PROGRAMS}:rendezvous_of_this_process", task_variables(SLURM_NODEID="0"), "10.0.0.7", 16)
@@ -222,6 +223,13 @@ def test_hostfile(lab, tmp_path):
         mentions=("2", "3"),
         expected="ValueError where there are counts for 3 nodes and 2 nodes",
     )
+    for counts, found in (("4,4,4", 3), ("8", 1), ("16(x5),8(x2)", 7)):
+        require_error(
+            lambda counts=counts: lab.hostfile(["n1", "n2"], counts),
+            ValueError,
+            mentions=("2", str(found)),
+            expected=f"ValueError where {counts!r} counts for {found} nodes and there are 2",
+        )
     for bad in ("x", "4(x1", "4(y2)", "0", "4,,4", "-1"):
         nodes = [f"n{number}" for number in range(bad.count(",") + 1)]
         require_error(
@@ -344,7 +352,14 @@ def test_batch_script(lab, run_experiments, workspace, slurm_beside_exercises):
         require_equal(tail, odd, of=f"the last words of torchrun on node {node}: the program's, each as it is")
         given = dict(word.removeprefix("--").partition("=")[::2] for word in options if "=" in word)
         given |= {word.removeprefix("--"): after for word, after in zip(options, options[1:]) if "=" not in word}
-        wanted = {"nnodes": "4", "nproc-per-node": "3", "rdzv-endpoint": "10.1.2.3:15456"}
+        given.setdefault("max-restarts", "0")
+        wanted = {
+            "nnodes": "4",
+            "nproc-per-node": "3",
+            "rdzv-endpoint": "10.1.2.3:15456",
+            "rdzv-id": "4123456",
+            "max-restarts": "0",
+        }
         require_equal(
             {key: given.get(key) for key in wanted},
             wanted,
@@ -352,6 +367,27 @@ def test_batch_script(lab, run_experiments, workspace, slurm_beside_exercises):
         )
         host = given.get("rdzv-conf", "").replace("is-host=1", "is-host=true").replace("is-host=0", "is-host=false")
         require_equal(host, f"is-host={str(node == 0).lower()}", of=f"rdzv-conf on node {node} of 4")
+    separate = directives(lab.batch_script(**on_nodes, setup="true", program=odd)).get("error")
+    require(
+        separate is None,
+        expected="what goes wrong in the log too, which is a learner's only one",
+        got=f"#SBATCH --error={separate}",
+    )
+    for words, changes, wanted in (
+        ("of job 4120089", {"setup": "SLURM_JOB_ID=4120089"}, "10.1.2.3:12089"),
+        (
+            "where `getent ahostsv4` alone answers, and first with 192.168.9.9",
+            {"getent": '[ "$1" = ahostsv4 ] || exit 2; echo 192.168.9.9 STREAM n; echo 10.1.2.3 STREAM'},
+            "192.168.9.9:15456",
+        ),
+    ):
+        ran = lab.observe(f"{PROGRAMS}:started_on_nodes", on_nodes, odd, **changes)
+        ends = {word for _, given in ran["torchruns"] for word in given if wanted in word}
+        require(
+            len(ran["torchruns"]) == 4 and ends,
+            expected=f"four torchruns with the endpoint {wanted}, {words}",
+            got=f"status {ran['status']}, {[word for _, given in ran['torchruns'][:1] for word in given if ':' in word]}",
+        )
     for words, changes in (
         ("a line of setup that fails", {"setup": "false"}),
         ("a variable in setup that is not set", {"setup": 'echo "$NO_SUCH_VARIABLE"'}),
@@ -682,6 +718,14 @@ def test_stopping_together(lab, run_experiments):
             expected="True or False",
             got=run.results["kinds"],
         )
+    for backend, where in (("gloo", "cpu"), ("nccl", "gpu")):
+        sent = lab.observe("shardlab.milestones.pretended:sent_in_a_group", "lab06_multi_node", "stop_together", backend, True)
+        require_equal(
+            sent["on"],
+            [where] * len(sent["on"]),
+            of=f"where the tensors are that stop_together(True) exchanges with {backend}, on rank 5 of 8, whose node has one GPU, cuda:0",
+        )
+        require(sent["returned"] is True and sent["on"], expected=f"True, exchanged with {backend}", got=sent)
 
 
 WANTED_LIVES = {
@@ -691,10 +735,13 @@ WANTED_LIVES = {
     "dies in its first checkpoint": (8, 0, False),
     "dies after checkpoint 100, beside that of step 80": (9, 1, False),
     "dies after checkpoint 100, in the place of that of step 80": (9, 1, False),
-    "dies after checkpoint 100, in its thirteenth life": (9, 1, False),
+    "dies after checkpoint 100, in its fortieth life": (9, 1, False),
     "dies when it has removed the older of two checkpoints": (9, 0, False),
     "is asked, and fails without a run folder": (3, 0, False),
     "is asked twice": (0, 1, True),
+    "is killed by SIGUSR1 itself": (138, 0, False),
+    "ends at once where a file stop is there": (0, 0, False),
+    "is asked while the script looks for checkpoints": (0, 1, False),
 }
 """By the name of a life that bash alone plays: the script's status, requeues, and whether the ranks have saved before it ends."""
 FAKE = {

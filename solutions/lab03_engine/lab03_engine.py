@@ -315,7 +315,8 @@ def check_checkpoint(folder: str | Path, ranks: int) -> dict:
     Raises:
         ValueError: with a sentence that names the folder or the file, and the reason:
             the folder is missing; it has no `complete.json` (the save did not come to its end); a file is missing; a file
-            has another size; another number of ranks saved it and it is not universal (the sentence names both numbers).
+            has another size (the sentence gives both sizes); another number of ranks saved it and it is not universal (the
+            sentence names both numbers).
     """
     # BEGIN SOLUTION 3.7
     folder = Path(folder)

@@ -65,8 +65,19 @@ def require_equal(got, wanted, *, of: str, likely: str = "") -> None:
         raise MilestoneFailed("\n".join(lines), f"{of}: {got!r}")
 
 
-def require_error(call, error: type[Exception], *, mentions: tuple[str, ...] = (), expected: str, likely: str = "") -> None:
-    """Fail the milestone unless `call()` raises `error` with all of `mentions` in its text; a number must stand there by itself."""
+def require_error(
+    call,
+    error: type[Exception],
+    *,
+    mentions: tuple[str, ...] = (),
+    silent: tuple[str, ...] = (),
+    expected: str,
+    likely: str = "",
+) -> None:
+    """Fail the milestone unless `call()` raises `error` with all of `mentions` in its text, and none of `silent`.
+
+    A number must stand there by itself.
+    """
     try:
         result = call()
     except (NotImplementedError, BoxEnded):
@@ -76,6 +87,13 @@ def require_error(call, error: type[Exception], *, mentions: tuple[str, ...] = (
         require(
             not missing,
             expected=f"{expected}, in a sentence that names {', '.join(map(repr, mentions))}",
+            got=f"{type(raised).__name__}: {raised}",
+            likely=likely,
+        )
+        named = [word for word in silent if _mentions(str(raised), word)]
+        require(
+            not named,
+            expected=f"{expected}, in a sentence that does not name {', '.join(map(repr, named))}: nothing is wrong there",
             got=f"{type(raised).__name__}: {raised}",
             likely=likely,
         )

@@ -6,12 +6,15 @@ On a CPU alone a tensor that was left behind is never missed: everything is in t
 from __future__ import annotations
 
 import contextlib
+import os
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from shardlab import switch
 
 GPU = torch.device("cuda", 0)
 
@@ -83,6 +86,8 @@ class PretendedGPU(TorchFunctionMode):
                 and not (isinstance(value, str) and value.startswith(("cuda", "cpu")))
             ):
                 return value
+            if (value if number else torch.device(value).index or 0) != 0:
+                raise RuntimeError(f"CUDA error: invalid device ordinal (the one GPU is cuda:0, and this is {value})")
             wanted = number or torch.device(value).type == "cuda"
             return torch.device("cpu")
 
@@ -138,3 +143,25 @@ def lone_group():
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(dist, name, stand_in))
         yield sent
+
+
+def sent_in_a_group(stem: str, function: str, backend: str, *args) -> dict:
+    """Call a lab's exercise on rank 5 of 8, on a node with one GPU, where what is sent to the others stays as it is.
+
+    Args:
+        stem: the lab's.
+        function: the exercise's name.
+        backend: of the group, as `dist.get_backend()` gives it.
+        args: of the exercise.
+
+    Returns:
+        What it `returned`, and where each tensor was that it gave to a collective: `on`, "gpu" or "cpu".
+    """
+    says = {"get_rank": 5, "get_world_size": 8, "get_backend": backend}
+    with contextlib.ExitStack() as stack:
+        gpu_, sent = stack.enter_context(gpu()), stack.enter_context(lone_group())
+        for name, answer in says.items():
+            stack.enter_context(mock.patch.object(dist, name, lambda *_, answer=answer, **__: answer))
+        stack.enter_context(mock.patch.dict(os.environ, {"RANK": "5", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}))
+        returned = getattr(switch.import_exercise(stem), function)(*args)
+        return {"returned": returned, "on": ["gpu" if gpu_.holds(tensor) else "cpu" for tensor in sent]}
