@@ -14,7 +14,7 @@ import torch
 
 from shardlab import hardware, switch
 from shardlab.data.models import load_model, load_tokenizer
-from shardlab.milestones import engine_runs
+from shardlab.milestones import engine_runs, pretended
 from shardlab.milestones.exercises import watched_exercises
 from shardlab.run.collectives import barrier, gather, rank, world_size
 from shardlab.run.experiment import Experiment
@@ -52,7 +52,17 @@ def save_round_trip(experiment: Experiment, run: Run) -> dict:
         tokens_per_sequence=experiment.max_tokens,
     )
     folder = run.folder / "model"
-    notes = [folder / name for name in ("notes.txt", "results.json", "vocabulary.bin", "adapter.safetensors")]
+    names = (
+        "notes.txt",
+        "results.json",
+        "vocabulary.bin",
+        "adapter.safetensors",
+        "model_card.md",
+        "model.txt",
+        "tokens.md",
+        "README.md",
+    )
+    notes = [folder / name for name in names]
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for path in notes:
@@ -200,13 +210,15 @@ def arguments_given(has_gpu: bool, **given) -> dict:
         for owner in (module, transformers):
             if hasattr(owner, "TrainingArguments"):
                 stack.enter_context(mock.patch.object(owner, "TrainingArguments", note))
-        stack.enter_context(mock.patch.dict(os.environ, {"WORLD_SIZE": "4", "RANK": "1", "WANDB_API_KEY": "0" * 40}))
+        stack.enter_context(
+            mock.patch.dict(os.environ, {"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1", "WANDB_API_KEY": "0" * 40})
+        )
         stack.enter_context(mock.patch.object(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: False))
         stack.enter_context(mock.patch.object(torch.cuda, "is_available", lambda: has_gpu))
-        stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: int(has_gpu)))
+        stack.enter_context(mock.patch.object(torch.cuda, "device_count", lambda: 4 * has_gpu))
         stack.enter_context(mock.patch.object(torch.accelerator, "is_available", lambda: has_gpu))
-        stack.enter_context(mock.patch.object(torch.accelerator, "device_count", lambda: int(has_gpu)))
-        stack.enter_context(mock.patch.object(hardware, "gpu_count", lambda: int(has_gpu)))
+        stack.enter_context(mock.patch.object(torch.accelerator, "device_count", lambda: 4 * has_gpu))
+        stack.enter_context(mock.patch.object(hardware, "gpu_count", lambda: 4 * has_gpu))
         for name in [name for name in os.environ if name.startswith("WANDB") and name != "WANDB_API_KEY"]:
             del os.environ[name]  # or what an earlier call has set would not be seen
         before = dict(os.environ)
@@ -257,9 +269,11 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int, long_
         return answer(_says(texts, tokenizer, prompts), tokenizer, asked, **given)
 
     ending = answer(_writes(end_at_the_third), tokenizer, prompts, max_new_tokens=max_new_tokens)
-    scripted = answered([SCRIPT], prompts, max_new_tokens=32)
+    model = _says([SCRIPT], tokenizer, prompts)
+    model.generation_config.eos_token_id = tokenizer(SCRIPT)["input_ids"][4]
+    scripted = answer(model, tokenizer, prompts, max_new_tokens=48)
     at_once = answered([""], prompts, max_new_tokens=max_new_tokens)
-    different = answered(list(SCRIPTS), prompts, max_new_tokens=32)
+    different = answered(list(SCRIPTS), prompts, max_new_tokens=40)
     default, long = answered([ENDLESS], prompts[:1]), answered([ENDLESS], prompts[:1], max_new_tokens=100)
     whole = answer(_says(["all of it", "a part"], tokenizer, [long_prompt]), tokenizer, [long_prompt], max_new_tokens=8)
     model = load_model()
@@ -281,11 +295,29 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int, long_
     return answers | after | {"different": different, "default": default, "long": long}
 
 
-SCRIPT = " The oak , it is.\n\nQuestion: a Answer: b \n"
+SCRIPT = "\t The oak , it is.\n\nQuestion: a Answer: b \r\n\u00a0\t"
 """White space at both ends, and what might be taken for the end of an answer."""
 ENDLESS = " one two" * 60
-SCRIPTS = (" tea <unk> oak", ' "I came", he said', " Zürich Context: 東京", " one two three four five six seven", "")
+SCRIPTS = (" tea <unk> oak", ' "I came", he said', " Zürich Context: 東京, 10² ﬁ", " one two three four five six seven", "")
 """Of different lengths, with characters of several tokens, and with what might be taken off."""
+
+
+def placed_next_to_a_gpu(prompts: list[list[int]]) -> dict:
+    """Task 1.7: where the inputs of `model.generate` are, of a model that says it is on a GPU, and whether a time limit is given to it."""
+    tokenizer, model, seen = load_tokenizer(), load_model(), {}
+    with pretended.gpu() as gpu:
+
+        def generate(inputs=None, **given):
+            given["input_ids"] = ids = given.get("input_ids", inputs)
+            on = {name: "gpu" if gpu.holds(given[name]) else "cpu" for name in ("input_ids", "attention_mask") if name in given}
+            limits = [given.get("max_time"), getattr(given.get("generation_config"), "max_time", None)]
+            seen.update(on=on, max_time=any(limits))
+            return torch.cat([ids, torch.full_like(ids[:, :1], tokenizer.eos_token_id)], 1)
+
+        on_gpu = property(lambda self: pretended.GPU)
+        with mock.patch.object(type(model), "device", on_gpu), mock.patch.object(model, "generate", generate):
+            switch.import_exercise("lab01_baseline").generate_answers(model, tokenizer, prompts)
+    return seen
 
 
 def _says(texts: list[str], tokenizer, prompts: list[list[int]]):

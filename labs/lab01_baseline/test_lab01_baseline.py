@@ -11,7 +11,7 @@ from shardlab.milestones.agreement import agree_as_recorded
 from shardlab.milestones.launches import ranks_come_back
 from shardlab.milestones.messages import require, require_equal, require_error
 from shardlab.milestones.small_runs import zero_config
-from shardlab.run.experiment import Experiment
+from shardlab.run.experiment import Experiment, program_of
 
 PROGRAMS = "labs/lab01_baseline/programs.py"
 IGNORED = -100
@@ -52,7 +52,8 @@ def test_prompt_has_the_course_format(lab):
         expected="white space around the question and the context stripped",
         got=repr(got),
     )
-    for kept in ("1914–1918", "Kon\u00adstanz", "a\u200bb", "a\ufeffb"):
+    for kept in ("1914–1918", "Kon\u00adstanz", "a\u200bb", "a\ufeffb", "QUESTION or CONTEXT", "context, question", "word " * 9000):
+        kept = kept.strip()
         wanted = f"Question: {kept}? Context: It is {kept}. Answer:"
         of = f"format_prompt() with {kept!a} in question and context: what is within them stays"
         require_equal(lab.format_prompt(f"{kept}?", f"It is {kept}."), wanted, of=of)
@@ -106,10 +107,26 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
     long_word = "Antidisestablishmentarianism was tried."
     got = tokenizer.decode(lab.encode_prompt(tokenizer, QUESTION, long_word, length(0)))
     require_equal(got, lab.format_prompt(QUESTION, ""), of=f"encode_prompt(…, {long_word!r}, {length(0)}): no word of it fits")
-    require_error(
-        lambda: lab.encode_prompt(tokenizer, QUESTION, CONTEXT, length(0) - 1),
-        ValueError,
-        expected=f"ValueError for {length(0) - 1} tokens: the prompt without any context has {length(0)}",
+    for most in (length(0) - 1, 0, -1, -400):
+        require_error(
+            lambda most=most: lab.encode_prompt(tokenizer, QUESTION, CONTEXT, most),
+            ValueError,
+            expected=f"ValueError for max_tokens={most}: the prompt without any context has {length(0)}",
+        )
+    address = f"See https://orvik.example/{'/'.join(f'a{number}b' for number in range(60))} for the mill, or ask."
+    whole_of = len(tokenizer(lab.format_prompt(QUESTION, address))["input_ids"])
+    got = tokenizer.decode(lab.encode_prompt(tokenizer, QUESTION, address, whole_of - 1))
+    require_equal(
+        got,
+        lab.format_prompt(QUESTION, address.rpartition(" ")[0]),
+        of=f"encode_prompt() of a context with a word of many tokens, cut to {whole_of - 1} of its {whole_of}: one word less",
+    )
+    many_words = " ".join(["oak"] * 24_000)
+    require(
+        len(lab.encode_prompt(tokenizer, QUESTION, many_words, 10**6))
+        == len(tokenizer(lab.format_prompt(QUESTION, many_words))["input_ids"]),
+        expected="the whole prompt of 24,000 words, which fits into 1,000,000 tokens",
+        got="less of it",
     )
     got = lab.observe(f"{PROGRAMS}:with_another_tokenizer", VOCABULARY, QUESTION, CONTEXT)
     require_equal(
@@ -222,7 +239,8 @@ def test_labels_teach_only_the_answer(lab, tokenizer, model):
         "1832",
         " oak ",
         "the <unk> there",
-        " ".join(["oak"] * 900),
+        "a <s> there",
+        " ".join(["oak"] * 2200),
     ]
     for answer in answers:
         taught = [*tokenizer(" " + answer)["input_ids"], tokenizer.eos_token_id]
@@ -248,6 +266,14 @@ def test_labels_teach_only_the_answer(lab, tokenizer, model):
     got = lab.encode_example(tokenizer, QUESTION, articles, "oak", 4090 + len(taught) + 1)
     require_equal(
         list(got["input_ids"]), [*start, *taught, tokenizer.eos_token_id], of="encode_example(…) of 4,000 tokens: input_ids"
+    )
+    articles = " ".join([CONTEXT] * 180)
+    start = list(lab.encode_prompt(tokenizer, QUESTION, articles, 10**6))
+    got = lab.encode_example(tokenizer, QUESTION, articles, "oak", len(start) + 100)
+    require_equal(
+        len(got["input_ids"]),
+        len(start) + len(taught) + 1,
+        of=f"encode_example(…) of {len(start):,} tokens, which fit: their number",
     )
     got = lab.observe(f"{PROGRAMS}:with_another_tokenizer", VOCABULARY, QUESTION, CONTEXT, "Mera nobody Vond")
     prompt, taught = [*ids_of(f"Question: {QUESTION} Context: {CONTEXT} Answer:")], [*ids_of("Mera <unknown> Vond"), END]
@@ -320,21 +346,22 @@ def test_batch_is_padded_to_its_longest_example(lab, model):
         expected=f"the loss that the examples have one by one, {mean:.4f}",
         got=f"{together:.4f}",
     )
-    more = [row | {"id": 7, "question": "Who?", "token_type_ids": [0] * len(row["input_ids"])} for row in rows]
+    others = ("token_type_ids", "position_ids", "attention_mask", "special_tokens_mask", "labels_mask")
+    more = [row | {"id": 7, "question": "Who?"} | {name: [0] * len(row["input_ids"]) for name in others} for row in rows]
     require_equal(
         {name: tensor.tolist() for name, tensor in lab.collate(more, pad).items()},
         {name: tensor.tolist() for name, tensor in batch.items()},
-        of="collate() of the same examples with an 'id', a 'question' and 'token_type_ids', which no batch has",
+        of=f"collate() of the same examples with an 'id', a 'question', and {', '.join(others)} of zeros: none of it gets into the batch",
     )
     for token in range(12):
         got = lab.collate([{"input_ids": [token, 5], "labels": [token, 5]}], pad)
         require_equal(got["input_ids"].tolist(), [[token, 5]], of=f"input_ids of batch number {token + 1} of one shape")
-    long = [{"input_ids": list(range(n)), "labels": [IGNORED] * n} for n in (5, 9)]
+    long = [{"input_ids": list(range(n)), "labels": [IGNORED] * n} for n in (5, 9000)]
     with lab.elsewhere():
         got = lab.collate(long, 3)
     require_equal(
         {name: [str(tensor.device), list(tensor.shape)] for name, tensor in got.items()},
-        {name: ["cpu", [2, 9]] for name in ("input_ids", "attention_mask", "labels")},
+        {name: ["cpu", [2, 9000]] for name in ("input_ids", "attention_mask", "labels")},
         of="collate() on a machine with a GPU: device and shape",
     )
     agree_as_recorded(lab.collate, __file__, "1.4", "collate{}")
@@ -344,7 +371,14 @@ def test_batch_is_padded_to_its_longest_example(lab, model):
 def test_training_arguments_are_those_of_the_course(lab, tmp_path):
     from transformers import TrainingArguments
 
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "model.safetensors").write_text("of a run before")
     arguments = lab.training_arguments(str(tmp_path))
+    require(
+        (tmp_path / "checkpoint-7" / "model.safetensors").exists(),
+        expected="the folder of the checkpoints left as it is: only arguments are made",
+        got="the checkpoint of an earlier run is gone",
+    )
     wanted = {
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 8,
@@ -427,6 +461,14 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
             {"max_steps": 5},
             {"precision": "bf16"},
             {"precision": "fp16"},
+            *(
+                {name: 7}
+                for name in ("seed", "eval_steps", "save_steps", "logging_steps", "warmup_steps", "per_device_eval_batch_size")
+            ),
+            {"learning_rate": 1e-3},
+            {"weight_decay": 0.0},
+            {"report_to": "tensorboard"},
+            {"use_cpu": True},
         ):
             given = lab.observe(f"{PROGRAMS}:arguments_given", has_gpu, **overrides)
             others = sorted({*given, *without} - {*overrides, "bf16", "fp16"})
@@ -460,7 +502,7 @@ def test_training_arguments_are_those_of_the_course(lab, tmp_path):
         mixed = lab.training_arguments(str(tmp_path), precision=precision)
         got = {"bf16": mixed.bf16, "fp16": mixed.fp16}
         require_equal(got, {"bf16": precision == "bf16", "fp16": precision == "fp16"}, of=f"training_arguments(…, {precision!r})")
-    for unknown in ("fp8", "BF16", "tf32", "float16", "f16", "p32", "16", ""):
+    for unknown in ("fp8", "BF16", "tf32", "float16", "f16", "p32", "16", "", "bf16-mixed", "fp16x", "fp32 ", "mixed-bf16"):
         require_error(
             lambda unknown=unknown: lab.training_arguments(str(tmp_path), precision=unknown),
             ValueError,
@@ -591,7 +633,7 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
     require_equal(together, wanted, of="generate_answers() on the same prompts in one batch")
     twice = lab.generate_answers(model, tokenizer, [*prompts, prompts[0]], max_new_tokens=8)
     require_equal(twice, [*wanted, wanted[0]], of="generate_answers() on a batch that has one prompt twice")
-    long = tokenizer(texts[0] * 40)["input_ids"]
+    long = tokenizer(texts[0] * 72)["input_ids"]
     others = lab.observe(f"{PROGRAMS}:answers_of_other_models", prompts, 8, long)
     ends = [greedy(prompt, 2) for prompt in prompts]
     require_equal(
@@ -625,16 +667,31 @@ def test_batched_answers_equal_single_ones(lab, tokenizer, model):
         expected="no random number drawn, and no seed set: training goes on with the numbers that are next",
         got="another state of Python's, NumPy's or torch's generator",
     )
+    placed = lab.observe(f"{PROGRAMS}:placed_next_to_a_gpu", prompts)
+    require_equal(
+        placed["on"],
+        {"input_ids": "gpu", "attention_mask": "gpu"},
+        of="where the inputs are that model.generate() gets, of a model whose model.device is a GPU",
+    )
+    require(
+        not placed["max_time"],
+        expected="answers that do not depend on how fast a machine is",
+        got="max_time given to model.generate()",
+    )
     require_equal(lab.generate_answers(model, tokenizer, []), [], of="generate_answers() of no prompts")
     many = [prompts[at % len(prompts)] for at in range(41)]
     got = lab.generate_answers(model, tokenizer, many, max_new_tokens=2)
     require_equal(
         got, [greedy(prompt, 2) for prompt in prompts] * 8 + [greedy(prompts[0], 2)], of="generate_answers() of 41 prompts"
     )
-    said = ["The oak , it is.\n\nQuestion: a Answer: b"] * len(prompts)
-    require_equal(others["scripted"], said, of="generate_answers() with a model that says one text to every prompt")
+    said = [program_of(f"{PROGRAMS}:SCRIPT").strip()] * len(prompts)
+    require_equal(
+        others["scripted"],
+        said,
+        of="generate_answers() with a model that says one text to every prompt, of which its own settings call a token the end",
+    )
     lengths = sorted({len(prompt) for prompt in prompts})
-    scripts = ("tea  oak", '"I came", he said', "Zürich Context: 東京", "one two three four five six seven", "")
+    scripts = ("tea  oak", '"I came", he said', "Zürich Context: 東京, 10² ﬁ", "one two three four five six seven", "")
     said = [scripts[lengths.index(len(prompt))] for prompt in prompts]
     require_equal(
         others["different"],
@@ -699,6 +756,15 @@ def test_summary_reads_the_log(lab):
         [0.0, 0.5, 1.0, 2.0],
         of="the epochs of eval_losses, where the second loss is nan",
     )
+    others = [{"epoch": 1.5, "step": 60, "grad_norm": 2.5}, {"memory": 3}]
+    got = lab.summarise_training(
+        [*HISTORY[:4], *others, *HISTORY[4:6], {"loss": 2, "epoch": 2, "step": 80}, others[0], *HISTORY[6:]]
+    )
+    require_equal(
+        got,
+        wanted | {"final_train_loss": 2},
+        of="summarise_training(…) where entries with neither loss nor eval_loss stand between, and the last loss is the number 2",
+    )
     without = lab.summarise_training([entry for entry in HISTORY if "eval_loss" not in entry])
     require(
         without["eval_losses"] == {} and without["eval_samples_per_second"] is None,
@@ -750,6 +816,11 @@ def test_memory_table_keeps_devices_apart(lab, tmp_path):
         mentions=("memory.csv",),
         expected="ValueError for a file without samples",
     )
+    names = ["0", "NA", "null", "1e3", "nan", 'the "big" one', "a, b", "001", ""]
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("seconds", "device", "used_bytes"), *((0.0, name, mib) for name in names)])
+    got = sorted(lab.memory_table(path))
+    require_equal(got, sorted(names), of=f"the devices of memory_table() of a file with the devices {names}")
     hours = 80_000
     lines = (f"{at / 10},gpu{at % 2},{mib * (1 + (at >= hours - 2) + 2 * (at < 4))}\n" for at in range(hours))
     path.write_text("seconds,device,used_bytes\n" + "".join(lines))

@@ -225,6 +225,11 @@ SIZED = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_
 """Batch sizes for two ranks: DeepSpeed wants some."""
 
 
+NESTED: dict = {"lr": "1e-4"}
+for _ in range(60):
+    NESTED = {"a": NESTED}
+
+
 def zero(stage, **more) -> dict:
     return SIZED | {"zero_optimization": {"stage": stage} | more}
 
@@ -260,6 +265,12 @@ BAD = [
     ("nvme without a path", zero(2, offload_optimizer={"device": "nvme"}), True, "nvme_path"),
     ("nvme with an empty path", zero(2, offload_optimizer={"device": "nvme", "nvme_path": ""}), True, "nvme_path"),
     ("nvme with a path that is null", zero(3, offload_param={"device": "nvme", "nvme_path": None}), True, "nvme_path"),
+    *((f"the key {key}", SIZED | {key: 0.1}, True, key) for key in ("learning_rate", "epochs", "amp", "$schema", "//", "seed")),
+    ("a boolean as text", SIZED | {"tensorboard": {"enabled": "true"}}, True, "enabled"),
+    ("a number as text", SIZED | {"wandb": {"enabled": False, "project": "08"}}, True, "project"),
+    ("a number as text", zero(2, reduce_bucket_size="08"), True, "reduce_bucket_size"),
+    ("a number as text, deep inside", SIZED | {"optimizer": {"type": "AdamW", "params": NESTED}}, True, "lr"),
+    ("nvme without a path", zero(0, offload_optimizer={"device": "nvme"}), True, "nvme_path"),
     ("nvme_path in the wrong place", zero(2, nvme_path="/scratch", offload_optimizer={"device": "nvme"}), True, "nvme_path"),
 ]
 GOOD = [
@@ -366,8 +377,16 @@ def test_configuration_survives_a_file(lab, tmp_path):
         ("[1, 2]", ("config.json",)),
         ('{"bf16": {"enabled": true}, "bf16": {"enabled": false}}', ("config.json", "bf16")),
         ('{"zero_optimization": {"stage": 2, "stage": 3}}', ("config.json", "stage")),
-        ('{"zero_optimization": {"stage": 3,}}', ("config.json", "DeepSpeed", "Trainer")),
-        ('{\n  // per GPU\n  "train_micro_batch_size_per_gpu": 4\n}', ("config.json", "DeepSpeed", "Trainer")),
+        *(
+            (text, ("config.json", "only DeepSpeed reads it", "Trainer"))
+            for text in (
+                '{"zero_optimization": {"stage": 3,}}',
+                '{\n  // per GPU\n  "train_micro_batch_size_per_gpu": 4\n}',
+                "{zero_optimization: {stage: 3}}",
+                "gradient_clipping: 1.0",
+                "{'gradient_clipping': 1.0}",
+            )
+        ),
     ):
         path.write_text(broken)
         require_error(
@@ -378,7 +397,7 @@ def test_configuration_survives_a_file(lab, tmp_path):
         )
     for neither in (
         *('{"zero_optimization": {"stage": 3}', '{"zero_optimization": {"stage": 3}}}', '{"a": [1, 2}'),
-        *("[1, 2,]", '[{"stage": 3}, # a list\n]'),
+        *("[1, 2,]", '[{"stage": 3}, # a list\n]', '{"a": 1, // x', '{"zero_optimization": {"stage": 3,} # y', '["a", // b\n{}]'),
     ):
         path.write_text(neither)
         with pytest.raises(ValueError) as refused:
@@ -398,6 +417,9 @@ def test_configuration_survives_a_file(lab, tmp_path):
         expected="the key that is given twice, stage, and no other",
         got=str(refused.value),
     )
+    as_written = {"//": "a note", "nvme_path": "$HOME/nvme", "project": "a\ufeffb", "#": None}
+    path.write_text(json.dumps(as_written, ensure_ascii=False), encoding="utf-8-sig")
+    require_equal(lab.load_config(path), as_written, of=f"load_config() of a file with {as_written!a}: each key and text as it is")
     other = tmp_path / "zero2.fp16"
     lab.save_config(config, other)
     require(
@@ -539,10 +561,13 @@ def test_every_stage_trains_to_the_losses_of_ddp(lab, run_experiments):
     for plain, config, method, added in (
         (text_experiment("one-rank", ranks=1), zero_config(2), "ZeRO-2", "zero-2"),
         (text_experiment("base"), zero_config(0), "ZeRO-0", "zero-0"),
+        (text_experiment("base"), {}, "ZeRO-0", "zero-0"),
+        (text_experiment("base"), zero_config(3), "ZeRO-3+0.5", "zero-3+0.5"),
+        (text_experiment("base"), zero_config(3), "ZeRO-3-with-a-name-that-is-long", "zero-3-with-a-name-that-is-long"),
     ):
         wanted = plain.model_copy(update={"name": f"{plain.name}-{added}", "method": method, "deepspeed": config})
         made = lab.with_deepspeed(plain, config, method)
-        of = f"with_deepspeed(an experiment on {plain.ranks} ranks, stage {config['zero_optimization']['stage']}, {method!r})"
+        of = f"with_deepspeed(an experiment on {plain.ranks} ranks, the configuration {config}, {method!r})"
         require_equal(made.model_dump(), wanted.model_dump(), of=of)
         with lab.elsewhere():
             made = lab.with_deepspeed(plain, config, method)
@@ -588,6 +613,11 @@ def odd_runs(run_experiments) -> dict[str, Run]:
 @pytest.mark.milestone(task="2.5", points=10, section="Who holds what")
 def test_shards_are_padded_as_deepspeed_pads(lab, run_experiments):
     groups = [[7, 5], [3]]
+    for ranks in (1, 2, 4):
+        got = lab.shard_elements(1, [[176_247_271_424]], ranks)
+        require_equal(got, 176_247_271_424 // ranks, of=f"shard_elements(1, [[176247271424]], {ranks}), which divides evenly")
+    got = lab.shard_elements(3, [[0, 5], [0]], 2)
+    require_equal(got, 3, of="shard_elements(3, [[0, 5], [0]], 2): what has no elements has none on a rank")
     for stage, ranks, wanted, why in (
         (0, 2, 15, "nothing is sharded at stage 0"),
         (1, 2, 8, "⌈12 / 4⌉·2 + ⌈3 / 4⌉·2"),
@@ -741,9 +771,25 @@ def test_table_row_reads_the_run_folder(lab, tmp_path):
         {"parameters": 10, "groups": [[10]], "ranks": [ranks[0], ranks[1] | {"host_optimizer": 40, "disk_optimizer": 9}]}
     )
     run.finish()
-    got = lab.comparison_row(Run.read(run.folder))
+    run = Run.read(run.folder)
+    got = lab.comparison_row(run)
     require_equal(got["measured"], 10, of="measured: rank 0 holds 10 bytes of these three, and rank 1 3 of them and 40 on the host")
     require_equal(got["samples_per_second"], None, of="samples_per_second of a run of one step, which warms up and is left out")
+    zero = zero_config(3) | {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    }
+    run = Run.create(text_experiment("offloaded", ranks=2, deepspeed=zero, method="offload", precision="fp32"), tmp_path)
+    run.start()
+    for step in (1, 2):
+        run.log_step(step=step, loss=5.0, samples_per_second=9.0, steps=2)
+    run.write_states({"parameters": 10, "groups": [[10]], "ranks": ranks})
+    run.finish()
+    got = lab.comparison_row(Run.read(run.folder))
+    require_equal(
+        got["predicted"],
+        3000 + 200 + 1,
+        of="predicted, of a run with both offloads: the sum of state_bytes, which knows no offload",
+    )
     lab.replace("state_bytes", bytes_by_all_arguments)
     agree_as_recorded(
         row(lab, tmp_path),
@@ -831,6 +877,10 @@ def test_lowest_stage_that_fits_is_chosen(lab):
         try:
             require(False, expected=words, got=f"stage {lab.choose_stage(parameters, ranks, device * gib, other * gib)}")
         except ValueError as error:
-            numbers = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", str(error))]
-            require(any(abs(number - missing) < 0.06 for number in numbers), expected=words, got=str(error))
+            said = str(error).replace(",", "")
+            numbers = [float(number) for number in re.findall(r"(\d+(?:\.\d+)?) *GiB", said)]
+            require(
+                any(abs(number - missing) < 0.06 for number in numbers), expected=f"{words}, with its unit, GiB", got=str(error)
+            )
+            require("each" in said, expected=f"{words}: the sentence says that it is on each", got=str(error))
     agree_as_recorded(lab.choose_stage, __file__, "2.8", "choose_stage{}, of (parameters, ranks, device_bytes, other_bytes)")

@@ -189,7 +189,7 @@ def lives() -> dict[str, list]:
         executable(bin_folder / "find", find)
 
         def live(number: int, life: Life) -> list:
-            place = Path(folder, "checkpoint-7", f'run {number} of $USER\'s `own` "best"')
+            place = Path(folder, "checkpoint-999", f'run {number} of $USER\'s `own` "best"')
             requeued, script, looks = (
                 Path(folder, f"requeued-{number}"),
                 Path(folder, f"{number}.sh"),

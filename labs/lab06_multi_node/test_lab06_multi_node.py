@@ -80,6 +80,12 @@ def test_node_lists(lab):
             mentions=(f"'{bad}'",),
             expected=f"ValueError for {bad!r} within a list, with that part alone in single quotes",
         )
+    require_error(
+        lambda: lab.expand_nodelist("n1],b[2-3]"),
+        ValueError,
+        mentions=("'n1]'",),
+        expected="ValueError for 'n1],b[2-3]', with the part n1] alone in single quotes",
+    )
     wide = lab.expand_nodelist("ip[010000000007-010000000008],n[000000001]")
     require_equal(
         wide, ["ip010000000007", "ip010000000008", "n000000001"], of="expand_nodelist('ip[010000000007-010000000008],n[000000001]')"

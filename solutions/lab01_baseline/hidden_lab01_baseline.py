@@ -60,7 +60,7 @@ def test_another_long_prompt(lab, tokenizer):  # noqa: F811
         assert len(tokenizer(text)["input_ids"]) <= budget
         assert text.startswith(f"Question: {QUESTION} Context: The mill") and text.endswith("Answer:")
     whole, bare = (len(tokenizer(REFERENCE.format_prompt(QUESTION, context))["input_ids"]) for context in (CONTEXT, ""))
-    exact = [(QUESTION, CONTEXT, budget) for budget in (whole, whole - 1, bare + 1, bare, bare - 1, 0)]
+    exact = [(QUESTION, CONTEXT, budget) for budget in (whole, whole - 1, bare + 1, bare, bare - 1, 0, -1, -90)]
     lab.replace("format_prompt", prompt_as_described)
     lines = CONTEXT.replace(". ", ".\n\n").replace("sisters", "two  sisters,")
     agree(
@@ -235,7 +235,7 @@ def test_other_samples(lab, tmp_path):
         "gpu1": (9.0, 8.0, 7.0),
         "host": (1000.0, 1000.0, 1000.0),
     }
-    names = ["gpu0", "GPU1", "rank0", "rank1", "rank10", "rank11", "rank100", "rank101", "a, b"]
+    names = ["0", "NA", 'the "big" one', "gpu0", "GPU1", "rank0", "rank1", "rank10", "rank11", "rank100", "rank101", "a, b"]
     samples = st.tuples(st.sampled_from(names), st.just(0) | st.integers(0, 2**41) | st.integers(2**41, 2**43))
 
     def same(wanted, got) -> bool:

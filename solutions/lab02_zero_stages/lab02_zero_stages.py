@@ -194,8 +194,8 @@ def load_config(path: str | Path) -> dict:
     Raises:
         ValueError: with a sentence that names the file, for
             a file that is not JSON in UTF-8 (Python's UnicodeDecodeError is a ValueError, and names no file). Where
-            `hjson.loads` reads an object, the sentence says that it is DeepSpeed that reads it, and `Trainer` that does not.
-            Elsewhere it names neither of the two, since neither reads the file;
+            `hjson.loads` reads an object, the sentence says "only DeepSpeed reads it", and that `Trainer` does not. Elsewhere it
+            names neither of the two, since neither reads the file;
             a key given twice in one object; the sentence names the key;
             JSON that is no object. (A missing file raises FileNotFoundError by itself.)
     """
@@ -218,7 +218,7 @@ def load_config(path: str | Path) -> dict:
             lenient = isinstance(hjson.loads(text), dict)
         except ValueError:
             lenient = False
-        why = "DeepSpeed would read it, and Trainer would not: comments, or a comma too many" if lenient else error.msg
+        why = "only DeepSpeed reads it, Trainer does not (comments, or a comma too many)" if lenient else error.msg
         raise ValueError(f"{path}, line {error.lineno}: not JSON: {why}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: a DeepSpeed configuration is a JSON object, {{…}}")
@@ -282,8 +282,9 @@ def state_bytes(stage: int, groups: list[list[int]], ranks: int, precision: str)
     Per element: parameters and gradients take 2 bytes in bf16 and fp16, and 4 in fp32. The optimizer takes 12: the fp32
     master weight and Adam's two moments. (Stage 0 in fp32 steps the parameters themselves and keeps no master: 8.)
     Stage 1 shards the optimizer states, stage 2 the gradients too, stage 3 the parameters too; what is not sharded is
-    held whole. In stages 1 and 2 the whole buffer of parameters is the padded one: ranks × shard elements. Gradients that
-    are held whole (stages 0 and 1) are not padded.
+    held whole. A shard has as many elements as `shard_elements` says of all the groups (task 2.5). In stages 1 and 2 the
+    whole buffer of parameters is the padded one: ranks × shard elements. Gradients that are held whole (stages 0 and 1)
+    are not padded.
 
     Args:
         stage: 0 to 3.
@@ -361,7 +362,8 @@ def choose_stage(parameters: int, ranks: int, device_bytes: int, other_bytes: in
         0, 1, 2 or 3.
 
     Raises:
-        ValueError: not even stage 3 fits. The sentence says how many GiB are missing on each device, with a decimal at least.
+        ValueError: not even stage 3 fits. The sentence says how many GiB are missing on each device, with a decimal at
+            least, such as "10.3 GiB on each".
     """
     # BEGIN SOLUTION 2.8
     for stage in range(4):

@@ -148,6 +148,8 @@ def _settings_of_trainer(trainer) -> dict[str, str]:
     found = {f"args.{name}": str(setting) for name, setting in trainer.args.to_dict().items()}
     found |= {name: f"{type(part).__name__} {id(part)}" for name in parts for part in [getattr(trainer, name, None)]}
     found["callbacks"] = str([type(callback).__name__ for callback in trainer.callback_handler.callbacks])
+    found |= {"model.training": str(trainer.model.training), "state.global_step": str(trainer.state.global_step)}
+    found["state.log_history"] = f"{len(trainer.state.log_history)} entries"
     return found | {f"model.{name}": setting for name, setting in _settings_of_model(trainer.model).items()}
 
 
