@@ -121,6 +121,14 @@ def test_long_prompt_loses_context_only(lab, tokenizer):
         lab.format_prompt(QUESTION, address.rpartition(" ")[0]),
         of=f"encode_prompt() of a context with a word of many tokens, cut to {whole_of - 1} of its {whole_of}: one word less",
     )
+    ends_long = address.removesuffix(" for the mill, or ask.")
+    whole_of = len(tokenizer(lab.format_prompt(QUESTION, ends_long))["input_ids"])
+    got = tokenizer.decode(lab.encode_prompt(tokenizer, QUESTION, ends_long, whole_of - 100))
+    require_equal(
+        got,
+        lab.format_prompt(QUESTION, "See"),
+        of=f"encode_prompt() of a context whose last word has many tokens, cut to {whole_of - 100} of its {whole_of}: one word less",
+    )
     many_words = " ".join(["oak"] * 24_000)
     require(
         len(lab.encode_prompt(tokenizer, QUESTION, many_words, 10**6))
