@@ -243,7 +243,7 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int, long_
         of `SCRIPTS` to each; `default`: of one that goes on for ever, where no length is given, and `long`: where 100 tokens are;
         `whole prompt`: of one that looks whether it was given all of a long prompt; `changed`: of one whose weights are others than at
         the call before, and `changed_wanted`, of a copy of it; `padding on the right`: with a tokenizer that pads there, and behind that call
-        whether the model is `left in training` mode and the `random state changed`.
+        whether this model or the one that was in training mode is `left in training` mode, and the `random state changed`.
     """
     answer = watched_exercises("lab01_baseline").generate_answers
     tokenizer, model = load_tokenizer(), load_model()
@@ -253,13 +253,14 @@ def answers_of_other_models(prompts: list[list[int]], max_new_tokens: int, long_
     model = load_model().train()
     engine_runs.set_dropout(model, 0.5)
     training = answer(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    stays_in_training = model.training
     model = load_model().eval()
     random.random(), numpy.random.random(), torch.rand(1)  # so that no generator is where a seed puts it
     state = random_state()
     right = load_tokenizer()
     right.padding_side = "right"
     after = {"padding on the right": answer(model, right, prompts, max_new_tokens=max_new_tokens)}
-    after |= {"left in training": model.training, "random state changed": random_state() != state}
+    after |= {"left in training": model.training or stays_in_training, "random state changed": random_state() != state}
 
     def end_at_the_third(logits, row: int, start: int, written: int) -> None:
         if written >= 2:

@@ -392,7 +392,9 @@ def evaluate(experiment: Experiment, run: Run) -> dict:
         "kind": type(losses[0]).__name__,
     }
 
+    engine.eval()
     _lab().DeepSpeedTrainer(engine).evaluate([not_moved(batch) for batch in batches])
+    facts["training"] = facts["training"] and engine.module.training
     facts["moved"] = all(gather(all(moved)))
     alive: list[int] = []
     outputs: list[weakref.ref] = []

@@ -1389,9 +1389,15 @@ def test_universal_checkpoint_fits_any_number_of_ranks(lab, run_experiments, wor
     shutil.rmtree(workspace / "engine" / "new", ignore_errors=True)
     (workspace / "engine" / "link").unlink(missing_ok=True)
     (workspace / "engine" / "link").symlink_to(source.parent)
-    for parent in (source.parent, f"{source.parent}/new/..", workspace / "engine" / "link"):
+    through_link = workspace / "engine" / "link" / source.name
+    for folder, parent in (
+        (source, source.parent),
+        (source, f"{source.parent}/new/.."),
+        (source, workspace / "engine" / "link"),
+        (through_link, source.parent),
+    ):
         require_error(
-            lambda parent=parent: lab.convert_to_universal(source, str(parent)),
+            lambda folder=folder, parent=parent: lab.convert_to_universal(folder, str(parent)),
             ValueError,
             mentions=(source.name,),
             expected="ValueError that names the checkpoint, where the original lies in the given path",

@@ -173,8 +173,8 @@ class DeepSpeedTrainer:
         nothing predicts it. Batches with few labels must not count as much as batches with many; the loss of a batch without any is
         the mean of nothing, nan, and counts for nothing. (Any other nan is the model's, and the mean is then nan too.) Dropout is
         off while this runs, and on again afterwards. No gradients are kept (`torch.no_grad`), those of an accumulation that has
-        begun stay, and torch's random numbers stay where they are. The model's output is let go of batch by batch: its logits are
-        large.
+        begun stay, and torch's random numbers stay where they are (but for what going through `dataloader` draws). The model's
+        output is let go of batch by batch: its logits are large.
 
         Args:
             dataloader: batches for this rank, on any device, to be gone through once; every rank has equally many, or stage 3
