@@ -1376,7 +1376,8 @@ def test_universal_checkpoint_fits_any_number_of_ranks(lab, run_experiments, wor
         return run_experiments([plan])[name]
 
     best = workspace / "engine" / "of-twelve" / "step-4.best"
-    shutil.rmtree(best.parent, ignore_errors=True)
+    for folder in (best.parent, workspace / "engine" / "of-twelve-universal"):
+        shutil.rmtree(folder, ignore_errors=True)
     found = lab.observe(f"{PROGRAMS}:convert_of_many_ranks", str(best), str(workspace / "engine" / "of-twelve-universal"), 12)
     require_equal(
         found,
