@@ -111,6 +111,23 @@ def test_tokens_of_the_prompt_do_not_depend_on_the_answer(tokenizer):
 # --- random weights and other shapes ----------------------------------------------------------------------------------
 
 
+def test_random_weights_that_do_not_fit_on_the_gpu_are_drawn_on_the_cpu(monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    wanted, drawn, from_config = load_model(random_weights=True, seed=1).state_dict(), [], AutoModelForCausalLM.from_config
+
+    def full_on_the_gpu(config, **settings):
+        drawn.append(config)
+        if len(drawn) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return from_config(config, **settings)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", full_on_the_gpu)
+    found = load_model(random_weights=True, seed=1).state_dict()
+    assert len(drawn) == 2 and all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
 def test_random_weights_follow_the_seed(model):
     first, again, other = (load_model(random_weights=True, seed=seed).state_dict() for seed in (1, 1, 2))
     assert first.keys() == model.state_dict().keys()

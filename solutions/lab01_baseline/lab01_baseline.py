@@ -27,7 +27,7 @@ def format_prompt(question: str, context: str) -> str:
     Returns:
         "Question: <question> Context: <context> Answer:", the parts between single spaces. White space around the question
         and the context is stripped, what is within them stays, line breaks too; and there is none after the last colon: the
-        answer brings its own space.
+        answer brings its own space. (Of an empty context the two spaces around it are left.)
     """
     # BEGIN SOLUTION 1.1
     return f"Question: {question.strip()} Context: {context.strip()} Answer:"
@@ -142,7 +142,7 @@ def training_arguments(output_dir: str, *, precision: str = "fp32", **overrides)
         learning rate 5e-5; weight decay 0.01; evaluation and saving after each epoch, keeping one checkpoint; no
         reporting service (`report_to`), no push to the hub; `use_cpu` where torch sees no GPU. All of these are written out, also
         where `Trainer` has the same by default: defaults change from version to version. All else stays as `Trainer` has it,
-        and the process's environment as it is.
+        and environment variables as they are.
 
     Raises:
         ValueError: an unknown precision; the sentence names it.
@@ -187,7 +187,9 @@ def save_and_reload(trainer: Trainer, tokenizer, folder: str):
         folder: where to save; a model that was saved there before is replaced, and what else lies there stays.
 
     Returns:
-        A new model in fp32 on the CPU, read from the folder, of the class that the folder's `config.json` names (not only BLOOM).
+        A new causal language model in fp32 on the CPU, read from the folder, of the class that the folder's `config.json` names
+        (not only BLOOM). While a ZeRO-3 configuration is in use, `from_pretrained` shards what it reads; the course's
+        `training.train` has let go of it by now, so the model is whole.
     """
     # BEGIN SOLUTION 1.6
     trainer.save_model(folder)

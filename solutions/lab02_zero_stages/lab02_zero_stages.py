@@ -58,8 +58,8 @@ def create_deepspeed_config(stage: int, *, micro_batch: int | str = "auto", accu
         `zero_optimization`: `stage`; with offload, `offload_optimizer` and `offload_param`, each {"device": "cpu",
         "pin_memory": True}; in stage 3, `stage3_gather_16bit_weights_on_model_save`: True, or saving writes no weights;
         `optimizer`, if DeepSpeed makes it: {"type": "AdamW", "params": {"lr": learning_rate, "weight_decay": "auto"}}, and
-        without offload also "torch_adam": True, which spares compiling a fused kernel. With a `learning_rate` that is a
-        number there is no `Trainer` to fill in "auto": leave `weight_decay` out.
+        in `params`, without offload, also "torch_adam": True, which spares compiling a fused kernel. With a `learning_rate`
+        that is a number there is no `Trainer` to fill in "auto": leave `weight_decay` out.
 
     Raises:
         ValueError: a stage other than the numbers 0 to 3 (True and "2" are none); an unknown precision; a `micro_batch`,
@@ -127,7 +127,7 @@ def check_deepspeed_config(config: dict, *, world_size: int, with_trainer: bool 
             over a text that should be a number, its reason does not name the key: look for those first;
             a top-level key that is not in `TOP_LEVEL_KEYS` (`zero_optimisation` would train at stage 0);
             a `zero_optimization` that is no object (true and false are an old form of it);
-            a stage that is no whole number (DeepSpeed takes "3" and true);
+            a stage that is no whole number (DeepSpeed takes "3" and true; "auto" is none either, `Trainer` does not fill it in);
             a number or a boolean written as text ("8", "5e8", "true", "FALSE"), however deep, in lists too;
             an enabled `offload_param` below stage 3. An offload that is null, or whose device is "none" or not given, is none;
             an offload to "nvme" without an `nvme_path`, or with an empty one;
@@ -240,8 +240,8 @@ def with_deepspeed(baseline: Experiment, config: dict, method: str) -> Experimen
 
     Returns:
         The baseline with `deepspeed` and `method` set, at any stage and on any number of ranks, and with the method added to
-        its `name`, in lower case and without spaces, after a hyphen, so that it gets a run folder of its own: "demo" and
-        "ZeRO-2" make "demo-zero-2".
+        its `name`, in lower case and without spaces (hyphens in their place, or nothing), after a hyphen, so that it gets a run
+        folder of its own: "demo" and "ZeRO-2" make "demo-zero-2".
     """
     # BEGIN SOLUTION 2.4
     name = f"{baseline.name}-{method.lower().replace(' ', '-')}"

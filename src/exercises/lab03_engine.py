@@ -146,8 +146,9 @@ class DeepSpeedTrainer:
         The sampler shuffles anew only if it is told the epoch: `dataloader.data_sampler.set_epoch(…)`. After a checkpoint
         was loaded, `samples` says how many sequences to pass over; each batch has micro-batch × ranks of them, over all
         ranks. DeepSpeed's loader starts anew at each `iter()`, and a `for` calls it too: so go through it with one `for`, and
-        pass over inside. Call `restore_random_state` after the passing over, which draws random numbers itself, and before
-        the first step; if no batch is left, before you return, since the next epoch draws from there.
+        pass over inside (a rest of less than a batch, as after a change of ranks, is trained on again). Call
+        `restore_random_state` after the passing over, which draws random numbers itself, and before the first step; if no batch
+        is left, before you return, since the next epoch draws from there.
 
         After each micro-batch `samples` grows. After the last one of an optimizer step, `after_step` is called, and
         training ends if `engine.global_steps` has reached `last_step`, even if that was the epoch's last batch. Otherwise, at the
@@ -274,7 +275,8 @@ def newest_whole(path: str | Path, ranks: int) -> Path:
 def consolidate(folder: str | Path, base_model: str, out: str | Path):
     """Make a plain `transformers` model folder, in fp32, of a checkpoint of ZeRO stages 1 to 3. One process calls this.
 
-    `deepspeed.utils.zero_to_fp32` puts the shards of the master weights together. The model folder also needs the
+    `get_fp32_state_dict_from_zero_checkpoint` in `deepspeed.utils.zero_to_fp32` puts the shards of the master weights together,
+    of the folder of all checkpoints and a tag. The model folder also needs the
     configuration, which the checkpoint does not have, and the tokenizer. All of this happens on the CPU: the machine need not
     have a GPU, and the model need not fit on one.
 

@@ -36,7 +36,7 @@ def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_
         offload_device: "cpu" or "nvme". Below stage 3 DeepSpeed takes "nvme" for "cpu" and does not say so.
         nvme_path: a folder on the disk; ignored with "cpu".
         pin_memory: lock the host's copies into memory, so that the GPU's copy engine can reach them.
-        aio: settings other than those in `AIO`; ignored with "cpu".
+        aio: values other than those that `AIO` has, by its keys; ignored with "cpu".
         largest_parameter: elements of the model's largest parameter; needed for parameters on NVMe, which pass through
             buffers of one size.
         bytes_on_disk: bytes that this machine's ranks will write.

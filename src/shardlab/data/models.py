@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from shardlab.errors import CourseError
@@ -74,15 +75,14 @@ def load_model(name: str = "bloom-tiny", *, precision: str = "fp32", random_weig
             return AutoModelForCausalLM.from_pretrained(model_path(name), dtype=dtype)
         except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(_not_found(name, "weights", error)) from error
+    if torch.cuda.is_available() and not is_deepspeed_zero3_enabled():  # ZeRO-3 places its own parameters
+        # A GPU draws 3 billion numbers in a moment, and the CPU in a minute; what does not fit on the GPU is drawn on the CPU.
+        with contextlib.suppress(torch.OutOfMemoryError), torch.device("cuda"):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(model_config(name), dtype=dtype).cpu()
+        torch.cuda.empty_cache()
     torch.manual_seed(seed)
-    if not torch.cuda.is_available() or is_deepspeed_zero3_enabled():  # ZeRO-3 places its own parameters
-        return AutoModelForCausalLM.from_config(model_config(name), dtype=dtype)
-    # A GPU draws 3 billion numbers in a moment, and the CPU in a minute.
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(model_config(name), dtype=dtype)
-    model.cpu()
-    torch.cuda.empty_cache()
-    return model
+    return AutoModelForCausalLM.from_config(model_config(name), dtype=dtype)
 
 
 def model_config(name: str):
