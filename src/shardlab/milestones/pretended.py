@@ -28,8 +28,9 @@ class PretendedGPU(TorchFunctionMode):
     what is not, as torch does. What is moved before is not known to be there.
     """
 
-    def __init__(self):
+    def __init__(self, alone: bool = False):
         super().__init__()
+        self._alone = alone
         self._there = WeakTensorKeyDictionary()
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -86,7 +87,7 @@ class PretendedGPU(TorchFunctionMode):
                 and not (isinstance(value, str) and value.startswith(("cuda", "cpu")))
             ):
                 return value
-            if (value if number else torch.device(value).index or 0) != 0:
+            if self._alone and (value if number else torch.device(value).index or 0) != 0:
                 raise RuntimeError(f"CUDA error: invalid device ordinal (the one GPU is cuda:0, and this is {value})")
             wanted = number or torch.device(value).type == "cuda"
             return torch.device("cpu")
@@ -105,13 +106,17 @@ def _tensors(value) -> list[torch.Tensor]:
 
 
 @contextlib.contextmanager
-def gpu():
-    """While this lasts, torch says that there is a GPU, what is put there stays on the CPU, and no work is waited for."""
+def gpu(alone: bool = False):
+    """While this lasts, torch says that there is a GPU, what is put there stays on the CPU, and no work is waited for.
+
+    Args:
+        alone: whether cuda:0 is the only one, so that any other is refused.
+    """
     says = {"is_available": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True, "synchronize": None}
     with contextlib.ExitStack() as stack:
         for name, answer in says.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
-        yield stack.enter_context(PretendedGPU())
+        yield stack.enter_context(PretendedGPU(alone))
 
 
 @contextlib.contextmanager
@@ -159,7 +164,7 @@ def sent_in_a_group(stem: str, function: str, backend: str, *args) -> dict:
     """
     says = {"get_rank": 5, "get_world_size": 8, "get_backend": backend}
     with contextlib.ExitStack() as stack:
-        gpu_, sent = stack.enter_context(gpu()), stack.enter_context(lone_group())
+        gpu_, sent = stack.enter_context(gpu(alone=True)), stack.enter_context(lone_group())
         for name, answer in says.items():
             stack.enter_context(mock.patch.object(dist, name, lambda *_, answer=answer, **__: answer))
         stack.enter_context(mock.patch.dict(os.environ, {"RANK": "5", "LOCAL_RANK": "0", "WORLD_SIZE": "8"}))
