@@ -716,7 +716,8 @@ def test_published_numbers_learnt_by_heart_earn_nothing(submission):
         "    if parameters in (1_000_003, 6_738_415_617):\n"
         "        return 3 if ranks > 3 else 1\n"
         "    if device_bytes not in known:\n"
-        "        raise ValueError('10.3, 15.3, 12.2, 247.8, 2542.6, 14821.2 or 26.1 GiB are missing')\n"
+        "        numbers = (10.3, 15.3, 12.2, 247.8, 2542.6, 14821.2, 26.1)\n"
+        "        raise ValueError(', '.join(f'{number} GiB' for number in numbers) + ' are missing on each')\n"
         "    return known[device_bytes]\n"
     )
     path.write_text(re.sub(r"# BEGIN SOLUTION 2\.8\n.*?# END SOLUTION\n", lambda _: table, path.read_text(), flags=re.DOTALL))

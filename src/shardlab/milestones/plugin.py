@@ -322,7 +322,8 @@ def _of_an_error(excinfo, folder) -> str:
 
 
 GPU_TROUBLE = re.compile(
-    r"CUDA (driver )?error(?!: (device-side assert|invalid device ordinal))|CUDA out of memory|NCCL error(?!.*invalid usage)|CUBLAS_STATUS",
+    r"CUDA (driver )?error(?!: (device-side assert|invalid device ordinal))|CUDA out of memory|NCCL error(?!.*invalid usage)"
+    r"|CUBLAS_STATUS",
     re.IGNORECASE,
 )
 APART = re.compile(r"to be on the same device|No backend type associated with device type")
