@@ -150,6 +150,26 @@ def test_links_and_pipes_stay_in_the_box(exchange, tmp_path):
     assert list(exchange.here.iterdir()) == []
 
 
+def test_links_of_the_judge_reach_the_box_and_are_never_read_back(exchange, tmp_path):
+    (exchange.here / "a").mkdir()
+    (exchange.here / "link").symlink_to(exchange.here / "a")
+    (exchange.here / "a" / "back").symlink_to("..")
+    exchange.push()
+    assert (exchange.inside / "link").readlink() == exchange.here / "a"
+    assert str((exchange.inside / "a" / "back").readlink()) == ".."
+    (exchange.inside / "link").unlink()
+    (exchange.inside / "link").symlink_to(tmp_path / "outside")
+    exchange.pull()
+    assert (exchange.here / "link").readlink() == exchange.here / "a"
+    (exchange.here / "link").unlink()
+    (exchange.here / "link").mkdir()
+    (exchange.here / "link" / "one").write_text("1")
+    (exchange.here / "a" / "back").unlink()
+    exchange.push()
+    assert (exchange.inside / "link" / "one").read_text() == "1" and not (exchange.inside / "link").is_symlink()
+    assert list((exchange.inside / "a").iterdir()) == []
+
+
 def test_box_cannot_make_the_judge_write_elsewhere(exchange, tmp_path):
     """The judge writes a/secret and one; in the box somebody has put links in their places."""
     (exchange.inside / "a").symlink_to(tmp_path / "outside")

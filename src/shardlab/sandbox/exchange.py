@@ -22,23 +22,23 @@ class Exchange:
         self._known: dict[str, dict[Path, tuple]] = {}
 
     def push(self) -> None:
-        """What has changed on the judge's side goes into the box."""
-        self._copy(self.here, self.inside)
+        """What has changed on the judge's side goes into the box, links as links: there they lead no further than the box."""
+        self._copy(self.here, self.inside, links=True)
 
     def pull(self) -> None:
-        """What has changed in the box comes out.
+        """What has changed in the box comes out, links excepted.
 
         Raises:
             BoxEnded: more files or bytes than a box may leave.
         """
         self._copy(self.inside, self.here)
 
-    def _copy(self, source: Path, target: Path) -> None:
+    def _copy(self, source: Path, target: Path, links: bool = False) -> None:
         found: dict[Path, tuple] = {}
         known_source = self._known.setdefault(str(source), {})
         known_target = self._known.setdefault(str(target), {})
         total = 0
-        for folder, _, names, folder_fd in os.fwalk(source, follow_symlinks=False):
+        for folder, below, names, folder_fd in os.fwalk(source, follow_symlinks=False):
             relative = Path(folder).relative_to(source)
             if len(relative.parts) > DEPTH:
                 raise BoxEnded(f"folders are {DEPTH} deep")
@@ -47,6 +47,13 @@ class Exchange:
                 if known_source.get(relative) != ("folder",):
                     os.close(_open_folder(target, relative))
                     known_target[relative] = ("folder",)
+            for path in (relative / name for name in below + names if links):
+                try:
+                    found[path] = ("link", os.readlink(path.name, dir_fd=folder_fd))
+                except OSError:
+                    continue  # a folder or a file
+                if known_source.get(path) != found[path]:
+                    _write_link(target, path, found[path][1])
             for name in names:
                 try:
                     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder_fd)
@@ -99,12 +106,7 @@ def _open_below(fd: int, name: str) -> int:
 def _write(root: Path, path: Path, source, status: os.stat_result) -> tuple:
     folder = _open_folder(root, path.parent)
     try:
-        try:
-            os.unlink(path.name, dir_fd=folder)
-        except FileNotFoundError:
-            pass
-        except IsADirectoryError:
-            shutil.rmtree(path.name, dir_fd=folder)
+        _clear(folder, path.name)
         mode = 0o644 | status.st_mode & 0o111
         fd = os.open(path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode, dir_fd=folder)
         with os.fdopen(fd, "wb") as file:
@@ -116,6 +118,24 @@ def _write(root: Path, path: Path, source, status: os.stat_result) -> tuple:
             os.utime(fd, ns=(status.st_mtime_ns, status.st_mtime_ns))
             made = os.fstat(fd)
         return ("file", made.st_size, made.st_mtime_ns, made.st_ino)
+    finally:
+        os.close(folder)
+
+
+def _clear(folder: int, name: str) -> None:
+    try:
+        os.unlink(name, dir_fd=folder)
+    except FileNotFoundError:
+        pass
+    except IsADirectoryError:
+        shutil.rmtree(name, dir_fd=folder)
+
+
+def _write_link(root: Path, path: Path, leads_to: str) -> None:
+    folder = _open_folder(root, path.parent)
+    try:
+        _clear(folder, path.name)
+        os.symlink(leads_to, path.name, dir_fd=folder)
     finally:
         os.close(folder)
 
