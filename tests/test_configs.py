@@ -27,6 +27,11 @@ CASES = {
     "offload null": (zero(stage=3, offload_param=None, offload_optimizer={"device": "cpu"}), True, ""),
     "offload without a device": (zero(stage=3, offload_optimizer={"pin_memory": True}), True, ""),
     "comments": ('{"train_batch_size": 8 // both\n}', True, "only DeepSpeed reads it, Trainer does not"),
+    "a comment, and a key given twice": (
+        '{"train_batch_size": 8, // both\n"train_batch_size": 16}',
+        False,
+        "'train_batch_size' is given twice",
+    ),
     "a comma too many": ('{"train_batch_size": 8,}', True, "only DeepSpeed reads it, Trainer does not"),
     "a note as a key": (json.dumps(SIZED | {"_comment": "two nodes"}), True, "'_comment' is no key"),
     "a key misspelt": (json.dumps(SIZED | {"zero_optimisation": {"stage": 2}}), True, "'zero_optimisation' is no key"),
@@ -42,6 +47,11 @@ CASES = {
     "number as text": (zero(stage=2, reduce_bucket_size="5e8"), False, "reduce_bucket_size is the text '5e8'"),
     "offload_param at stage 2": (zero(stage=2, offload_param={"device": "cpu"}), True, "offload_param needs stage 3"),
     "nvme without a path": (zero(stage=3, offload_param={"device": "nvme"}), True, "has no nvme_path"),
+    "nvme at stage 2": (
+        zero(stage=2, offload_optimizer={"device": "nvme", "nvme_path": "/tmp"}),
+        True,
+        "offload_optimizer goes to nvme, which needs stage 3, not stage 2",
+    ),
     "fp16: true": (json.dumps(SIZED | {"fp16": True}), False, "fp16 is True, and has to be an object"),
     "a key given twice": ('{"train_batch_size": 8, "train_batch_size": 16}', False, "'train_batch_size' is given twice"),
     "a key within misspelt": (zero(stage=2, reduce_bucket_sise=5e8), False, "is it reduce_bucket_size?"),

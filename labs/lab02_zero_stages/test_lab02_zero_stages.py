@@ -262,16 +262,19 @@ BAD = [
     ("offload_param at stage 2", zero(2, offload_param={"device": "cpu"}), True, "offload_param"),
     ("offload_param at stage 2", zero(2, offload_param={"device": "nvme", "nvme_path": "/scratch"}), True, "offload_param"),
     ("nvme without a path", zero(3, offload_param={"device": "nvme"}), True, "nvme_path"),
-    ("nvme without a path", zero(2, offload_optimizer={"device": "nvme"}), True, "nvme_path"),
-    ("nvme with an empty path", zero(2, offload_optimizer={"device": "nvme", "nvme_path": ""}), True, "nvme_path"),
+    ("nvme without a path", zero(3, offload_optimizer={"device": "nvme"}), True, "nvme_path"),
+    ("nvme with an empty path", zero(3, offload_optimizer={"device": "nvme", "nvme_path": ""}), True, "nvme_path"),
+    *(
+        (f"nvme at stage {stage}", zero(stage, offload_optimizer={"device": "nvme", "nvme_path": "/scratch"}), True, "offload_optimizer")
+        for stage in (0, 1, 2)
+    ),
     ("nvme with a path that is null", zero(3, offload_param={"device": "nvme", "nvme_path": None}), True, "nvme_path"),
     *((f"the key {key}", SIZED | {key: 0.1}, True, key) for key in ("learning_rate", "epochs", "amp", "$schema", "//", "seed")),
     ("a boolean as text", SIZED | {"tensorboard": {"enabled": "true"}}, True, "enabled"),
     ("a number as text", SIZED | {"wandb": {"enabled": False, "project": "08"}}, True, "project"),
     ("a number as text", zero(2, reduce_bucket_size="08"), True, "reduce_bucket_size"),
     ("a number as text, deep inside", SIZED | {"optimizer": {"type": "AdamW", "params": NESTED}}, True, "lr"),
-    ("nvme without a path", zero(0, offload_optimizer={"device": "nvme"}), True, "nvme_path"),
-    ("nvme_path in the wrong place", zero(2, nvme_path="/scratch", offload_optimizer={"device": "nvme"}), True, "nvme_path"),
+    ("nvme_path in the wrong place", zero(3, nvme_path="/scratch", offload_optimizer={"device": "nvme"}), True, "nvme_path"),
 ]
 GOOD = [
     (zero(0), False),
@@ -377,6 +380,7 @@ def test_configuration_survives_a_file(lab, tmp_path):
         ("[1, 2]", ("config.json",)),
         ('{"bf16": {"enabled": true}, "bf16": {"enabled": false}}', ("config.json", "bf16")),
         ('{"zero_optimization": {"stage": 2, "stage": 3}}', ("config.json", "stage")),
+        ('{"zero_optimization": {"stage": 2, "stage": 3}} // a note', ("config.json", "stage")),
         *(
             (text, ("config.json", "only DeepSpeed reads it", "Trainer"))
             for text in (

@@ -136,6 +136,8 @@ def edges_of_configurations() -> list[tuple]:
     for part in ("offload_param", "offload_optimizer"):
         zeros += [{"stage": 3, part: {"device": "nvme"} | more} for more in ({}, {"nvme_path": ""}, {"nvme_path": None})]
         zeros += [{"stage": 3, part: {"device": "nvme", "nvme_path": path}} for path in ("/mnt/nvme0", "/autofs/x1", "/true")]
+    for stage in (0, 1, 2):
+        zeros.append({"stage": stage, "offload_optimizer": {"device": "nvme", "nvme_path": "/mnt/nvme0"}})
     zeros += [{"stage": 2, "overlap_comm": text} for text in ("true", "false", "False", True)]
     zeros += [{"stage": 3, "reduce_bucket_size": size} for size in ("auto", "5e8", 5e8)]
     configs = [sized | {"zero_optimization": zero} for zero in zeros]

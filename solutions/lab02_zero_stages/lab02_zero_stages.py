@@ -130,6 +130,7 @@ def check_deepspeed_config(config: dict, *, world_size: int, with_trainer: bool 
             a stage that is no whole number (DeepSpeed takes "3" and true; "auto" is none either, `Trainer` does not fill it in);
             a number or a boolean written as text ("8", "5e8", "true", "FALSE"), however deep, in lists too;
             an enabled `offload_param` below stage 3. An offload that is null, or whose device is "none" or not given, is none;
+            an offload to "nvme" below stage 3, which DeepSpeed takes for "cpu" and does not say so;
             an offload to "nvme" without an `nvme_path`, or with an empty one;
             without `Trainer`: the value "auto" anywhere, however deep, in lists too.
     """
@@ -168,6 +169,8 @@ def check_deepspeed_config(config: dict, *, world_size: int, with_trainer: bool 
         device = offload.get("device", "none")
         if part == "offload_param" and device != "none" and stage != 3:
             raise ValueError(f"zero_optimization.offload_param needs stage 3, not stage {stage}")
+        if device == "nvme" and stage != 3:
+            raise ValueError(f"zero_optimization.{part} goes to nvme, which needs stage 3, not stage {stage}")
         if device == "nvme" and not offload.get("nvme_path"):
             raise ValueError(f"zero_optimization.{part} goes to nvme but has no nvme_path")
     # END SOLUTION
@@ -193,10 +196,11 @@ def load_config(path: str | Path) -> dict:
 
     Raises:
         ValueError: with a sentence that names the file, for
+            a key given twice in one object, in a file with comments too (`hjson.loads` has the same hook); the sentence names the
+            key;
             a file that is not JSON in UTF-8 (Python's UnicodeDecodeError is a ValueError, and names no file). Where
-            `hjson.loads` reads an object, the sentence says "only DeepSpeed reads it", and that `Trainer` does not. Elsewhere it
-            names neither of the two, since neither reads the file;
-            a key given twice in one object; the sentence names the key;
+            `hjson.loads` reads an object, each key given once, the sentence says "only DeepSpeed reads it", and that `Trainer`
+            does not. Where it reads none, the sentence names neither of the two, since neither reads the file;
             JSON that is no object. (A missing file raises FileNotFoundError by itself.)
     """
     # BEGIN SOLUTION 2.3
@@ -215,8 +219,8 @@ def load_config(path: str | Path) -> dict:
         config = json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         try:
-            lenient = isinstance(hjson.loads(text), dict)
-        except ValueError:
+            lenient = isinstance(hjson.loads(text, object_pairs_hook=once), dict)
+        except hjson.HjsonDecodeError:
             lenient = False
         why = "only DeepSpeed reads it, Trainer does not (comments, or a comma too many)" if lenient else error.msg
         raise ValueError(f"{path}, line {error.lineno}: not JSON: {why}") from None

@@ -89,12 +89,15 @@ def test_bytes_of_other_sizes(lab):
         assert got == {"device": model.device, "host": model.host}, (stage, groups, ranks, precision, what)
     ways = st.fixed_dictionaries({}, optional={"optimizer_offload": st.booleans(), "param_offload": st.booleans()})
     number = st.integers(0, 10**6) | st.integers(10**9, 10**12)
-    held = st.fixed_dictionaries({"parameters": number, "gradients": number, "optimizer": number})
-    arguments = st.tuples(st.integers(1, 3), held, number, st.sampled_from(["fp32", "bf16", "fp16"]), ways)
-    states, precisions = {"parameters": 4000, "gradients": 3000, "optimizer": 12000}, ("fp32", "bf16", "fp16")
+    precisions = ("fp32", "bf16", "fp16")
+
+    def given(stage: int, shard: int, parameters: int, gradients: int, *others) -> tuple:
+        return stage, {"parameters": parameters, "gradients": gradients, "optimizer": 12 * shard}, shard, *others
+
+    arguments = st.builds(given, st.integers(1, 3), number, number, number, st.sampled_from(precisions), ways)
     both = [{"optimizer_offload": a, "param_offload": b} for a in (False, True) for b in (False, True)]
     edges = [
-        (stage, states, shard, precision, way)
+        given(stage, shard, 4000, 3000, precision, way)
         for stage in (1, 2, 3)
         for precision in precisions
         for way in [{}, *both]

@@ -50,13 +50,18 @@ def create_offload_config(stage: int, *, optimizer_offload: bool = False, param_
         training ends in "Not enough buffers".
 
     Raises:
-        ValueError: a sentence that names the argument and its value (the path, where it is about that; of an offload that the stage
-            does not allow, the stage): an unknown stage; an unknown device; `param_offload` without stage 3;
-            `optimizer_offload` at stage 0; and, where something is to be offloaded to "nvme": a stage below 3; no `nvme_path`,
-            or an empty one; a path that is no folder, or that cannot be written (try it with a byte, and leave all as it was: root
-            may write where the permissions say no, nobody can on a read-only disk, and on a full one there is room for an empty
-            file); less room on it than `bytes_on_disk`
-            (`shutil.disk_usage`); a key that is not in `AIO`; parameters without `largest_parameter`.
+        ValueError: with a sentence that names the argument and its value (of a path, the path; of an offload that the stage does
+            not allow, the stage), for
+            an unknown stage or device;
+            `param_offload` without stage 3, `optimizer_offload` at stage 0;
+            and, where something is to be offloaded to "nvme":
+            a stage below 3;
+            no `nvme_path`, or an empty one, or a path that is no folder;
+            a folder that cannot be written. Permissions do not tell (root may write, and nobody can on a read-only disk), and a
+            full disk has room for an empty file: write a byte, and leave all as it was;
+            less room on the disk than `bytes_on_disk` (`shutil.disk_usage`);
+            a key that is not in `AIO`;
+            parameters without `largest_parameter`.
 
     Source: https://www.deepspeed.ai/docs/config-json/, and deepspeed 0.19.8, `runtime/zero/offload_config.py`.
     """
