@@ -1,4 +1,4 @@
-"""The course's models by name: bloom-tiny, which is shipped, and BLOOM from the hub or a local folder."""
+"""The course's models by name: bloom-tiny and comment-tiny, which are shipped, and others from the hub or a local folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from shardlab.errors import CourseError
 
 BLOOM_TINY = Path(__file__).parent / "shipped" / "bloom_tiny"
+COMMENT_TINY = Path(__file__).parent / "shipped" / "comment_tiny"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 SHAPES = {
@@ -17,6 +18,9 @@ SHAPES = {
     "bigscience/bloom-7b1": {"vocab_size": 250_880, "hidden_size": 4096, "n_layer": 30, "n_head": 32},
 }
 """Shapes by name, for measuring with random weights where the hub cannot be reached."""
+
+ENCODER_SHAPES = {"microsoft/graphcodebert-base": {"vocab_size": 50_265, "max_position_embeddings": 514, "type_vocab_size": 1}}
+"""Of encoders; what is not said is as in `RobertaConfig`: 12 layers of width 768."""
 
 VIT_SHAPES = {
     "vit-tiny": {
@@ -36,12 +40,12 @@ class ModelError(CourseError, ValueError):
 
 
 def model_path(name: str) -> str:
-    """`bloom-tiny` becomes the shipped folder; anything else is a hub name or a folder, as it is."""
-    return str(BLOOM_TINY) if name == "bloom-tiny" else name
+    """`bloom-tiny` and `comment-tiny` become the shipped folders; anything else is a hub name or a folder, as it is."""
+    return str({"bloom-tiny": BLOOM_TINY, "comment-tiny": COMMENT_TINY}.get(name, name))
 
 
 def load_tokenizer(name: str = "bloom-tiny"):
-    """The model's tokenizer. It has BLOOM's special tokens, `<pad>` among them, and pads on the left."""
+    """The model's tokenizer. Those of BLOOM pad on the left, and that of comment-tiny, as RoBERTa's, on the right."""
     from transformers import AutoTokenizer
 
     _no_bars()
@@ -83,6 +87,38 @@ def load_model(name: str = "bloom-tiny", *, precision: str = "fp32", random_weig
         torch.cuda.empty_cache()
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(model_config(name), dtype=dtype)
+
+
+def load_classifier(name: str = "comment-tiny", num_labels: int = 16, *, random_weights: bool = False, seed: int = 0):
+    """An encoder with a head for labels that do not exclude each other, on the CPU, in fp32; under ZeRO-3 each rank has its shards.
+
+    Args:
+        name: `comment-tiny`, a name on the hub such as `microsoft/graphcodebert-base`, or a folder.
+        num_labels: logits per row.
+        random_weights: build the architecture without reading weights.
+        seed: of the head's weights, which are new, and of all where none are read.
+
+    Raises:
+        ModelError: the weights or the configuration cannot be found.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForSequenceClassification, RobertaConfig
+
+    _no_bars()
+    settings = {"num_labels": num_labels, "problem_type": "multi_label_classification"}
+    torch.manual_seed(seed)
+    try:
+        if not random_weights:
+            with _without_report():
+                return AutoModelForSequenceClassification.from_pretrained(model_path(name), dtype=torch.float32, **settings)
+        if name in ENCODER_SHAPES:
+            config = RobertaConfig(**ENCODER_SHAPES[name], **settings)
+        else:
+            config = AutoConfig.from_pretrained(model_path(name), **settings)
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(_not_found(name, "weights", error)) from error
 
 
 def model_config(name: str):
@@ -136,6 +172,20 @@ def parameter_count(model) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 
+@contextlib.contextmanager
+def _without_report():
+    """transformers warns that a classifier's head is new, in twenty lines."""
+    import logging
+
+    reporter = logging.getLogger("transformers.modeling_utils")
+    level = reporter.level
+    reporter.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        reporter.setLevel(level)
+
+
 def _no_bars() -> None:
     """transformers draws a bar for each file that it reads or writes, into notebooks and logs too."""
     from transformers.utils import logging
@@ -146,5 +196,5 @@ def _no_bars() -> None:
 def _not_found(name: str, what: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0]
     remedy = "Give the path of a local copy, or use --random-weights to measure without weights"
-    known = ", ".join(["bloom-tiny", *SHAPES])
+    known = ", ".join(["bloom-tiny", *SHAPES, "comment-tiny", *ENCODER_SHAPES])
     return f"Model '{name}': no {what} found ({reason}). {remedy}. Names known here: {known}."

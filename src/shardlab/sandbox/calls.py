@@ -127,7 +127,7 @@ def _settings_of_model(model) -> dict[str, str]:
     """
     noted = ("dtype", "architectures", "transformers_version")
     found = {f"config.{name}": str(setting) for name, setting in model.config.to_dict().items() if name not in noted}
-    if model.generation_config is not None:
+    if getattr(model, "generation_config", None) is not None:
         found |= {f"generation_config.{name}": str(setting) for name, setting in model.generation_config.to_dict().items()}
     found |= {f"requires_grad of {name}": str(parameter.requires_grad) for name, parameter in model.named_parameters()}
     return found | {"gradient checkpointing": str(model.is_gradient_checkpointing)}

@@ -83,7 +83,8 @@ SETTINGS = (
 def settings_of_process() -> dict[str, object]:
     """What is set for all of this process now, by name; environment variables as $NAME."""
     found = {setting.name: setting.read(sys.modules[setting.module]) for setting in SETTINGS if setting.module in sys.modules}
-    return found | {f"${name}": value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    # scikit-learn sets variables of OpenMP, KMP_…, when it is imported.
+    return found | {f"${name}": value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "KMP_"))}
 
 
 def put_back(before: dict[str, object]) -> list[tuple[str, object, object]]:
