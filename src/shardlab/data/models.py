@@ -174,16 +174,18 @@ def parameter_count(model) -> int:
 
 @contextlib.contextmanager
 def _without_report():
-    """transformers warns that a classifier's head is new, in twenty lines."""
+    """transformers warns that a head is new, in twenty lines, and that nothing is sharded over tensors, in one as long."""
     import logging
 
-    reporter = logging.getLogger("transformers.modeling_utils")
-    level = reporter.level
-    reporter.setLevel(logging.ERROR)
+    reporters = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    levels = [reporter.level for reporter in reporters]
+    for reporter in reporters:
+        reporter.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        reporter.setLevel(level)
+        for reporter, level in zip(reporters, levels):
+            reporter.setLevel(level)
 
 
 def _no_bars() -> None:

@@ -1,0 +1,436 @@
+"""What the milestones of lab 07 run around the exercises: trainings by the loop and by `Trainer`, and what passes in them."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from shardlab import switch
+from shardlab.data.comments import UNKNOWN, comments
+from shardlab.data.models import load_classifier, load_tokenizer
+from shardlab.milestones.exercises import watched_exercises
+from shardlab.run.collectives import rank
+from shardlab.run.experiment import Experiment
+from shardlab.run.multilabel import Collator, Encoded, EpochOrder, TrainingConfig, TrainParams, train_by_hand
+from shardlab.run.run_folder import Run
+
+STEM = "lab07_custom_trainer"
+
+
+def exercises():
+    return watched_exercises(STEM)
+
+
+# --- what is trained ------------------------------------------------------------------------------------------------
+
+
+class Entries(nn.Module):
+    """Binary cross-entropy of each entry, the milestones' own."""
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        unknown = labels == UNKNOWN
+        targets = labels.masked_fill(unknown, 0).to(logits.dtype)
+        return functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").masked_fill(unknown, 0)
+
+
+def rows_of(count: int) -> Encoded:
+    """Comments of which every fifth lacks most of its labels, so that batches differ in how many they have."""
+    rows = comments("train", count)
+    for number, row in enumerate(rows):
+        if number % 5 == 0:
+            row["labels"] = [UNKNOWN] * 12 + row["labels"][12:]
+    return Encoded(rows, load_tokenizer("comment-tiny"), 64)
+
+
+def plain_model() -> nn.Module:
+    """comment-tiny without dropout, always with the same head."""
+    model = load_classifier("comment-tiny", 16)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def collator() -> Collator:
+    return Collator(load_tokenizer("comment-tiny").pad_token_id)
+
+
+def hand(params: dict, count: int) -> list[float]:
+    """The losses of the loop. Nothing of the exercises is in it."""
+    return train_by_hand(plain_model(), rows_of(count), collator(), Entries(), TrainParams(**params))
+
+
+# --- Trainer on ranks -----------------------------------------------------------------------------------------------
+
+
+def own_settings(experiment: Experiment, run: Run) -> TrainingArguments:
+    """The settings of the loop, the milestones' own."""
+    return TrainingArguments(
+        output_dir=str(run.folder / "trainer"),
+        per_device_train_batch_size=experiment.micro_batch,
+        gradient_accumulation_steps=experiment.accumulation,
+        num_train_epochs=experiment.epochs,
+        learning_rate=experiment.learning_rate,
+        weight_decay=experiment.weight_decay,
+        max_grad_norm=experiment.clipping,
+        optim="adamw_torch",
+        seed=experiment.seed,
+        remove_unused_columns=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        deepspeed=experiment.deepspeed,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+
+
+class PlainTrainer(Trainer):
+    """With the right loss and the loop's order: where the settings are judged."""
+
+    model_accepts_loss_kwargs = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
+
+    def _get_train_sampler(self, train_dataset=None):
+        return EpochOrder(len(self.train_dataset), self.args.seed, self.args.per_device_train_batch_size * self.args.world_size)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"]
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        return Entries()(outputs.logits, labels).sum() / num_items_in_batch * self.accelerator.num_processes
+
+
+def config_of(experiment: Experiment, deepspeed: str | None = None) -> TrainingConfig:
+    names = {"batch_size": "micro_batch", "grad_accum": "accumulation", "lr": "learning_rate"}
+    params = {name: getattr(experiment, field) for name, field in names.items()}
+    params |= {"weight_decay": experiment.weight_decay, "clipping": experiment.clipping, "seed": experiment.seed}
+    return TrainingConfig(train_params=TrainParams(epochs=int(experiment.epochs), **params), deepspeed=deepspeed)
+
+
+def losses_of(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def by_settings(experiment: Experiment, run: Run) -> dict:
+    """Task 7.2: losses of a `Trainer` with the exercise's settings. `options`: `file`, a DeepSpeed configuration's path."""
+    config = config_of(experiment, experiment.options.get("file"))
+    arguments = exercises().trainer_arguments(config, run.folder / "trainer", disable_tqdm=True)
+    rows = rows_of(experiment.train_examples)
+    trainer = PlainTrainer(model=plain_model(), args=arguments, train_dataset=rows, data_collator=collator())
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return {"losses": losses_of(trainer), "deepspeed": trainer.is_deepspeed_enabled}
+
+
+class Look(TrainerCallback):
+    """What lies in the gradients before the first step, and whether the embeddings are where they were."""
+
+    def __init__(self, model: nn.Module):
+        self.before = model.get_input_embeddings().weight.detach().clone()
+        self.gradients, self.moved = {}, None
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **others):
+        if self.moved is None:
+            weight = model.get_input_embeddings().weight.detach()
+            self.moved = int((weight != self.before).sum()) if weight.shape == self.before.shape else -1
+            self.gradients = {name: short(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+
+
+def short(tensor: torch.Tensor) -> list[float]:
+    """A tensor in three numbers: its norm, its sum, and its product with fixed random numbers."""
+    flat = tensor.detach().double().flatten().cpu()
+    draw = torch.Generator().manual_seed(flat.numel())
+    return [flat.norm().item(), flat.sum().item(), (flat @ torch.randn(flat.numel(), generator=draw, dtype=torch.float64)).item()]
+
+
+def by_trainer(experiment: Experiment, run: Run) -> dict:
+    """Tasks 7.3 and 7.4: a training by `CustomTrainer` with the milestones' own settings. `options`: `fgm`, its epsilon;
+    then the loss is the milestones' own."""
+    model = plain_model()
+    look = Look(model) if experiment.deepspeed is None else None
+    weight = model.get_input_embeddings().weight
+    kind, epsilon = exercises().CustomTrainer, experiment.options.get("fgm", 0.0)
+    if epsilon:
+        kind = type("WithOwnLoss", (kind,), {"compute_loss": PlainTrainer.compute_loss})
+    trainer = kind(
+        model=model,
+        args=own_settings(experiment, run),
+        train_dataset=rows_of(experiment.train_examples),
+        data_collator=collator(),
+        callbacks=[look] if look else [],
+        loss=Entries(),
+        fgm_epsilon=epsilon,
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train()
+    except ValueError as error:
+        return {"refused": str(error)}
+    hooks = len(weight._backward_hooks or {})
+    found = {"losses": losses_of(trainer), "hooks": hooks}
+    if look and rank() == 0:
+        found |= {"moved": look.moved, "gradients": look.gradients}
+    return found
+
+
+def fgm_gradients(count: int, micro_batch: int, accumulation: int, epsilon: float, seed: int) -> dict:
+    """The gradients of the first step by FGM on one rank, in three numbers each. Nothing of the exercises is in it."""
+    model, rows, collate = plain_model(), rows_of(count), collator()
+    model.train()
+    weight, numbers = model.get_input_embeddings().weight, list(EpochOrder(count, seed, micro_batch))
+    batches = [collate([rows[n] for n in numbers[b * micro_batch : (b + 1) * micro_batch]]) for b in range(accumulation)]
+    given = sum((batch["labels"] != UNKNOWN).sum() for batch in batches)
+    total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+
+    def add(batch) -> torch.Tensor:
+        model.zero_grad()
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        (Entries()(logits, batch["labels"]).sum() / given).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                total[name] += parameter.grad
+        return weight.grad.clone()
+
+    for batch in batches:
+        gradient, kept = add(batch), weight.detach().clone()
+        with torch.no_grad():
+            weight.add_(epsilon * gradient / gradient.norm())
+        add(batch)
+        with torch.no_grad():
+            weight.copy_(kept)
+    return {name: short(gradient) for name, gradient in total.items()}
+
+
+@contextlib.contextmanager
+def lone_trainer(model: nn.Module, **changes):
+    """A `CustomTrainer` of this process alone, for one call."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, report_to="none", use_cpu=True, per_device_eval_batch_size=4, remove_unused_columns=False
+        )
+        yield exercises().CustomTrainer(model=model, args=arguments, data_collator=collator(), loss=Entries(), **changes)
+
+
+def loss_of_batch(number: int | None, unknown: bool) -> dict:
+    """Task 7.3: `compute_loss` called by itself, with and without outputs. `unknown`: no label is known."""
+    batch = collator()([rows_of(8)[n] for n in range(6)])
+    if unknown:
+        batch["labels"] = torch.full_like(batch["labels"], UNKNOWN)
+    model = plain_model().eval()
+    keys, labels, seen = list(batch), batch["labels"].clone(), []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True)
+    with lone_trainer(model) as trainer, torch.no_grad():
+        given = None if number is None else torch.tensor(number)
+        loss = trainer.compute_loss(model, batch, num_items_in_batch=given)
+        both = trainer.compute_loss(model, batch, return_outputs=True, num_items_in_batch=given)
+        right = Entries()(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, labels).sum().item()
+    kept = list(batch) == keys and torch.equal(batch["labels"], labels)
+    logits = getattr(both[1], "logits", None) if isinstance(both, tuple) and len(both) == 2 else None
+    return {
+        "loss": float(loss),
+        "second": float(both[0]) if isinstance(both, tuple) else None,
+        "logits": list(logits.shape) if logits is not None else None,
+        "kept": kept,
+        "saw_labels": "labels" in seen[0],
+        "sum": right,
+        "known": int((labels != UNKNOWN).sum()),
+    }
+
+
+# --- pieces ---------------------------------------------------------------------------------------------------------
+
+
+def entries_of(kind: str, settings: dict, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> dict:
+    """Task 7.1: a loss of each entry, and the gradient of their sum by the logits."""
+    given = settings | ({"class_weights": weights} if weights is not None else {})
+    logits = logits.clone().requires_grad_()
+    losses = getattr(exercises(), kind)(**given)(logits, labels)
+    losses.sum().backward()
+    return {"losses": losses.detach(), "gradient": logits.grad}
+
+
+def refused(kind: str, settings: dict) -> str:
+    """Task 7.1: the text of the ValueError; empty without one."""
+    try:
+        getattr(exercises(), kind)(**settings)
+    except ValueError as error:
+        return str(error) or "a ValueError without a text"
+    return ""
+
+
+def arguments_of(values: dict, **overrides) -> dict:
+    """Task 7.2: what the settings say, as plain values."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainingConfig(train_params=TrainParams(**values))
+        found = exercises().trainer_arguments(config, Path(folder, "out"), **overrides)
+        said = {key: value for key, value in found.to_dict().items() if isinstance(value, int | float | str | type(None))}
+        return said | {"inside": Path(found.output_dir).is_relative_to(folder)}
+
+
+def fgm_by_itself(gradient: list[float] | None, dtype: str, epsilon: float) -> dict:
+    """Task 7.4: embeddings before, after `attack` and after `restore`; and after a change and a second `restore`."""
+    model = load_classifier("comment-tiny", 16).to(getattr(torch, dtype))
+    weight = model.get_input_embeddings().weight
+    others = {name: parameter.clone() for name, parameter in model.named_parameters() if parameter is not weight}
+    given = torch.zeros_like(weight, dtype=torch.float32)
+    given[5, :3] = torch.tensor(gradient or [0.0, 0.0, 0.0])
+    before = weight.detach().clone()
+    fgm = exercises().FGM(model, epsilon)
+    fgm.attack(given.to(weight.dtype))
+    moved = (weight.detach().float() - before.float())[5, :3].tolist()
+    elsewhere = int((weight != before).sum()) - int((weight[5, :3] != before[5, :3]).sum())
+    fgm.restore()
+    back = torch.equal(weight, before)
+    with torch.no_grad():
+        weight.add_(1.0)
+    fgm.restore()
+    stays = torch.equal(weight.detach(), before + 1.0)
+    same = all(torch.equal(parameter, others[name]) for name, parameter in model.named_parameters() if name in others)
+    return {"moved": moved, "elsewhere": elsewhere, "back": back, "stays": stays, "same": same}
+
+
+def head(samples: int, dropout: float, training: bool, seed: int) -> dict:
+    """Task 7.5: a head's logits of fixed features; its weights; and how many different masks one forward pass draws."""
+    torch.manual_seed(seed)
+    made = exercises().MultiSampleDropoutHead(64, 7, samples=samples, dropout=dropout).train(training)
+    features = torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(1))
+    linears = [module for module in made.modules() if isinstance(module, nn.Linear)]
+    inputs = []
+    linears[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().clone()))
+    logits = made(features)
+    again = made(features)
+    return {
+        "logits": logits.detach(),
+        "again": again.detach(),
+        "shapes": [list(parameter.shape) for parameter in made.parameters()],
+        "features": features,
+        "weight": linears[0].weight.detach().clone(),
+        "bias": linears[0].bias.detach().clone(),
+        "zeros": (torch.cat([given.reshape(-1, 64) for given in inputs]) == 0).float().mean().item(),
+    }
+
+
+def augmented(ids: list[int], settings: list[dict], busy: bool) -> dict:
+    """Task 7.5: the results of several calls; `busy`: others have drawn random numbers in between."""
+    import random
+
+    import numpy
+
+    random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+    states = (random.getstate(), torch.get_rng_state().clone(), numpy.random.get_state()[1].tolist())
+    if busy:
+        random.random(), torch.rand(1), numpy.random.rand()
+        states = (random.getstate(), torch.get_rng_state().clone(), numpy.random.get_state()[1].tolist())
+    function = exercises().augment
+    results = [function(list(ids), **given) for given in settings]
+    now = (random.getstate(), torch.get_rng_state(), numpy.random.get_state()[1].tolist())
+    drawn = [
+        name
+        for name, a, b in zip(("random", "torch", "numpy"), states, now)
+        if not (torch.equal(a, b) if torch.is_tensor(a) else a == b)
+    ]
+    return {"results": results, "drawn": drawn}
+
+
+def lora(rank_of_update: int, targets: tuple[str, ...], width: int = 0) -> dict:
+    """Task 7.6: trained parameters, calculated and found; the adapted model and the merged one; what a checkpoint holds."""
+    from safetensors.torch import load_file
+
+    lab = switch.import_exercise(STEM)  # unwatched: peft freezes the very model that it is given
+    model = small_encoder(width) if width else load_classifier("comment-tiny", 16)
+    model.eval()
+    calculated = lab.lora_parameters(model, rank_of_update, tuple(targets))
+    batch = load_tokenizer("comment-tiny")(["TODO: a tree", "Returns the list of the node."], padding=True, return_tensors="pt")
+    plain = model(**batch).logits.detach().clone()
+    adapted = lab.add_lora(model, rank_of_update, tuple(targets), alpha=8.0)
+    adapted.eval()
+    trained = {name: parameter.numel() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    first = adapted(**batch).logits.detach().clone()
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+    there = adapted(**batch).logits.detach().clone()
+    merged = lab.merged(adapted)
+    merged.eval()
+    there_again = adapted(**batch).logits.detach().clone()
+    with tempfile.TemporaryDirectory() as folder:
+        adapted.save_pretrained(folder)
+        saved = sum(tensor.numel() for file in Path(folder).glob("*.safetensors") for tensor in load_file(file).values())
+    kinds = {type(module).__module__.split(".")[0] for module in merged.modules()}
+    scales = [module.scaling for module in adapted.modules() if hasattr(module, "lora_A")]
+    return {
+        "calculated": calculated,
+        "trained": sum(trained.values()),
+        "names": sorted(trained),
+        "plain": plain,
+        "first": first,
+        "there": there,
+        "there_again": there_again,
+        "merged": merged(**batch).logits.detach().clone(),
+        "kinds": sorted(kinds),
+        "saved": saved,
+        "scale": scales[0].get("default") if scales else None,
+    }
+
+
+def small_encoder(width: int) -> nn.Module:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 3 * width}
+    return RobertaForSequenceClassification(RobertaConfig(vocab_size=800, num_labels=5, max_position_embeddings=70, **sizes))
+
+
+def lora_refused(targets: tuple[str, ...]) -> str:
+    try:
+        switch.import_exercise(STEM).add_lora(small_encoder(16), 2, tuple(targets))
+    except ValueError as error:
+        return str(error) or "a ValueError without a text"
+    return ""
+
+
+def read_file(name: str, text: str, others: dict[str, str]) -> dict:
+    """Task 7.10: what comes of a YAML file in a folder with others beside it."""
+    with tempfile.TemporaryDirectory() as folder:
+        for other, content in others.items():
+            Path(folder, other).parent.mkdir(parents=True, exist_ok=True)
+            Path(folder, other).write_text(content)
+        path = Path(folder, name)
+        path.write_text(text, encoding="utf-8")
+        try:
+            found = exercises().load_training_config(str(path))
+        except ValueError as error:
+            return {"refused": str(error)}
+        said = found.model_dump()
+        if said["deepspeed"] is not None:
+            said["deepspeed"] = [Path(said["deepspeed"]).is_file(), Path(said["deepspeed"]).name]
+        return {"config": said}
+
+
+def validated(text: str, others: dict[str, str], without: str = "") -> list:
+    """Task 7.11: what is found for a YAML file; `without` is a package that cannot be imported."""
+    import sys
+    from unittest import mock
+
+    import deepspeed  # noqa: F401  # sets a variable of the environment when it is imported
+
+    with tempfile.TemporaryDirectory() as folder:
+        for other, content in others.items():
+            Path(folder, other).write_text(content)
+        path = Path(folder, "config.yaml")
+        path.write_text(text)
+        before = sorted(Path(folder).iterdir())
+        with mock.patch.dict(sys.modules, {without: None} if without else {}):
+            found = exercises().validate_setup(str(path))
+        return [list(pair) for pair in found] + [["left", "" if sorted(Path(folder).iterdir()) == before else "files"]]

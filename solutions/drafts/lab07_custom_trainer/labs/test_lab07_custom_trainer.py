@@ -1,0 +1,726 @@
+"""Milestones of lab 07. The judges are the loop, formulas in float64, and what a training leaves in its gradients."""
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from shardlab.data.comments import UNKNOWN
+from shardlab.milestones.launches import ranks_come_back
+from shardlab.milestones.messages import farthest, require, require_equal, require_error
+from shardlab.milestones.small_runs import zero_config
+from shardlab.run.experiment import Experiment, program_of
+
+PROGRAMS = "labs/lab07_custom_trainer/programs.py"
+ROWS = 50
+PARAMS = {"batch_size": 8, "epochs": 2, "lr": 1e-3, "weight_decay": 0.01, "clipping": 1.0, "seed": 3}
+
+
+def experiment(
+    name: str, program: str, *, ranks: int = 1, accumulation: int = 1, stage: int | None = None, **options
+) -> Experiment:
+    """A training that has 8 rows in all micro-batches together, whatever the ranks."""
+    return Experiment(
+        name=name,
+        program=f"{PROGRAMS}:{program}",
+        ranks=ranks,
+        micro_batch=8 // ranks,
+        accumulation=accumulation,
+        epochs=2,
+        learning_rate=1e-3,
+        seed=3,
+        train_examples=ROWS,
+        deepspeed=None if stage is None else zero_config(stage),
+        save=False,
+        options=options,
+    )
+
+
+def reference(name: str, *given):
+    """A function of programs.py, without anybody's exercises."""
+    return program_of(f"{PROGRAMS}:{name}")(*given)
+
+
+def rounded(values: list[float]) -> list[float]:
+    return [round(value, 5) for value in values]
+
+
+# --- 7.1 ------------------------------------------------------------------------------------------------------------
+
+
+def by_formula(logits, labels, gamma_positive, gamma_negative, clip, smoothing, weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses in float64, and the gradient of their sum."""
+    logits = logits.double().clone().requires_grad_()
+    known = labels != UNKNOWN
+    y = labels.double().masked_fill(~known, 0) * (1 - smoothing) + smoothing / 2
+    p = torch.sigmoid(logits)
+    q = (p - clip).clamp(min=0)
+    positive = -y * (1 - p) ** gamma_positive * torch.nn.functional.logsigmoid(logits)
+    rest = torch.log1p(-q) if clip else torch.nn.functional.logsigmoid(-logits)
+    losses = positive - (1 - y) * q**gamma_negative * rest
+    losses = (losses * (1 if weights is None else weights.double())).masked_fill(~known, 0)
+    losses.sum().backward()
+    return losses.detach(), logits.grad
+
+
+def some_entries(seed: int, rows: int = 6, count: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 2, (rows, count), generator=draw).float()
+    labels[torch.rand(rows, count, generator=draw) < 0.2] = UNKNOWN
+    return 3 * torch.randn(rows, count, generator=draw), labels
+
+
+LOSSES = [
+    ("AsymmetricLoss", {}, (1.0, 4.0, 0.05, 0.0)),
+    ("AsymmetricLoss", {"gamma_positive": 0.0, "gamma_negative": 0.0, "clip": 0.0}, (0.0, 0.0, 0.0, 0.0)),
+    ("AsymmetricLoss", {"gamma_positive": 2.0, "gamma_negative": 3.0, "clip": 0.0}, (2.0, 3.0, 0.0, 0.0)),
+    ("AsymmetricLoss", {"gamma_positive": 0.0, "gamma_negative": 1.5, "clip": 0.2, "label_smoothing": 0.1}, (0.0, 1.5, 0.2, 0.1)),
+    ("FocalLoss", {}, (2.0, 2.0, 0.0, 0.0)),
+    ("FocalLoss", {"gamma": 0.0, "label_smoothing": 0.2}, (0.0, 0.0, 0.0, 0.2)),
+    ("FocalLoss", {"gamma": 1.0}, (1.0, 1.0, 0.0, 0.0)),
+]
+
+
+@pytest.mark.milestone(task="7.1", points=10, section="Losses for labels that are mostly 0")
+def test_losses(lab):
+    weights = torch.tensor([1.0, 0.5, 4.0, 2.0, 0.0])
+    for number, (kind, settings, formula) in enumerate(LOSSES):
+        for given in (None, weights):
+            logits, labels = some_entries(number)
+            shown = f"{kind}({', '.join([f'{k}={v}' for k, v in settings.items()] + ['class_weights=…'] * (given is not None))})"
+            got = lab.observe(f"{PROGRAMS}:entries_of", kind, settings, logits, labels, given)
+            losses, gradient = by_formula(logits, labels, *formula, given)
+            require_equal(list(got["losses"].shape), list(losses.shape), of=f"the shape of what {shown} gives: a loss per entry")
+            require(
+                got["losses"].dtype == torch.float32,
+                expected=f"losses in float32 from {shown} for logits in float32",
+                got=str(got["losses"].dtype),
+            )
+            for name, found, wanted in (("losses", got["losses"], losses), ("gradient", got["gradient"], gradient)):
+                unknown = labels == UNKNOWN
+                require(
+                    not found[unknown].any(),
+                    expected=f"{name} of 0 where the label is UNKNOWN, by {shown}",
+                    got=found[unknown].tolist(),
+                )
+                off = (found.double() - wanted).abs()
+                row, column = divmod(int(off.argmax()), off.shape[1])
+                require(
+                    off.max() < 1e-5,
+                    expected=f"{wanted[row, column]:.6f}: the {name} of {shown} for the logit {logits[row, column]:.3f} and label "
+                    f"{labels[row, column]:.0f}" + (f" and the weight {given[column]:g}" if given is not None else ""),
+                    got=f"{found[row, column]:.6f}",
+                )
+    extreme = torch.tensor([[-2e4, -120.0, -80.0, 0.0], [80.0, 120.0, 2e4, 17.0]])
+    for kind, settings, formula in LOSSES:
+        for label in (0.0, 1.0):
+            got = lab.observe(f"{PROGRAMS}:entries_of", kind, settings, extreme, torch.full_like(extreme, label))
+            require(
+                torch.isfinite(got["losses"]).all() and torch.isfinite(got["gradient"]).all(),
+                expected=f"finite losses and gradients of {kind} with {settings} for {extreme.tolist()} and the label {label:.0f}",
+                got=f"losses {got['losses'].tolist()}, gradients {got['gradient'].tolist()}",
+            )
+            if formula[2] == 0:
+                wanted, _ = by_formula(extreme, torch.full_like(extreme, label), *formula, None)
+                require(
+                    torch.allclose(got["losses"].double(), wanted, rtol=1e-4, atol=1e-6),
+                    expected=f"{wanted.tolist()}: {kind} with {settings} for logits {extreme.tolist()} and the label {label:.0f}",
+                    got=got["losses"].tolist(),
+                )
+    logits, labels = some_entries(40)
+    for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)):
+        got = lab.observe(f"{PROGRAMS}:entries_of", "AsymmetricLoss", {}, logits.to(dtype), labels)["losses"]
+        exact, _ = by_formula(logits.to(dtype), labels, 1.0, 4.0, 0.05, 0.0, None)
+        tolerance = 1e-5 if wanted == torch.float32 else 1e-12
+        require(
+            got.dtype == wanted and (got.double() - exact).abs().max() < tolerance,
+            expected=f"losses computed in {wanted} for logits in {dtype}",
+            got=f"{got.dtype}, off by {(got.double() - exact).abs().max():.1e}",
+        )
+    whole = lab.observe(f"{PROGRAMS}:entries_of", "FocalLoss", {}, logits, labels.long().float())
+    require(
+        torch.isfinite(whole["losses"]).all(), expected="finite losses for labels 0, 1 and UNKNOWN", got=whole["losses"].tolist()
+    )
+    for kind, settings in (
+        ("AsymmetricLoss", {"gamma_positive": -1.0}),
+        ("AsymmetricLoss", {"gamma_negative": 0.5}),
+        ("AsymmetricLoss", {"clip": 1.0}),
+        ("AsymmetricLoss", {"clip": -0.1}),
+        ("AsymmetricLoss", {"label_smoothing": 1.0}),
+        ("FocalLoss", {"label_smoothing": -0.2}),
+    ):
+        ((name, value),) = settings.items()
+        said = lab.observe(f"{PROGRAMS}:refused", kind, settings)
+        require(
+            name in said and str(value) in said,
+            expected=f"ValueError of {kind}({name}={value}), in a sentence that names {name} and {value}",
+            got=said or "no error",
+        )
+
+
+# --- 7.2 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.milestone(task="7.2", points=10, section="What moves where")
+def test_settings(lab, run_experiments, tmp_path, workspace):
+    values = {"batch_size": 6, "grad_accum": 3, "epochs": 5, "lr": 0.002, "weight_decay": 0.1, "clipping": 0.5, "seed": 11}
+    said = lab.observe(f"{PROGRAMS}:arguments_of", values)
+    for name, wanted in (
+        ("per_device_train_batch_size", 6),
+        ("gradient_accumulation_steps", 3),
+        ("num_train_epochs", 5),
+        ("learning_rate", 0.002),
+        ("weight_decay", 0.1),
+        ("max_grad_norm", 0.5),
+        ("seed", 11),
+        ("save_strategy", "no"),
+        ("eval_strategy", "no"),
+        ("logging_strategy", "steps"),
+        ("logging_steps", 1),
+        ("remove_unused_columns", False),
+        ("dataloader_drop_last", False),
+        ("label_smoothing_factor", 0.0),
+    ):
+        require_equal(said.get(name), wanted, of=f"trainer_arguments(config, …).{name}, for {values}")
+    require(said["inside"], expected="output_dir as it was given", got=said["output_dir"])
+    said = lab.observe(f"{PROGRAMS}:arguments_of", values, learning_rate=0.5, save_strategy="epoch", dataloader_drop_last=True)
+    for name, wanted in (("learning_rate", 0.5), ("save_strategy", "epoch"), ("dataloader_drop_last", True)):
+        require_equal(said[name], wanted, of=f"trainer_arguments(config, …, {name}={wanted!r}).{name}: what is given wins")
+    folder = workspace / "configurations"
+    folder.mkdir(exist_ok=True)
+    file = folder / "zero2.json"
+    file.write_text(json.dumps(zero_config(2)))
+    plans = [
+        experiment("settings-1", "by_settings", accumulation=4),
+        experiment("settings-2", "by_settings", ranks=2, accumulation=4),
+    ]
+    plans.append(experiment("settings-zero2", "by_settings", ranks=2, accumulation=4, stage=2, file=str(file)))
+    with ranks_come_back():
+        runs = run_experiments(plans, timeout=90)
+    wanted = reference("hand", PARAMS | {"grad_accum": 4}, ROWS)
+    for name, words in (
+        ("settings-1", "on one rank"),
+        ("settings-2", "on two ranks"),
+        ("settings-zero2", "on two ranks with ZeRO-2"),
+    ):
+        got = runs[name].results
+        require_equal(
+            got["deepspeed"],
+            name == "settings-zero2",
+            of=f"whether DeepSpeed trains, {words}, with `deepspeed` {'a path' if 'zero' in name else 'None'}",
+        )
+        require(
+            farthest(got["losses"], wanted) < 1e-5,
+            expected=f"the loop's losses {rounded(wanted)} from Trainer with these settings, {words}",
+            got=rounded(got["losses"]),
+        )
+
+
+# --- 7.3 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.milestone(task="7.3", points=15, section="A mean over the step, not a mean of means")
+def test_loss_of_a_step(lab, run_experiments):
+    for number, unknown in ((None, False), (57, False), (None, True), (0, True)):
+        got = lab.observe(f"{PROGRAMS}:loss_of_batch", number, unknown)
+        words = f"compute_loss with num_items_in_batch={number}" + ", where no label is known" * unknown
+        wanted = got["sum"] / (number or got["known"] or 1)
+        require(
+            math.isclose(got["loss"], wanted, rel_tol=1e-5, abs_tol=1e-7),
+            expected=f"{wanted:.6f} by {words}: the sum over the batch, {got['sum']:.4f}, over {number or got['known']} labels",
+            got=got["loss"],
+        )
+        require(
+            got["second"] == got["loss"] and got["logits"] == [6, 16],
+            expected=f"the loss and the model's output, by {words} and return_outputs=True",
+            got=f"{got['second']}, logits {got['logits']}",
+        )
+        require(got["kept"], expected=f"the batch as it was, labels included, after {words}", got="another one")
+        require(
+            not got["saw_labels"], expected="a model that is not given the labels: it would compute a loss of its own", got="labels"
+        )
+    cases = [("one", 1, 1, None), ("one-4", 1, 4, None), ("two", 2, 1, None), ("two-4", 2, 4, None), ("two-4-zero2", 2, 4, 2)]
+    with ranks_come_back():
+        runs = run_experiments(
+            [experiment(name, "by_trainer", ranks=ranks, accumulation=steps, stage=stage) for name, ranks, steps, stage in cases],
+            timeout=90,
+        )
+    for name, ranks, steps, stage in cases:
+        wanted = reference("hand", PARAMS | {"grad_accum": steps}, ROWS)
+        got = runs[name].results["losses"]
+        require(
+            farthest(got, wanted) < 1e-5,
+            expected=f"the loop's losses {rounded(wanted)}, on {ranks} rank{'s' * (ranks > 1)} with accumulation {steps}"
+            + f" and ZeRO-{stage}" * (stage is not None)
+            + ", of batches with unequal numbers of labels",
+            got=rounded(got),
+        )
+
+
+# --- 7.4 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.milestone(task="7.4", points=15, section="Adversarial training")
+def test_adversarial_training(lab, run_experiments):
+    for gradient, dtype, wanted in (
+        ([3.0, 0.0, 4.0], "float32", [0.3, 0.0, 0.4]),
+        ([0.0, -2.0, 0.0], "float32", [0.0, -0.5, 0.0]),
+        ([3e-20, 0.0, 4e-20], "float32", [0.3, 0.0, 0.4]),
+        (None, "float32", [0.0, 0.0, 0.0]),
+        ([math.inf, 0.0, 0.0], "float32", [0.0, 0.0, 0.0]),
+        ([math.nan, 0.0, 0.0], "float32", [0.0, 0.0, 0.0]),
+        ([300.0, 0.0, 400.0], "bfloat16", [0.3, 0.0, 0.4]),
+    ):
+        got = lab.observe(f"{PROGRAMS}:fgm_by_itself", gradient, dtype, 0.5)
+        words = f"with ε = 0.5 and the gradient {gradient or 'zero'} in row 5, in {dtype}"
+        require(
+            farthest(got["moved"], wanted) < (1e-6 if dtype == "float32" else 5e-3) and not got["elsewhere"],
+            expected=f"row 5 of the embeddings moved by {wanted}, and nothing else, by attack() {words}",
+            got=f"by {got['moved']}, and {got['elsewhere']} numbers elsewhere",
+        )
+        require(got["back"], expected=f"the very embeddings of before, after restore() {words}", got="others")
+        require(
+            got["stays"], expected="a second restore() that changes nothing: a step may lie between the two", got="the old values"
+        )
+        require(got["same"], expected="all other parameters as they were", got="others")
+    plans = [
+        experiment("fgm-1", "by_trainer", accumulation=3, fgm=0.5),
+        experiment("fgm-2", "by_trainer", ranks=2, accumulation=2, fgm=0.5),
+        *(experiment(f"fgm-zero{stage}", "by_trainer", ranks=2, accumulation=2, stage=stage, fgm=0.5) for stage in (1, 2, 3)),
+        experiment("no-fgm", "by_trainer", ranks=2, accumulation=2, fgm=0.0),
+    ]
+    with ranks_come_back():
+        runs = run_experiments(plans[:-1], timeout=120)
+    for name, words, micro, count in (("fgm-1", "on one rank", 8, 3), ("fgm-2", "on two ranks", 4, 4)):
+        got, wanted = runs[name].results, reference("fgm_gradients", ROWS, micro, count, 0.5, 3)
+        require(
+            got["moved"] == 0,
+            expected=f"the embeddings where they were when the optimizer steps, {words}",
+            got=f"{got['moved']} moved",
+        )
+        require(not got["hooks"], expected=f"no hook left on the embeddings, {words}", got=f"{got['hooks']} hooks")
+        # Clipping scales all gradients alike.
+        scale = got["gradients"]["classifier.dense.weight"][0] / wanted["classifier.dense.weight"][0]
+        for parameter, numbers in wanted.items():
+            found = got["gradients"].get(parameter, [math.nan] * 3)
+            require(
+                all(math.isclose(a, scale * b, rel_tol=1e-3, abs_tol=1e-5) for a, b in zip(found, numbers)),
+                expected=f"the gradients of both passes of each micro-batch in {parameter}, {words}: norm, sum and a product "
+                f"{rounded([scale * n for n in numbers])}",
+                got=rounded(found),
+            )
+    wanted = runs["fgm-2"].results["losses"]
+    for stage in (1, 2):
+        got = runs[f"fgm-zero{stage}"].results.get("losses", [])
+        require(
+            farthest(got, wanted) < 1e-5,
+            expected=f"with ZeRO-{stage} the losses of the run without DeepSpeed, {rounded(wanted)}",
+            got=rounded(got) or runs[f"fgm-zero{stage}"].results,
+        )
+    said = runs["fgm-zero3"].results.get("refused", "")
+    require(
+        "ZeRO-3" in said,
+        expected="ValueError under ZeRO-3, in a sentence that names it",
+        got=said or "no error",
+    )
+
+
+# --- 7.5 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.milestone(task="7.5", points=10, section="Dropout many times, and words that are missing")
+def test_head_and_augmentation(lab):
+    quiet = lab.observe(f"{PROGRAMS}:head", 4, 0.5, False, 0)
+    require_equal(
+        sorted(quiet["shapes"]), [[7], [7, 64]], of="the shapes of the head's parameters, for hidden_size 64 and 7 labels"
+    )
+    exact = quiet["features"][:, 0] @ quiet["weight"].T + quiet["bias"]
+    require(
+        torch.allclose(quiet["logits"], exact, atol=1e-5),
+        expected="in evaluation, one linear layer on the first token's vector, without dropout",
+        got=f"off by {(quiet['logits'] - exact).abs().max():.3f}"
+        if quiet["logits"].shape == exact.shape
+        else list(quiet["logits"].shape),
+    )
+    none = lab.observe(f"{PROGRAMS}:head", 3, 0.0, True, 0)
+    require(
+        torch.allclose(none["logits"], none["features"][:, 0] @ none["weight"].T + none["bias"], atol=1e-5),
+        expected="in training with dropout 0 the same: a mean over the samples, not their sum",
+        got=(none["logits"] / none["again"]).mean().item() if torch.isfinite(none["logits"]).all() else "nan",
+    )
+    spread = {}
+    for samples in (1, 64):
+        got = lab.observe(f"{PROGRAMS}:head", samples, 0.5, True, 1)
+        require(not torch.equal(got["logits"], got["again"]), expected="other masks in each forward pass", got="the same")
+        exact = got["features"][:, 0] @ got["weight"].T + got["bias"]
+        spread[samples] = (got["logits"] - exact).std().item()
+    require(
+        spread[64] < spread[1] / 4,
+        expected=f"the mean over 64 masks to spread an eighth of what one does, {spread[1] / 8:.3f}: a mask for each",
+        got=f"{spread[64]:.3f}",
+    )
+    zeros = lab.observe(f"{PROGRAMS}:head", 16, 0.25, True, 2)["zeros"]
+    require(0.2 < zeros < 0.3, expected="a quarter of the entries dropped with dropout 0.25", got=f"{zeros:.3f}")
+
+    ids, settings = [0, *range(5, 400), 2], {"share": 0.3, "mask_id": 4, "special_ids": {0, 1, 2, 3, 4}, "seed": 5}
+    calls = [settings | {"epoch": epoch, "row": row} for epoch, row in ((0, 0), (1, 0), (0, 1), (0, 0), (1, 1), (0, 11), (11, 0))]
+    calls += [settings | {"epoch": 0, "row": 0, "seed": 6}, settings | {"epoch": 0, "row": 0, "share": 0.0}]
+    calls += [settings | {"epoch": 0, "row": 0, "share": 1.0}]
+    first = lab.observe(f"{PROGRAMS}:augmented", ids, calls, False)
+    results = first["results"]
+    require(
+        not first["drawn"], expected="no random number drawn from torch, numpy or random", got=f"from {', '.join(first['drawn'])}"
+    )
+    again = lab.observe(f"{PROGRAMS}:augmented", ids, calls[::-1], True)["results"][::-1]
+    require(results == again, expected="the same for the same seed, epoch and row, in any order of the calls", got="something else")
+    require(all(len(result) == len(ids) for result in results), expected=f"{len(ids)} ids", got=[len(result) for result in results])
+    for result, given in zip(results, calls):
+        masked = [n for n, (a, b) in enumerate(zip(ids, result)) if a != b]
+        require(
+            all(result[n] == 4 for n in masked) and result[0] == 0 and result[-1] == 2,
+            expected="only mask_id in the place of another token, and special tokens where they were",
+            got=result[:12],
+        )
+        wanted = given["share"] * 395
+        require(
+            abs(len(masked) - wanted) <= (45 if 0 < given["share"] < 1 else 0),
+            expected=f"about {wanted:.0f} of 395 ordinary tokens masked, with share {given['share']}",
+            got=len(masked),
+        )
+    drawn = [(f"seed {given['seed']}, epoch {given['epoch']}, row {given['row']}", result) for given, result in zip(calls, results)]
+    drawn = dict(pair for pair, given in zip(drawn, calls) if given["share"] == 0.3)
+    same = [(one, two) for one, two in itertools.combinations(drawn, 2) if drawn[one] == drawn[two]]
+    require(
+        not same,
+        expected="other tokens masked for another seed, epoch or row",
+        got=f"the same for {' and for '.join(same[0])}" if same else "",
+    )
+
+
+# --- 7.6 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.milestone(task="7.6", points=10, section="LoRA")
+def test_lora(lab):
+    for update, targets, width, wanted in (
+        (4, ("query", "value"), 0, 3 * 2 * 4 * 192 + 96 * 96 + 96 + 96 * 16 + 16),
+        (2, ("query",), 32, 2 * 2 * 64 + 32 * 32 + 32 + 32 * 5 + 5),
+        (3, ("query", "key", "dense"), 32, 3 * 2 * (64 + 64 + 64 + 128 + 128) + 32 * 32 + 32 + 32 * 5 + 5),
+    ):
+        words = f"rank {update} beside {', '.join(targets)}"
+        got = lab.observe(f"{PROGRAMS}:lora", update, targets, width)
+        require_equal(got["calculated"], wanted, of=f"lora_parameters() with {words}")
+        require_equal(got["trained"], wanted, of=f"parameters that are trained after add_lora() with {words}")
+        require_equal(got["saved"], wanted, of=f"numbers in the checkpoint that save_pretrained() writes, with {words}")
+        require_equal(got["scale"], 8.0 / update, of=f"the factor of the update, alpha / rank, with alpha 8 and {words}")
+        require(
+            torch.allclose(got["plain"], got["first"], atol=1e-6),
+            expected=f"before any training the logits of the model as it was, with {words}",
+            got=f"off by {(got['plain'] - got['first']).abs().max():.2e}",
+        )
+        require(
+            not torch.allclose(got["plain"], got["there"], atol=1e-3),
+            expected=f"other logits with other adapters, with {words}",
+            got="the same",
+        )
+        require(
+            torch.allclose(got["merged"], got["there"], atol=1e-5),
+            expected=f"the adapted model's logits from merged(), with {words}",
+            got=f"off by {(got['merged'] - got['there']).abs().max():.2e}",
+        )
+        require("peft" not in got["kinds"], expected="nothing of peft in what merged() returns", got=got["kinds"])
+        require(
+            torch.equal(got["there"], got["there_again"]),
+            expected="the adapted model as it was, after merged()",
+            got=f"logits off by {(got['there'] - got['there_again']).abs().max():.2e}",
+        )
+    said = lab.observe(f"{PROGRAMS}:lora_refused", ("query", "q_proj"))
+    require(
+        "q_proj" in said and "'query'" not in said,
+        expected="ValueError for the target q_proj, which names no layer, in a sentence that names it",
+        got=said or "no error",
+    )
+
+
+# --- 7.7 ------------------------------------------------------------------------------------------------------------
+
+
+def metrics_by_hand(probabilities, labels, names, thresholds) -> dict:
+    """By counting, in Python."""
+    rows, count = len(labels), len(names)
+    thresholds = thresholds if isinstance(thresholds, list) else [thresholds] * count
+    each, areas, nothing, total = [], [], [], [0, 0, 0]
+    for n in range(count):
+        seen = [(probabilities[r][n], labels[r][n]) for r in range(rows) if labels[r][n] != UNKNOWN]
+        hits = [(p >= thresholds[n], y) for p, y in seen]
+        right, wrong, missed = (sum(h == a and y == b for h, y in hits) for a, b in ((True, 1), (True, 0), (False, 1)))
+        total = [a + b for a, b in zip(total, (right, wrong, missed))]
+        if right + missed:
+            precision = right / (right + wrong) if right + wrong else 0.0
+            f1 = 2 * right / (2 * right + wrong + missed)
+            each.append((precision, right / (right + missed), f1))
+        else:
+            nothing.append(names[n])
+        positives, negatives = ([p for p, y in seen if y == kind] for kind in (1, 0))
+        if positives and negatives:
+            pairs = sum((a > b) + 0.5 * (a == b) for a in positives for b in negatives)
+            areas.append(pairs / len(positives) / len(negatives))
+    mean = lambda values: sum(values) / len(values) if values else math.nan
+    right, wrong, missed = total
+    return {
+        "micro_f1": 2 * right / (2 * right + wrong + missed) if right + wrong + missed else 0.0,
+        "macro_f1": mean([f1 for _, _, f1 in each]),
+        "macro_precision": mean([precision for precision, _, _ in each]),
+        "macro_recall": mean([recall for _, recall, _ in each]),
+        "roc_auc": mean(areas),
+        "without_positives": nothing,
+    }
+
+
+def some_predictions(seed: int, rows: int = 40, count: int = 6) -> tuple[list, list]:
+    draw = random.Random(seed)
+    labels = [[draw.choice([0, 0, 0, 1, UNKNOWN]) if n != 4 else 0 for n in range(count)] for _ in range(rows)]
+    for row in labels:
+        row[5] = 1 if row[5] == 0 else row[5]  # no negative
+    grid = [step / 64 for step in range(65)]
+    return [[draw.choice(grid) for _ in range(count)] for _ in range(rows)], labels
+
+
+@pytest.mark.milestone(task="7.7", points=8, section="Metrics")
+def test_metrics(lab):
+    names = ["bug", "todo", "units", "memory", "licence", "summary"]
+    for seed, thresholds in ((1, 0.5), (2, 0.25), (3, [0.1, 0.9, 0.5, 0.3, 0.7, 0.75]), (4, 1.0), (5, [0.0] * 6)):
+        probabilities, labels = some_predictions(seed)
+        given = torch.tensor(thresholds) if isinstance(thresholds, list) else thresholds
+        got = lab.multilabel_metrics(torch.tensor(probabilities), torch.tensor(labels), names, thresholds=given)
+        wanted = metrics_by_hand(probabilities, labels, names, thresholds)
+        require_equal(sorted(got), sorted(wanted), of="the keys of multilabel_metrics()")
+        require_equal(got["without_positives"], wanted["without_positives"], of="without_positives, where label 4 has none")
+        for name in wanted:
+            if name != "without_positives":
+                require(
+                    isinstance(got[name], float) and abs(got[name] - wanted[name]) < 1e-5,
+                    expected=f"{name} {wanted[name]:.5f}, of 40 rows, 6 labels and the thresholds {thresholds}",
+                    got=got[name],
+                )
+    got = lab.multilabel_metrics(torch.tensor([[0.2], [0.6]]), torch.tensor([[0.0], [UNKNOWN]]), ["bug"])
+    require(
+        math.isnan(got["macro_f1"]) and math.isnan(got["roc_auc"]) and got["without_positives"] == ["bug"],
+        expected="nan for a mean over no label, and the label named",
+        got=got,
+    )
+
+
+# --- 7.8 ------------------------------------------------------------------------------------------------------------
+
+
+def f1_at(probabilities: list[float], labels: list[int], threshold: float) -> float:
+    pairs = [(p >= threshold, y) for p, y in zip(probabilities, labels) if y != UNKNOWN]
+    right = sum(hit and y == 1 for hit, y in pairs)
+    return 2 * right / (sum(hit for hit, _ in pairs) + sum(y == 1 for _, y in pairs) or 1)
+
+
+@pytest.mark.milestone(task="7.8", points=8, section="Thresholds")
+def test_thresholds(lab):
+    for column, truth, wanted, why in (
+        ([0.9, 0.12], [1, 0], 0.5, "all from 0.15 to 0.9 are equally good"),
+        ([0.33, 0.12], [1, 0], 0.3, "0.15 to 0.3 are equally good"),
+        ([0.93, 0.72], [1, 0], 0.75, "0.75 to 0.9 are equally good"),
+        ([0.57, 0.52, 0.47, 0.46], [1, 0, 1, 0], 0.45, "0.45 and 0.55 are equally good, and equally near to 0.5"),
+        ([0.02, 0.03], [1, 0], 0.5, "none finds the positive"),
+    ):
+        got = lab.best_thresholds(torch.tensor([column]).T, torch.tensor([truth]).T)
+        require(
+            abs(got[0].item() - wanted) < 1e-4,
+            expected=f"{wanted} for the probabilities {column} with the labels {truth}: {why}",
+            got=round(got[0].item(), 4),
+        )
+    steps = [round(0.05 * n, 2) for n in range(1, 20)]
+    for seed in range(6):
+        draw = random.Random(seed)
+        labels = [[draw.choice([0, 0, 1, UNKNOWN]), int(draw.random() < 0.1), 0, draw.choice([0, 1])] for _ in range(60)]
+        centre = [0.45, 0.2, 0.4, 0.7]
+        probabilities = [
+            [min(1.0, max(0.0, c + (0.15 if y == 1 else -0.1) + draw.gauss(0, 0.15))) for c, y in zip(centre, row)]
+            for row in labels
+        ]
+        got = lab.best_thresholds(torch.tensor(probabilities), torch.tensor(labels).float())
+        require(
+            torch.is_tensor(got) and got.dtype == torch.float32 and list(got.shape) == [4],
+            expected="thresholds [4] in float32",
+            got=repr(got),
+        )
+        for label in range(4):
+            column, truth = ([row[label] for row in table] for table in (probabilities, labels))
+            if not any(y == 1 for y in truth):
+                wanted = 0.5
+            else:
+                best = max(f1_at(column, truth, step) for step in steps)
+                equal = [step for step in steps if f1_at(column, truth, step) > best - 1e-9]
+                wanted = min(equal, key=lambda step: (round(abs(step - 0.5), 4), step))
+            require(
+                abs(got[label].item() - wanted) < 1e-4,
+                expected=f"{wanted} for label {label}, with F1 {f1_at(column, truth, wanted):.4f}",
+                got=f"{got[label].item():.4f}, with F1 {f1_at(column, truth, got[label].item()):.4f}",
+            )
+
+
+# --- 7.9 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.milestone(task="7.9", points=6, section="Folds")
+def test_folds(lab):
+    from shardlab.data.comments import comments
+
+    labels = torch.tensor([row["labels"] for row in comments("train", 400)])
+    positive = labels == 1
+    for folds, seed in ((3, 0), (5, 1)):
+        got = lab.stratified_folds(labels, folds, seed)
+        require_equal(len(got), folds, of=f"the number of folds of stratified_folds(labels, {folds})")
+        held_out = sorted(row for _, validation in got for row in validation)
+        require(
+            held_out == list(range(400)),
+            expected="each of 400 rows in the validation of just one fold",
+            got=f"{len(held_out)} rows",
+        )
+        for number, (training, validation) in enumerate(got):
+            require(
+                sorted([*training, *validation]) == list(range(400)),
+                expected=f"in fold {number} each row in one of the two parts",
+                got=f"{len(training)} and {len(validation)}",
+            )
+            require(
+                training == sorted(training) and validation == sorted(validation) and all(isinstance(row, int) for row in training),
+                expected="the rows' numbers, as int, in the order of the data",
+                got=f"{training[:5]}, {validation[:5]}",
+            )
+            share = positive[validation].sum(0)
+            for label, count in enumerate(positive.sum(0).tolist()):
+                require(
+                    abs(int(share[label]) - count / folds) <= 1.5 + 0.15 * count / folds and share[label] > 0,
+                    expected=f"about {count / folds:.1f} of {count} positives of label {label} in fold {number} of {folds}",
+                    got=int(share[label]),
+                )
+        require(got == lab.stratified_folds(labels, folds, seed), expected="the same folds for the same seed", got="others")
+    require(
+        lab.stratified_folds(labels, 3, 0) != lab.stratified_folds(labels, 3, 7),
+        expected="other folds for another seed",
+        got="the same",
+    )
+    few = torch.zeros(30, 3, dtype=torch.long)
+    few[:10, 0], few[:2, 1], few[5:20, 2] = 1, 1, UNKNOWN
+    for folds, names in ((1, ("1",)), (3, ("1", "2", "3"))):
+        require_error(
+            lambda folds=folds: lab.stratified_folds(few, folds),
+            ValueError,
+            mentions=names,
+            expected=f"ValueError for {folds} folds, where label 1 has 2 positives",
+        )
+    require(
+        len(lab.stratified_folds(few, 2)) == 2, expected="2 folds where a label has 2 positives, and another has none", got="others"
+    )
+
+
+# --- 7.10 -----------------------------------------------------------------------------------------------------------
+
+FULL = """\
+# as before
+model_name: comment-tiny
+num_labels: 12
+max_len: 48
+train_params:
+  batch_size: 8
+  grad_accum: 2
+  lr: 5.0e-4
+  folds: 4
+deepspeed: configs/zero2.json
+"""
+BAD_FILES = [
+    ("num_label: 16\n", ("num_label", "line 1")),
+    ("model_name: a\nnum_labels: '16'\n", ("num_labels", "line 2", "16")),
+    ("train_params:\n  lr: 1e-3\n", ("lr", "line 2", "1e-3")),
+    ("train_params:\n  batch_size: 8\n  batchsize: 8\n", ("batchsize", "line 3")),
+    ("\n\nmax_len: 2\n", ("max_len", "line 3", "2")),
+    ("train_params:\n  # less\n  epochs: 2.5\n", ("epochs", "line 3", "2.5")),
+    ("deepspeed: no/such.json\n", ("deepspeed", "line 1", "no/such.json")),
+    ("train_params: 5\n", ("train_params", "line 1", "5")),
+    ("train_params:\n  seed: true\n", ("seed", "line 2")),
+    ("- a\n- b\n", ()),
+    ("a: [1, 2\n", ()),
+    ("model_name: a\nmax_len: 16\nmodel_name: b\n", ("model_name", "line 3")),
+]
+
+
+@pytest.mark.milestone(task="7.10", points=4, section="A configuration that refuses slips")
+def test_configuration_files(lab):
+    defaults = lab.observe(f"{PROGRAMS}:read_file", "empty.yaml", "", {})
+    require_equal(defaults.get("config", {}).get("model_name"), "comment-tiny", of="model_name of an empty file: the default")
+    got = lab.observe(f"{PROGRAMS}:read_file", "full.yaml", FULL, {"configs/zero2.json": "{}"})
+    require("config" in got, expected="no error for the file in the docstring's form", got=got)
+    config, params = got["config"], got["config"]["train_params"]
+    for name, value, wanted in (
+        ("num_labels", config["num_labels"], 12),
+        ("max_len", config["max_len"], 48),
+        ("train_params.batch_size", params["batch_size"], 8),
+        ("train_params.lr", params["lr"], 5e-4),
+        ("train_params.epochs", params["epochs"], 4),
+        ("deepspeed", config["deepspeed"], [True, "zero2.json"]),
+    ):
+        require_equal(value, wanted, of=f"{name} of a file with 12 labels (deepspeed: whether the path exists, and its name)")
+    before = lab.observe(f"{PROGRAMS}:read_file", "old.yaml", FULL.replace("deepspeed: configs/zero2.json\n", ""), {})
+    require_equal(
+        before.get("config"),
+        config | {"deepspeed": None},
+        of="the same file without its line `deepspeed`: nothing else is different",
+    )
+    for text, names in BAD_FILES:
+        said = lab.observe(f"{PROGRAMS}:read_file", "bad.yaml", text, {}).get("refused", "")
+        missing = [name for name in ("bad.yaml", *names) if name.lower() not in said.lower()]
+        require(
+            not missing,
+            expected=f"ValueError for {text!r}, in a sentence with {', '.join(('bad.yaml', *names))}",
+            got=said or "no error",
+        )
+
+
+# --- 7.11 -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.milestone(task="7.11", points=4, section="A configuration that refuses slips", needs=("7.2", "7.10"))
+def test_set_up_is_looked_at(lab):
+    names = ["configuration", "imports", "deepspeed", "model", "trainer"]
+    good = "train_params:\n  batch_size: 4\n"
+    for words, text, others, without, wanted in (
+        ("a good file", good, {}, "", {"deepspeed": "not used"}),
+        ("a good DeepSpeed file", "deepspeed: z.json\n", {"z.json": '{"train_batch_size": "auto"}'}, "", {}),
+        (
+            "a DeepSpeed file with stage 7",
+            "deepspeed: z.json\n",
+            {"z.json": '{"train_batch_size": 8, "zero_optimization": {"stage": 7}}'},
+            "",
+            {"deepspeed": "stage"},
+        ),
+        ("a DeepSpeed file that is no JSON", "deepspeed: z.json\n", {"z.json": "{"}, "", {"deepspeed": "line 1"}),
+        ("a model that is not there", "model_name: no/such-model\n", {}, "", {"model": "no/such-model", "deepspeed": "not used"}),
+        ("a package that is not there", good, {}, "peft", {"imports": "peft", "deepspeed": "not used"}),
+        (
+            "an unknown key",
+            "num_label: 3\n",
+            {},
+            "",
+            {"configuration": "num_label", "deepspeed": "not looked at", "model": "not looked at", "trainer": "not looked at"},
+        ),
+    ):
+        *found, left = lab.observe(f"{PROGRAMS}:validated", text, others, without)
+        require_equal([name for name, _ in found], names, of=f"the names that validate_setup() gives, for {words}")
+        require_equal(left, ["left", ""], of=f"what lies in the file's folder after validate_setup(), for {words}")
+        for name, reason in found:
+            expected = wanted.get(name, "")
+            require(
+                (expected in reason and "\n" not in reason) if expected else reason == "",
+                expected=f"for {words}: {name} {f'with {expected!r} in one line' if expected else 'without a reason'}",
+                got=reason or "nothing",
+            )

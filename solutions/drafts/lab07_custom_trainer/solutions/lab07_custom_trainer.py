@@ -1,0 +1,636 @@
+"""Lab 07, custom Trainer: a hand-written loop becomes a `Trainer` of your own, and nothing changes that was not meant to.
+
+You complete 11 tasks. `labs/lab07_custom_trainer/train.py` and `train_advanced.py` put them together. The loop that all this
+begins with, its settings and its data are in `src/shardlab/run/multilabel.py`. A function works on the device of what it is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import math
+from pathlib import Path
+
+import torch
+import yaml
+from pydantic import ValidationError
+from torch import nn
+from torch.nn import functional
+from transformers import Trainer, TrainingArguments
+
+from shardlab.data.comments import UNKNOWN
+from shardlab.run.multilabel import EpochOrder, TrainingConfig
+from shardlab.zero.config_verdict import deepspeed_refuses
+
+# --- Task 7.1 -------------------------------------------------------------------------------------------------------
+
+
+class AsymmetricLoss(nn.Module):
+    """Binary cross-entropy that lets easy negatives count less, for labels that are mostly 0.
+
+    With p = σ(logit), the loss of one entry is −(1−p)^γ₊ · log p where the label is 1, and −q^γ₋ · log(1−q) where it
+    is 0, with q = max(p − clip, 0): a negative below `clip` costs nothing at all. With both gammas 0 and `clip` 0 it is
+    binary cross-entropy.
+
+    Label smoothing s takes y·(1−s) + s/2 for a label y, and weighs the two terms with it and with one less it.
+
+    Args:
+        gamma_positive, gamma_negative: 0, or at least 1.
+        clip: from 0 to less than 1.
+        class_weights: a factor per label, of all its entries; [labels].
+        label_smoothing: from 0 to less than 1.
+
+    Raises:
+        ValueError: a number outside of these; the sentence names the argument and its value.
+
+    Source: Ben-Baruch et al., "Asymmetric Loss For Multi-Label Classification", https://arxiv.org/abs/2009.14119, section 2.
+    """
+
+    def __init__(self, gamma_positive: float = 1.0, gamma_negative: float = 4.0, clip: float = 0.05,
+                 class_weights: torch.Tensor | None = None, label_smoothing: float = 0.0):
+        super().__init__()
+        # BEGIN SOLUTION 7.1
+        for name, value in (("gamma_positive", gamma_positive), ("gamma_negative", gamma_negative)):
+            if not (value == 0 or value >= 1):
+                raise ValueError(f"{name} {value}: it is 0, or at least 1")
+        for name, value in (("clip", clip), ("label_smoothing", label_smoothing)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} {value}: it is from 0 to less than 1")
+        self.gamma_positive, self.gamma_negative = gamma_positive, gamma_negative
+        self.clip, self.label_smoothing = clip, label_smoothing
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        # END SOLUTION
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss of each entry, [rows, labels]; nothing is summed up yet.
+
+        Args:
+            logits: [rows, labels], in any floating type. In a half type, the loss is computed in float32.
+            labels: [rows, labels], 0 or 1, and `UNKNOWN` where nobody has said which: there the loss is 0, and its
+                gradient too.
+
+        Returns:
+            Losses in float32, or float64 for logits in float64. Finite for every finite logit, and so are the gradients.
+        """
+        # BEGIN SOLUTION 7.1
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        unknown = labels == UNKNOWN
+        targets = labels.to(logits.dtype).masked_fill(unknown, 0)
+        targets = targets * (1 - self.label_smoothing) + self.label_smoothing / 2
+        log_p, log_not = functional.logsigmoid(logits), functional.logsigmoid(-logits)
+        p, not_p = log_p.exp(), log_not.exp()
+        if self.clip:
+            p = (p - self.clip).clamp(min=0)
+            log_not = (not_p + self.clip).clamp(max=1).log()
+        losses = -(targets * not_p**self.gamma_positive * log_p + (1 - targets) * p**self.gamma_negative * log_not)
+        if self.class_weights is not None:
+            losses = losses * self.class_weights.to(losses)
+        return losses.masked_fill(unknown, 0)
+        # END SOLUTION
+
+
+class FocalLoss(AsymmetricLoss):
+    """Binary cross-entropy that lets easy entries count less, of either label: the asymmetric loss with one gamma, and no clip.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", https://arxiv.org/abs/1708.02002, equation 4.
+    """
+
+    def __init__(self, gamma: float = 2.0, class_weights: torch.Tensor | None = None, label_smoothing: float = 0.0):
+        # BEGIN SOLUTION 7.1
+        super().__init__(gamma, gamma, 0.0, class_weights, label_smoothing)
+        # END SOLUTION
+
+
+# --- Task 7.2 -------------------------------------------------------------------------------------------------------
+
+
+def trainer_arguments(config: TrainingConfig, output_dir: str | Path, **overrides) -> TrainingArguments:
+    """Settings with which `Trainer` does what the loop, `train_by_hand`, does, and DeepSpeed where the configuration names a file.
+
+    Alike are: micro-batch, accumulation and epochs; AdamW with its learning rate, decay and torch's betas; a rate that
+    falls in a straight line to 0, without warm-up; the clipping; the seed. What the loop does not do is off: saving,
+    evaluation, reports to other programs. A loss is logged at each step. `Trainer` keeps all columns of the rows, whatever
+    the model's `forward` takes. Without a GPU it runs on the CPU.
+
+    Args:
+        output_dir: where `Trainer` may write.
+        overrides: arguments of `TrainingArguments`; they win.
+    """
+    # BEGIN SOLUTION 7.2
+    params = config.train_params
+    settings = {
+        "output_dir": str(output_dir),
+        "per_device_train_batch_size": params.batch_size,
+        "gradient_accumulation_steps": params.grad_accum,
+        "num_train_epochs": params.epochs,
+        "learning_rate": params.lr,
+        "weight_decay": params.weight_decay,
+        "max_grad_norm": params.clipping,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "optim": "adamw_torch",
+        "seed": params.seed,
+        "remove_unused_columns": False,
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "report_to": "none",
+        "deepspeed": config.deepspeed,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    return TrainingArguments(**(settings | overrides))
+    # END SOLUTION
+
+
+# --- Tasks 7.3 and 7.4 ----------------------------------------------------------------------------------------------
+
+
+class CustomTrainer(Trainer):
+    """`Trainer` with a loss of one's own, and adversarial training where `fgm_epsilon` is not 0.
+
+    Args:
+        loss: gives the loss of each entry, as `AsymmetricLoss` does.
+        fgm_epsilon: how far `FGM` moves the word embeddings.
+        all others: as `Trainer` has them.
+    """
+
+    def __init__(self, *args, loss: nn.Module, fgm_epsilon: float = 0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.loss, self.fgm_epsilon = loss, fgm_epsilon
+        # With these, transformers 5 counts the labels of a step on all ranks, hands the number to `compute_loss`, and leaves
+        # the loss as it is. By itself it asks the model's `forward` whether it takes more arguments than it names; if not, there
+        # is no number, and each micro-batch's mean is divided by the accumulation: a mean of means.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+
+    def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
+        """The loop's order; `set_epoch` is called by accelerate, which deals the micro-batches to the ranks in turn."""
+        rows = len(self.train_dataset if train_dataset is None else train_dataset)
+        return EpochOrder(rows, self.args.seed, self.args.per_device_train_batch_size * self.args.world_size)
+
+    def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
+        """The loss of a micro-batch, so that the micro-batches and ranks of a step add up to the mean over the step's labels.
+
+        An optimizer step adds up the gradients of a rank's micro-batches, and takes the mean over the ranks. So a micro-batch's
+        loss is the sum over its own entries, divided by the number of labels of the whole step, times the number of ranks.
+
+        Args:
+            model: gives an output with `logits`, [rows, labels].
+            inputs: a batch, with `labels`, which the model is not to see. It stays as it is.
+            num_items_in_batch: how many labels of the whole step, over all micro-batches and ranks, are not `UNKNOWN`. None in an
+                evaluation or a prediction outside of training: then the mean is that of this batch.
+
+        Returns:
+            The loss; with `return_outputs`, the loss and the model's output. 0 where no label is known.
+        """
+        # BEGIN SOLUTION 7.3
+        labels = inputs["labels"]
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        losses = self.loss(outputs.logits, labels)
+        if num_items_in_batch is None:
+            loss = losses.sum() / (labels != UNKNOWN).sum().clamp(min=1)
+        else:
+            loss = losses.sum() / num_items_in_batch.clamp(min=1) * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+        # END SOLUTION
+
+    def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        """The gradients of a micro-batch, twice where `fgm_epsilon` is not 0: of the batch, and of it with moved embeddings.
+
+        `super().training_step(…)` computes the loss and adds its gradients up. In a step's last micro-batch it would ask the
+        other ranks for theirs, and DeepSpeed would take its optimizer step at once. So the first pass goes into
+        `no_step(self, model)`. In the second, DeepSpeed's step is due right after the backward pass, and it must find the
+        embeddings in their place: `before_step(self, fgm.restore)`.
+
+        `FGM` wants the gradient of this micro-batch alone. In `weight.grad` lie those of the micro-batches before it, and under
+        ZeRO-2 nothing: a hook of the tensor, `weight.register_hook(…)`, is given it while it is computed. It is removed afterwards.
+
+        Returns:
+            The loss of the batch as it is, detached.
+        """
+        if not self.fgm_epsilon:
+            return super().training_step(model, inputs, num_items_in_batch)
+        # BEGIN SOLUTION 7.4
+        fgm, gradients = FGM(self.accelerator.unwrap_model(model), self.fgm_epsilon), []
+        hook = fgm.weight.register_hook(lambda gradient: gradients.append(gradient.detach().clone()))
+        try:
+            with no_step(self, model):
+                loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            hook.remove()
+        fgm.attack(gradients[0])
+        with before_step(self, fgm.restore):
+            super().training_step(model, inputs, num_items_in_batch)
+        return loss
+        # END SOLUTION
+
+
+class FGM:
+    """The fast gradient method: the word embeddings, and nothing else, moved by ε·g/‖g‖, and put back.
+
+    Args:
+        model: with `get_input_embeddings()`.
+        epsilon: ε, the length of the move.
+
+    Raises:
+        ValueError: the embeddings are sharded by ZeRO-3 (their parameter has a `ds_id`), so no rank can move them; the sentence
+            names ZeRO-3.
+
+    Source: Miyato et al., "Adversarial Training Methods for Semi-Supervised Text Classification",
+        https://arxiv.org/abs/1605.07725, equation 5, for the whole matrix at once.
+    """
+
+    def __init__(self, model: nn.Module, epsilon: float):
+        # BEGIN SOLUTION 7.4
+        self.weight, self.epsilon, self.kept = model.get_input_embeddings().weight, epsilon, None
+        if hasattr(self.weight, "ds_id"):
+            raise ValueError("FGM moves the word embeddings, and ZeRO-3 has sharded them: use ZeRO-1 or ZeRO-2, or fgm_epsilon 0")
+        # END SOLUTION
+
+    def attack(self, gradient: torch.Tensor) -> None:
+        """Move the embeddings along their gradient. Where this is zero, or not finite, they stay."""
+        # BEGIN SOLUTION 7.4
+        self.kept = self.weight.detach().clone()
+        norm = gradient.float().norm()
+        if norm > 0 and torch.isfinite(norm):
+            self.weight.data.add_((self.epsilon / norm * gradient.float()).to(self.weight.dtype))
+        # END SOLUTION
+
+    def restore(self) -> None:
+        """Put back the very values of before `attack`. A second call changes nothing: a step may lie between the two."""
+        # BEGIN SOLUTION 7.4
+        if self.kept is not None:
+            self.weight.data.copy_(self.kept)
+            self.kept = None
+        # END SOLUTION
+
+
+@contextlib.contextmanager
+def no_step(trainer: Trainer, model: nn.Module):
+    """Backward passes in here only add gradients up: no rank waits for another's, and DeepSpeed takes no step."""
+    from accelerate import DistributedType
+
+    state = trainer.accelerator.gradient_state
+    due = state.sync_gradients
+    state._set_sync_gradients(False)
+    on_deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+    try:
+        with contextlib.nullcontext() if on_deepspeed else trainer.accelerator.no_sync(model):
+            yield
+    finally:
+        state._set_sync_gradients(due)
+
+
+@contextlib.contextmanager
+def before_step(trainer: Trainer, function):
+    """Call `function` after the backward pass in here, and before DeepSpeed's step, which accelerate takes within it."""
+    engine = getattr(getattr(trainer.accelerator, "deepspeed_engine_wrapped", None), "engine", None)
+    if engine is not None:
+        step = engine.step
+
+        def step_after(*args, **kwargs):
+            function()
+            return step(*args, **kwargs)
+
+        engine.step = step_after
+    try:
+        yield
+    finally:
+        if engine is not None:
+            del engine.step
+        function()
+
+
+# --- Task 7.5 -------------------------------------------------------------------------------------------------------
+
+
+class MultiSampleDropoutHead(nn.Module):
+    """A linear layer on the first token's vector, in training the mean over several dropout masks.
+
+    Args:
+        hidden_size: of the encoder's vectors.
+        num_labels: logits per row.
+        samples: masks; each is drawn anew in each forward pass.
+        dropout: the probability that an entry is dropped.
+
+    Source: Inoue, "Multi-Sample Dropout for Accelerated Training and Better Generalization", https://arxiv.org/abs/1905.09788.
+    """
+
+    def __init__(self, hidden_size: int, num_labels: int, samples: int = 5, dropout: float = 0.3):
+        super().__init__()
+        # BEGIN SOLUTION 7.5
+        self.samples, self.dropout = samples, nn.Dropout(dropout)
+        self.output = nn.Linear(hidden_size, num_labels)
+        # END SOLUTION
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits [rows, labels] of the encoder's vectors [rows, tokens, hidden_size]. In evaluation nothing is dropped."""
+        # BEGIN SOLUTION 7.5
+        first = features[:, 0]
+        if not self.training:
+            return self.output(first)
+        return torch.stack([self.output(self.dropout(first)) for _ in range(self.samples)]).mean(0)
+        # END SOLUTION
+
+
+def augment(input_ids: list[int], *, share: float, mask_id: int, special_ids: set[int], seed: int, epoch: int,
+            row: int) -> list[int]:
+    """Token ids with some of them masked: each that is not special becomes `mask_id` with the probability `share`.
+
+    Which ones depends on seed, epoch and row alone: the same on any rank and any number of ranks, others in the next epoch, others
+    in the next row. No random number of torch's, numpy's or Python's own is drawn. `input_ids` stays as it is.
+
+    Returns:
+        A new list of the same length.
+    """
+    # BEGIN SOLUTION 7.5
+    from random import Random
+
+    draw = Random(f"{seed}/{epoch}/{row}")
+    drawn = [draw.random() < share for _ in input_ids]
+    return [mask_id if hit and token not in special_ids else token for token, hit in zip(input_ids, drawn)]
+    # END SOLUTION
+
+
+# --- Task 7.6 -------------------------------------------------------------------------------------------------------
+
+
+def lora_parameters(model: nn.Module, rank: int, targets: tuple[str, ...]) -> int:
+    """How many parameters LoRA will train: its two matrices beside each target, and the whole head, `model.classifier`.
+
+    A target is a linear layer whose own name (after the last dot) is in `targets`. Beside its weight [out, in] stand
+    A [rank, in] and B [out, rank]. The head has none.
+    """
+    # BEGIN SOLUTION 7.6
+    head = sum(parameter.numel() for parameter in model.classifier.parameters())
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets and not name.startswith("classifier.")
+    ]
+    return head + sum(rank * (layer.in_features + layer.out_features) for layer in layers)
+    # END SOLUTION
+
+
+def add_lora(model: nn.Module, rank: int, targets: tuple[str, ...] = ("query", "value"), alpha: float = 16.0):
+    """The model with LoRA beside its targets, through peft. The head is trained whole; all else is frozen.
+
+    Args:
+        rank: r, the rank of the update B·A.
+        targets: as in `lora_parameters`.
+        alpha: the update is scaled by alpha / rank.
+
+    Returns:
+        A `PeftModel`. `save_pretrained` writes the adapters and the head, and nothing else.
+
+    Raises:
+        ValueError: a target names no layer; the sentence names it.
+
+    Source: Hu et al., https://arxiv.org/abs/2106.09685; https://huggingface.co/docs/peft/package_reference/lora
+    """
+    # BEGIN SOLUTION 7.6
+    from peft import LoraConfig, get_peft_model
+
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if missing := [target for target in targets if target not in names]:
+        raise ValueError(f"target {missing[0]!r} names no linear layer of the model; there are {', '.join(sorted(names))}")
+    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), modules_to_save=["classifier"],
+                          exclude_modules=r"classifier\..*", lora_dropout=0.0)
+    return get_peft_model(model, settings)
+    # END SOLUTION
+
+
+def merged(adapted) -> nn.Module:
+    """A plain model that gives what the adapted one gives, without peft, to export. The adapted model stays as it is."""
+    # BEGIN SOLUTION 7.6
+    return copy.deepcopy(adapted).merge_and_unload()
+    # END SOLUTION
+
+
+# --- Task 7.7 -------------------------------------------------------------------------------------------------------
+
+
+def multilabel_metrics(probabilities: torch.Tensor, labels: torch.Tensor, names: list[str], thresholds=0.5) -> dict:
+    """F1 and its kin, of all entries that somebody has labelled; an entry is predicted where p ≥ its label's threshold.
+
+    Micro counts all entries together. Macro is the mean over labels, each of which counts the same; a label without any
+    positive has no recall, so it is left out of the macro means, and named. A label that is never predicted has precision 0 and
+    F1 0. ROC-AUC needs both kinds: a label without positives or without negatives is left out of its mean.
+
+    Args:
+        probabilities: [rows, labels], from 0 to 1.
+        labels: [rows, labels], 0, 1 or `UNKNOWN`.
+        names: of the labels.
+        thresholds: one for all, or one per label, [labels].
+
+    Returns:
+        {"micro_f1", "macro_f1", "macro_precision", "macro_recall", "roc_auc": numbers, "without_positives": the names}.
+        A mean over no label is nan.
+    """
+    # BEGIN SOLUTION 7.7
+    from torchmetrics.functional import classification
+
+    known, truth = labels != UNKNOWN, labels.long()
+    predicted = (probabilities >= torch.as_tensor(thresholds, dtype=probabilities.dtype)).long()
+    names_of = {"macro_f1": "binary_f1_score", "macro_precision": "binary_precision", "macro_recall": "binary_recall"}
+    each, areas, without = {name: [] for name in names_of}, [], []
+    for number, name in enumerate(names):
+        rows = known[:, number]
+        kinds = set(truth[rows, number].tolist())
+        if 1 not in kinds:
+            without.append(name)
+            continue
+        for mean, metric in names_of.items():
+            each[mean].append(getattr(classification, metric)(predicted[rows, number], truth[rows, number]).item())
+        if 0 in kinds:
+            areas.append(classification.binary_auroc(probabilities[rows, number], truth[rows, number]).item())
+    micro = classification.binary_f1_score(predicted[known], truth[known]).item()
+    means = {name: sum(values) / len(values) if values else math.nan for name, values in (each | {"roc_auc": areas}).items()}
+    return {"micro_f1": micro, "without_positives": without} | means
+    # END SOLUTION
+
+
+# --- Task 7.8 -------------------------------------------------------------------------------------------------------
+
+
+def best_thresholds(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """For each label the threshold with the largest F1, of 0.05, 0.10, … 0.95: of validation data, never of those that you report.
+
+    Of several that are equally good it is the one nearest to 0.5, and of two that are equally near the lower one. Labels
+    that nobody has given count nowhere. Where a label has no positive, it is 0.5.
+
+    Args:
+        probabilities: [rows, labels].
+        labels: [rows, labels], 0, 1 or `UNKNOWN`.
+
+    Returns:
+        Thresholds [labels], float32.
+    """
+    # BEGIN SOLUTION 7.8
+    candidates = sorted((round(0.05 * n, 2) for n in range(1, 20)), key=lambda threshold: (abs(threshold - 0.5), threshold))
+    candidates = torch.tensor(candidates)
+    known, positive = labels != UNKNOWN, labels == 1
+    hits = probabilities[None] >= candidates[:, None, None].to(probabilities)
+    right = (hits & positive).sum(1)
+    f1 = 2 * right / ((hits & known).sum(1) + positive.sum(0)).clamp(min=1)
+    best = [int(max(range(len(candidates)), key=lambda n: f1[n, label].item())) for label in range(labels.shape[1])]
+    return candidates[best].where(positive.any(0), torch.tensor(0.5))
+    # END SOLUTION
+
+
+# --- Task 7.9 -------------------------------------------------------------------------------------------------------
+
+
+def stratified_folds(labels: torch.Tensor, folds: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
+    """Rows for training and for validation, fold by fold: each row is in one fold's validation, and each label in all of them.
+
+    Iterative stratification deals the rarest label first. A label that nobody has given counts as 0. The order of the rows within a
+    part is that of the data.
+
+    Args:
+        labels: [rows, labels], 0, 1 or `UNKNOWN`.
+        folds: at least 2.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: fewer than 2 folds; or a label has fewer positives than folds, though it has some. The sentence names the
+            label's number, and how many it has.
+
+    Source: Sechidis et al., "On the Stratification of Multi-label Data", 2011; https://pypi.org/project/iterative-stratification/
+    """
+    # BEGIN SOLUTION 7.9
+    from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
+
+    positive = (labels == 1).int()
+    if folds < 2:
+        raise ValueError(f"{folds} folds: there are 2 at least")
+    for label, count in enumerate(positive.sum(0).tolist()):
+        if 0 < count < folds:
+            raise ValueError(f"label {label} has {count} positives, fewer than {folds} folds: not every fold can have one")
+    splits = MultilabelStratifiedKFold(n_splits=folds, shuffle=True, random_state=seed).split(positive, positive)
+    return [(training.tolist(), validation.tolist()) for training, validation in splits]
+    # END SOLUTION
+
+
+# --- Task 7.10 ------------------------------------------------------------------------------------------------------
+
+
+def load_training_config(path: str | Path) -> TrainingConfig:
+    """Read a YAML file. An entry that is not there keeps its default; so a file from before DeepSpeed is read as ever.
+
+    A path in `deepspeed` begins in the folder of the YAML file, and is returned whole.
+
+    Raises:
+        ValueError: with a sentence that names the file, and for an entry at fault its key, its line (the first is 1) and, where it
+            has one value, that value: no YAML; no mapping at the top (an empty file is one without entries); an unknown key;
+            a value of the wrong type or outside of its range. `1e-3` is text for YAML; it reads `1.0e-3` as a number. A
+            file of `deepspeed` that is not there: the sentence names its path.
+            (A missing YAML file raises FileNotFoundError by itself.)
+    """
+    # BEGIN SOLUTION 7.10
+    path = Path(path)
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        line = error.problem_mark.line + 1 if getattr(error, "problem_mark", None) else 1
+        raise ValueError(f"{path}, line {line}: no YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}, line 1: a configuration is a mapping, `key: value`")
+    lines = {}
+
+    def walk(mapping, above: tuple) -> None:
+        for key, value in mapping.value:
+            line = key.start_mark.line + 1
+            if (*above, key.value) in lines:
+                raise ValueError(f"{path}, line {line}: {'.'.join((*above, key.value))} is given twice")
+            lines[(*above, key.value)] = line
+            if isinstance(value, yaml.MappingNode):
+                walk(value, (*above, key.value))
+
+    if node is not None:
+        walk(node, ())
+    try:
+        config = TrainingConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = tuple(str(part) for part in first["loc"])
+        why = "there is no such key" if first["type"] == "extra_forbidden" else first["msg"]
+        raise ValueError(f"{path}, line {lines.get(place, 1)}: {'.'.join(place)} {first['input']!r}: {why}") from None
+    if config.deepspeed is not None:
+        config.deepspeed = str(path.parent / config.deepspeed)
+        if not Path(config.deepspeed).is_file():
+            raise ValueError(f"{path}, line {lines[('deepspeed',)]}: deepspeed {config.deepspeed}: there is no such file")
+    return config
+    # END SOLUTION
+
+
+# --- Task 7.11 ------------------------------------------------------------------------------------------------------
+
+
+IMPORTS = ("torch", "transformers", "accelerate", "peft", "torchmetrics", "iterstrat")
+"""What a training needs; with `deepspeed` in its configuration, deepspeed too."""
+
+
+def validate_setup(path: str | Path) -> list[tuple[str, str]]:
+    """Look at everything that can fail before the first step, and go on after a failure.
+
+    In this order, by name:
+        "configuration": `load_training_config` reads it;
+        "imports": each of `IMPORTS` can be imported, and deepspeed where the configuration names a file;
+        "deepspeed": that file is JSON, and `deepspeed_refuses(…, 1)` has nothing against it;
+        "model": `load_classifier` of the library finds it, and one batch of two short texts gives logits [2, num_labels];
+        "trainer": `trainer_arguments` can be made, without DeepSpeed, in a temporary folder.
+
+    Args:
+        path: the YAML file.
+
+    Returns:
+        Pairs of name and reason: "" where all is well, "not used" for a configuration without DeepSpeed, else what is wrong,
+        in one line that names it. Where the configuration cannot be read, the others are "not looked at"; but the imports are.
+        Nothing is raised, and nothing stays on disk.
+    """
+    # BEGIN SOLUTION 7.11
+    import json
+    import tempfile
+
+    from shardlab.data.models import load_classifier, load_tokenizer
+
+    config = None
+
+    def configuration():
+        nonlocal config
+        config = load_training_config(path)
+
+    def imports():
+        for name in IMPORTS + (("deepspeed",) if config and config.deepspeed else ()):
+            importlib.import_module(name)
+
+    def deepspeed():
+        if config.deepspeed is None:
+            return "not used"
+        return deepspeed_refuses(json.loads(Path(config.deepspeed).read_text(encoding="utf-8-sig")), 1)
+
+    def model():
+        batch = load_tokenizer(config.model_name)(["a", "b c"], padding=True, return_tensors="pt")
+        shape = list(load_classifier(config.model_name, config.num_labels)(**batch).logits.shape)
+        return "" if shape == [2, config.num_labels] else f"{config.model_name} gives logits of the shape {shape}"
+
+    def trainer():
+        with tempfile.TemporaryDirectory() as folder:
+            trainer_arguments(config.model_copy(update={"deepspeed": None}), folder)
+
+    found = []
+    for look in (configuration, imports, deepspeed, model, trainer):
+        if config is None and look not in (configuration, imports):
+            found.append((look.__name__, "not looked at"))
+            continue
+        try:
+            found.append((look.__name__, look() or ""))
+        except Exception as error:
+            found.append((look.__name__, " ".join(f"{type(error).__name__}: {error}".split())))
+    return found
+    # END SOLUTION

@@ -1,0 +1,155 @@
+# %% [markdown]
+# # From a loop to a Trainer
+#
+# Lecture for lab 07. Read it, run it, change it. Nothing here is graded.
+#
+# Many projects have a loop that somebody wrote by hand, and it works. `Trainer` brings mixed precision, checkpoints, evaluation, logging, several ranks and DeepSpeed, in a line each. What it takes
+# away is the view of what happens. So a migration goes in small steps, and after each the losses are the ones of before, to 1e-5. Where they are not, something was changed that nobody meant to.
+#
+# ## Losses for labels that are mostly 0
+#
+# A comment of our data has about two of sixteen labels. Binary cross-entropy counts each of the 16 entries the same, so most of its gradient says "0". Two losses let the entries count less that are easily
+# right. With $p = \sigma(z)$:
+#
+# $$\text{focal:}\quad -y\,(1-p)^\gamma \log p - (1-y)\,p^\gamma \log(1-p)$$
+#
+# $$\text{asymmetric:}\quad -y\,(1-p)^{\gamma_+} \log p - (1-y)\,q^{\gamma_-} \log(1-q), \qquad q = \max(p - m, 0)$$
+#
+# The second treats the two labels differently: with $m = 0.05$ a negative with $p \le 0.05$ costs nothing at all. With $\gamma = 0$ and $m = 0$ both are cross-entropy.
+
+# %%
+import matplotlib.pyplot as plt
+import torch
+
+z = torch.linspace(-6, 6, 200)
+p = torch.sigmoid(z)
+q = (p - 0.05).clamp(min=0)
+figure, axis = plt.subplots(figsize=(6, 3))
+axis.plot(p, -torch.log(1 - p), label="cross-entropy")
+axis.plot(p, -(p**2) * torch.log(1 - p), label="focal, γ = 2")
+axis.plot(p, -(q**4) * torch.log(1 - q), label="asymmetric, γ₋ = 4, m = 0.05")
+axis.set(xlabel="p of a label that is 0", ylabel="its loss", ylim=(0, 3))
+axis.legend()
+
+# %% [markdown]
+# Take logarithms from `logsigmoid`, never of a sigmoid: in float32 $\sigma(20)$ is 1, and $\log(1 - 1)$ is −∞.
+
+# %%
+z = torch.tensor([10.0, 20.0, 100.0])
+print(torch.log(1 - torch.sigmoid(z)))
+print(torch.nn.functional.logsigmoid(-z))
+
+# %% [markdown]
+# ## What moves where
+#
+# | in the loop (`src/shardlab/run/multilabel.py`) | with `Trainer` |
+# | --- | --- |
+# | `torch.randperm` with a seed per epoch | a sampler with `set_epoch`: `_get_train_sampler` |
+# | batches of `batch_size` rows | `per_device_train_batch_size`; the batches are dealt to the ranks in turn |
+# | rows that are over are left out | the sampler leaves them out. `dataloader_drop_last` would, and would leave rows out of **evaluation and prediction** too |
+# | two groups of parameters, decay on one | the same: transformers leaves biases and layer norms without decay |
+# | `AdamW(lr=…)` | `optim="adamw_torch"`; the default is the fused one, which is as right |
+# | `LambdaLR` to 0 | `lr_scheduler_type="linear"`, `warmup_steps=0` |
+# | `clip_grad_norm_(…, 1.0)` | `max_grad_norm`; under DeepSpeed `gradient_clipping`, and "auto" takes it from there |
+# | the loss, divided by the labels of the step | `compute_loss` with `num_items_in_batch` |
+# | `loss.backward()` | `accelerator.backward(loss)` in `training_step`; under DeepSpeed it steps too |
+# | `optimizer.step(); schedule.step(); zero_grad()` | `Trainer`, after the step's last micro-batch |
+#
+# **Seeds.** `seed` is set when the `Trainer` is made, and draws dropout. A head's new weights are drawn when the model is made, before that: set a seed there. The order of the rows comes from the sampler; transformers' own
+# one draws a seed from torch's generator, so it changes when anything before it draws. Augmentation needs a seed of its own, or an additional word masked changes which neurons are dropped.
+#
+# **Precision.** The loop computes in float32. So does `Trainer`, until `bf16=True`: then it computes under autocast, and the losses are others in the third digit. Move first, change precision after that.
+#
+# ## A mean over the step, not a mean of means
+#
+# Two micro-batches with 10 and 30 labels: the mean over 40 labels is not the mean of the two means. On ranks it is the same story.
+
+# %%
+first, second = torch.arange(10.0), torch.arange(30.0)
+print("mean over all:", torch.cat([first, second]).mean().item())
+print("mean of means:", (first.mean() + second.mean()).item() / 2)
+
+# %% [markdown]
+# transformers 5 counts the labels that are not −100 in all micro-batches of a step, on all ranks, and hands the number to `compute_loss` as `num_items_in_batch`. But only if it believes that somebody will use it: if the model's `forward` has
+# `**kwargs`, if there is a `compute_loss_func`, or if you set `model_accepts_loss_kwargs`. Otherwise it is None, and the loss is divided by the accumulation (`loss_is_scaled_for_ga`).
+#
+# DDP and DeepSpeed *average* gradients over the ranks. A rank that divides its sum by the labels of all ranks gets a share of the mean; the average of $N$ shares is a $N$th of it. So it is multiplied by the number of ranks.
+#
+# ## Adversarial training
+#
+# The fast gradient method moves the word embeddings by $\varepsilon g / \lVert g \rVert$, where the loss grows most, and adds the gradients that the model has there. It costs a second forward and backward pass.
+#
+# Three things go wrong in scripts that one finds:
+#
+# - the gradient is read from `weight.grad`, where under accumulation those of earlier micro-batches lie too. Under ZeRO-2 nothing lies there: each gradient is reduced and let go;
+# - the weights are put back by subtracting what was added. In floating point that is not what was there before;
+# - the second backward pass comes after DeepSpeed's step. accelerate calls `engine.backward` and `engine.step` in one: after the first pass the optimizer has stepped already, and after the second it steps with moved embeddings. And what
+#   is put back after *that* step undoes the step.
+#
+# ## Dropout many times, and words that are missing
+#
+# Multi-sample dropout computes the head for several masks and takes the mean: more masks for the price of a small layer. Masked words are another kind of noise, on the input. If which word is masked depends on
+# seed, epoch and row alone, then a run on two ranks masks what a run on one does.
+#
+# ## LoRA
+#
+# Beside a weight $W$ of shape $[o, i]$ stand $A$, $[r, i]$, and $B$, $[o, r]$; the layer computes $Wx + \frac{\alpha}{r} BAx$. $B$ begins at 0, so the model begins as it was. Trained are $r(o + i)$ numbers in place of $oi$. For
+# graphcodebert-base with $r = 8$ beside query and value:
+
+# %%
+hidden, layers, rank = 768, 12, 8
+update = layers * 2 * rank * (hidden + hidden)
+head = hidden * hidden + hidden + hidden * 16 + 16
+print(f"{update:,} and the head's {head:,}: {100 * (update + head) / 124.7e6:.2f} % of 124.7 million")
+
+# %% [markdown]
+# With mixed precision a trained parameter takes 16 bytes (lecture 02), a frozen one 2 or 4. To export, $W + \frac{\alpha}{r} BA$ is written into the weight: nothing of peft is left, and nothing is slower.
+#
+# ## Metrics
+#
+# Micro F1 counts all entries together, so the frequent labels decide. Macro F1 is a mean over labels, so a label with four positives counts as much as one with four hundred. A label without any positive has no recall. Taking it for 0 punishes
+# the model for the data, taking it for 1 rewards it: leave it out, and name it.
+#
+# ## Thresholds
+#
+# A label that is seldom more likely than not is never predicted at 0.5, however well the model ranks. Where F1 is best lies lower. It is looked for on rows that the model was not trained on, and reported on rows
+# that it was not looked for on: on the same ones it is too good, and the fewer positives there are the more. With labels that are pure chance:
+
+# %%
+torch.manual_seed(0)
+chance, truth = torch.rand(2, 200), (torch.rand(2, 200) < 0.05).long()
+f1 = lambda p, y, t: (2 * ((p >= t) & (y == 1)).sum() / ((p >= t).sum() + y.sum())).item()
+steps = [0.05 * n for n in range(1, 20)]
+best = max(steps, key=lambda t: f1(chance[0], truth[0], t))
+print(f"threshold {best:.2f}: {f1(chance[0], truth[0], best):.3f} on its own rows,", end=" ")
+print(f"{f1(chance[1], truth[1], best):.3f} on others")
+
+# %% [markdown]
+# ## Folds
+#
+# In k-fold cross-validation each row is asked about once, by a model that has not seen it. The **out-of-fold** table of these answers is what thresholds are fitted on. With rare labels chance may leave a fold without one: iterative stratification deals
+# the rarest label first, then the next, each to the fold that lacks it most.
+#
+# ## A configuration that refuses slips
+#
+# A key with a slip of the pen is worse than an error: the default is used, and the run is done before anybody sees it. So unknown keys are refused, with their line. Numbers in quotes are texts. And so is this:
+
+# %%
+import yaml
+
+print(yaml.safe_load("a: 1e-3\nb: 1.0e-3\nc: no"))
+
+# %% [markdown]
+# ## What DeepSpeed adds by one line
+#
+# `deepspeed: zero2.json`. The losses stay the same, to 1e-5: that is milestone 7.3. What each rank holds is lecture 02's formula, $4 + 4 + 8$ bytes per parameter in float32, of which ZeRO-1 shards the last two thirds among the ranks. For a model as small as ours
+# that buys nothing; it is here so that you know that nothing was lost on the way.
+#
+# ## A check list for your own code
+#
+# 1. Fix all seeds, switch dropout off, use float32, take 50 rows. Write the loop's losses down.
+# 2. `Trainer` on one rank: the same losses? If only the first is: optimizer or schedule. If not even that one: data order, loss, or dropout.
+# 3. With accumulation: the same as with batches that are as large?
+# 4. On two ranks with half the micro-batch: the same?
+# 5. With a DeepSpeed file of stage 1, 2, 3: the same?
+# 6. Now dropout, precision, a longer run: compare the curves by eye.
