@@ -116,6 +116,28 @@ def config_of(experiment: Experiment, deepspeed: str | None = None) -> TrainingC
     return TrainingConfig(train_params=TrainParams(epochs=int(experiment.epochs), **params), deepspeed=deepspeed)
 
 
+def evaluated(experiment: Experiment, run: Run) -> dict:
+    """Task 7.3: the loss of an evaluation of all rows on all ranks, before training."""
+    arguments = own_settings(experiment, run)
+    arguments.per_device_eval_batch_size = 32 // experiment.ranks
+    trainer = exercises().CustomTrainer(
+        model=plain_model(), args=arguments, eval_dataset=rows_of(32), data_collator=collator(), loss=Entries()
+    )
+    trainer.remove_callback(PrinterCallback)
+    loss = trainer.evaluate()["eval_loss"]
+    shape = list(trainer.predict(rows_of(32)).predictions.shape)
+    return {"eval_loss": loss, "shape": shape} if rank() == 0 else {}
+
+
+def evaluation_loss(count: int) -> float:
+    """The mean over all labels of the rows. Nothing of the exercises is in it."""
+    rows = rows_of(count)
+    batch, model = collator()([rows[n] for n in range(count)]), plain_model().eval()
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return (Entries()(logits, batch["labels"]).sum() / (batch["labels"] != UNKNOWN).sum()).item()
+
+
 def losses_of(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
@@ -182,8 +204,8 @@ def by_trainer(experiment: Experiment, run: Run) -> dict:
     return found
 
 
-def fgm_gradients(count: int, micro_batch: int, accumulation: int, epsilon: float, seed: int) -> dict:
-    """The gradients of the first step by FGM on one rank, in three numbers each. Nothing of the exercises is in it."""
+def fgm_step(count: int, micro_batch: int, accumulation: int, epsilon: float, seed: int) -> dict:
+    """The first step by FGM: its loss, and gradients in three numbers each. Nothing of the exercises is in it."""
     model, rows, collate = plain_model(), rows_of(count), collator()
     model.train()
     weight, numbers = model.get_input_embeddings().weight, list(EpochOrder(count, seed, micro_batch))
@@ -191,23 +213,26 @@ def fgm_gradients(count: int, micro_batch: int, accumulation: int, epsilon: floa
     given = sum((batch["labels"] != UNKNOWN).sum() for batch in batches)
     total = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
 
-    def add(batch) -> torch.Tensor:
+    def add(batch) -> tuple[torch.Tensor, float]:
         model.zero_grad()
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        (Entries()(logits, batch["labels"]).sum() / given).backward()
+        loss = Entries()(logits, batch["labels"]).sum() / given
+        loss.backward()
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 total[name] += parameter.grad
-        return weight.grad.clone()
+        return weight.grad.clone(), loss.item()
 
+    clean = 0.0
     for batch in batches:
-        gradient, kept = add(batch), weight.detach().clone()
+        (gradient, loss), kept = add(batch), weight.detach().clone()
+        clean += loss
         with torch.no_grad():
             weight.add_(epsilon * gradient / gradient.norm())
         add(batch)
         with torch.no_grad():
             weight.copy_(kept)
-    return {name: short(gradient) for name, gradient in total.items()}
+    return {"loss": clean, "gradients": {name: short(gradient) for name, gradient in total.items()}}
 
 
 @contextlib.contextmanager
@@ -220,19 +245,31 @@ def lone_trainer(model: nn.Module, **changes):
         yield exercises().CustomTrainer(model=model, args=arguments, data_collator=collator(), loss=Entries(), **changes)
 
 
+def gradient_without_labels() -> list[float]:
+    """Task 7.3: largest gradient of a batch of which no label is known; nan is given as -1."""
+    batch = collator()([rows_of(8)[n] for n in range(6)])
+    batch["labels"] = torch.full_like(batch["labels"], UNKNOWN)
+    model = plain_model()
+    with lone_trainer(model) as trainer:
+        trainer.compute_loss(model, batch).backward()
+    gradients = [p.grad.abs().max().item() for p in model.parameters() if p.grad is not None]
+    return [-1.0 if gradient != gradient else gradient for gradient in gradients]
+
+
 def loss_of_batch(number: int | None, unknown: bool) -> dict:
     """Task 7.3: `compute_loss` called by itself, with and without outputs. `unknown`: no label is known."""
     batch = collator()([rows_of(8)[n] for n in range(6)])
     if unknown:
         batch["labels"] = torch.full_like(batch["labels"], UNKNOWN)
     model = plain_model().eval()
+    batch["position_ids"] = torch.arange(2, 2 + batch["input_ids"].shape[1]).expand_as(batch["input_ids"])  # RoBERTa's begin at 2
     keys, labels, seen = list(batch), batch["labels"].clone(), []
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True)
     with lone_trainer(model) as trainer, torch.no_grad():
         given = None if number is None else torch.tensor(number)
         loss = trainer.compute_loss(model, batch, num_items_in_batch=given)
         both = trainer.compute_loss(model, batch, return_outputs=True, num_items_in_batch=given)
-        right = Entries()(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, labels).sum().item()
+        right = Entries()(model(**{name: batch[name] for name in batch if name != "labels"}).logits, labels).sum().item()
     kept = list(batch) == keys and torch.equal(batch["labels"], labels)
     logits = getattr(both[1], "logits", None) if isinstance(both, tuple) and len(both) == 2 else None
     return {
@@ -241,6 +278,7 @@ def loss_of_batch(number: int | None, unknown: bool) -> dict:
         "logits": list(logits.shape) if logits is not None else None,
         "kept": kept,
         "saw_labels": "labels" in seen[0],
+        "saw_positions": "position_ids" in seen[0],
         "sum": right,
         "known": int((labels != UNKNOWN).sum()),
     }
@@ -252,10 +290,10 @@ def loss_of_batch(number: int | None, unknown: bool) -> dict:
 def entries_of(kind: str, settings: dict, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> dict:
     """Task 7.1: a loss of each entry, and the gradient of their sum by the logits."""
     given = settings | ({"class_weights": weights} if weights is not None else {})
-    logits = logits.clone().requires_grad_()
+    before, logits = labels.clone(), logits.clone().requires_grad_()
     losses = getattr(exercises(), kind)(**given)(logits, labels)
     losses.sum().backward()
-    return {"losses": losses.detach(), "gradient": logits.grad}
+    return {"losses": losses.detach(), "gradient": logits.grad, "kept": torch.equal(labels, before)}
 
 
 def refused(kind: str, settings: dict) -> str:
@@ -273,7 +311,18 @@ def arguments_of(values: dict, **overrides) -> dict:
         config = TrainingConfig(train_params=TrainParams(**values))
         found = exercises().trainer_arguments(config, Path(folder, "out"), **overrides)
         said = {key: value for key, value in found.to_dict().items() if isinstance(value, int | float | str | type(None))}
-        return said | {"inside": Path(found.output_dir).is_relative_to(folder)}
+        return said | {"inside": found.output_dir == str(Path(folder, "out")), "report_to": list(found.report_to)}
+
+
+def device_of_settings(gpu: bool) -> dict:
+    """Task 7.2: what `TrainingArguments` is asked for where torch sees a GPU, and where it sees none."""
+    from unittest import mock
+
+    lab, asked = switch.import_exercise(STEM), []
+    with mock.patch.object(lab, "TrainingArguments", lambda **given: asked.append(given)):
+        with mock.patch("torch.cuda.is_available", lambda: gpu):
+            lab.trainer_arguments(TrainingConfig(), "out")
+    return {name: asked[0].get(name, False) for name in ("use_cpu", "bf16", "fp16")}
 
 
 def fgm_by_itself(gradient: list[float] | None, dtype: str, epsilon: float) -> dict:
@@ -285,7 +334,9 @@ def fgm_by_itself(gradient: list[float] | None, dtype: str, epsilon: float) -> d
     given[5, :3] = torch.tensor(gradient or [0.0, 0.0, 0.0])
     before = weight.detach().clone()
     fgm = exercises().FGM(model, epsilon)
-    fgm.attack(given.to(weight.dtype))
+    handed = given.to(weight.dtype)
+    fgm.attack(handed)
+    kept = torch.equal(handed.nan_to_num(7.0), given.to(weight.dtype).nan_to_num(7.0))
     moved = (weight.detach().float() - before.float())[5, :3].tolist()
     elsewhere = int((weight != before).sum()) - int((weight[5, :3] != before[5, :3]).sum())
     fgm.restore()
@@ -295,27 +346,66 @@ def fgm_by_itself(gradient: list[float] | None, dtype: str, epsilon: float) -> d
     fgm.restore()
     stays = torch.equal(weight.detach(), before + 1.0)
     same = all(torch.equal(parameter, others[name]) for name, parameter in model.named_parameters() if name in others)
-    return {"moved": moved, "elsewhere": elsewhere, "back": back, "stays": stays, "same": same}
+    return {"moved": moved, "elsewhere": elsewhere, "back": back, "stays": stays, "same": same, "kept": kept}
+
+
+def fgm_refused(sharded: bool) -> str:
+    """Task 7.4: what is said of embeddings that ZeRO-3 has sharded, or that are frozen."""
+    model = load_classifier("comment-tiny", 16)
+    weight = model.get_input_embeddings().weight
+    if sharded:
+        weight.ds_id = 0
+    else:
+        weight.requires_grad_(False)
+    try:
+        exercises().FGM(model, 0.5)
+    except ValueError as error:
+        return str(error) or "a ValueError without a text"
+    return ""
+
+
+def hooks_after_a_failure() -> int:
+    """Task 7.4: hooks on the embeddings after a first pass that has failed."""
+
+    class Failing(nn.Module):
+        def forward(self, logits, labels):
+            raise RuntimeError("the loss fails")
+
+    model, batch = plain_model(), collator()([rows_of(8)[n] for n in range(4)])
+    with lone_trainer(model, fgm_epsilon=0.5) as trainer:
+        trainer.loss = Failing()
+        with contextlib.suppress(RuntimeError):
+            trainer.training_step(model, batch, torch.tensor(60))
+    return len(model.get_input_embeddings().weight._backward_hooks or {})
 
 
 def head(samples: int, dropout: float, training: bool, seed: int) -> dict:
-    """Task 7.5: a head's logits of fixed features; its weights; and how many different masks one forward pass draws."""
+    """Task 7.5: a head's logits of random features, twice, and what they are without dropout."""
     torch.manual_seed(seed)
     made = exercises().MultiSampleDropoutHead(64, 7, samples=samples, dropout=dropout).train(training)
     features = torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(1))
-    linears = [module for module in made.modules() if isinstance(module, nn.Linear)]
-    inputs = []
-    linears[0].register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().clone()))
-    logits = made(features)
-    again = made(features)
+    matrix = next(parameter for parameter in made.parameters() if parameter.dim() == 2)
+    bias = next(parameter for parameter in made.parameters() if parameter.dim() == 1)
     return {
-        "logits": logits.detach(),
-        "again": again.detach(),
+        "logits": made(features).detach(),
+        "again": made(features).detach(),
         "shapes": [list(parameter.shape) for parameter in made.parameters()],
-        "features": features,
-        "weight": linears[0].weight.detach().clone(),
-        "bias": linears[0].bias.detach().clone(),
-        "zeros": (torch.cat([given.reshape(-1, 64) for given in inputs]) == 0).float().mean().item(),
+        "exact": (features[:, 0] @ matrix.T + bias).detach(),
+    }
+
+
+def dropped(dropout: float, rows: int) -> dict:
+    """Task 7.5: a head of one sample that passes each entry on: how many are 0, what the others are, how many rows differ."""
+    torch.manual_seed(4)
+    made = exercises().MultiSampleDropoutHead(64, 64, samples=1, dropout=dropout).train()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.eye(64) if parameter.dim() == 2 else torch.zeros(64))
+    logits = made(torch.ones(rows, 2, 64)).detach()
+    return {
+        "zeros": (logits == 0).float().mean().item(),
+        "others": logits.max().item(),
+        "patterns": len(set(map(tuple, logits.tolist()))),
     }
 
 
@@ -341,6 +431,27 @@ def augmented(ids: list[int], settings: list[dict], busy: bool) -> dict:
     return {"results": results, "drawn": drawn}
 
 
+def augmented_in_processes(ids: list[int], given: dict) -> list[list[int]]:
+    """Task 7.5: what two fresh processes mask, whose hashes of texts differ."""
+    import json
+    import os
+    import subprocess
+    import sys
+
+    call = (
+        "import json, sys; from shardlab import switch; given = json.loads(sys.argv[1]); "
+        "given['special_ids'] = set(given['special_ids']); ids = json.loads(sys.argv[2]); "
+        f"print(json.dumps(switch.import_exercise({STEM!r}).augment(ids, **given)))"
+    )
+    words = [sys.executable, "-c", call, json.dumps(given | {"special_ids": sorted(given["special_ids"])}), json.dumps(ids)]
+    results = []
+    for seed in ("1", "2"):
+        variables = os.environ | {"PYTHONHASHSEED": seed, switch.VARIABLE: str(switch.exercises_folder())}
+        ended = subprocess.run(words, capture_output=True, text=True, env=variables, timeout=50)
+        results.append(json.loads(ended.stdout.splitlines()[-1]))
+    return results
+
+
 def lora(rank_of_update: int, targets: tuple[str, ...], width: int = 0) -> dict:
     """Task 7.6: trained parameters, calculated and found; the adapted model and the merged one; what a checkpoint holds."""
     from safetensors.torch import load_file
@@ -361,7 +472,11 @@ def lora(rank_of_update: int, targets: tuple[str, ...], width: int = 0) -> dict:
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
     there = adapted(**batch).logits.detach().clone()
+    adapted.train()
+    before = [(name, parameter.requires_grad) for name, parameter in adapted.named_parameters()]
     merged = lab.merged(adapted)
+    same = adapted.training and before == [(name, parameter.requires_grad) for name, parameter in adapted.named_parameters()]
+    adapted.eval()
     merged.eval()
     there_again = adapted(**batch).logits.detach().clone()
     with tempfile.TemporaryDirectory() as folder:
@@ -379,6 +494,7 @@ def lora(rank_of_update: int, targets: tuple[str, ...], width: int = 0) -> dict:
         "there_again": there_again,
         "merged": merged(**batch).logits.detach().clone(),
         "kinds": sorted(kinds),
+        "same": same,
         "saved": saved,
         "scale": scales[0].get("default") if scales else None,
     }
@@ -390,6 +506,13 @@ def small_encoder(width: int) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 3 * width}
     return RobertaForSequenceClassification(RobertaConfig(vocab_size=800, num_labels=5, max_position_embeddings=70, **sizes))
+
+
+def lora_counted(targets: tuple[str, ...], head: int) -> int:
+    """Task 7.6: `lora_parameters` of a small encoder with a head of one layer of so many labels."""
+    model = small_encoder(16)
+    model.classifier = nn.Linear(16, head)
+    return exercises().lora_parameters(model, 2, tuple(targets))
 
 
 def lora_refused(targets: tuple[str, ...]) -> str:
@@ -407,15 +530,27 @@ def read_file(name: str, text: str, others: dict[str, str]) -> dict:
             Path(folder, other).parent.mkdir(parents=True, exist_ok=True)
             Path(folder, other).write_text(content)
         path = Path(folder, name)
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(text.encode("latin-1" if name.startswith("latin") else "utf-8"))
         try:
             found = exercises().load_training_config(str(path))
         except ValueError as error:
             return {"refused": str(error)}
+        except Exception as error:
+            return {"refused": f"{type(error).__name__} in the place of ValueError"}
         said = found.model_dump()
         if said["deepspeed"] is not None:
-            said["deepspeed"] = [Path(said["deepspeed"]).is_file(), Path(said["deepspeed"]).name]
+            given = Path(said["deepspeed"])
+            said["deepspeed"] = [given.is_file() and given.resolve().is_relative_to(Path(folder).resolve()), given.name]
         return {"config": said}
+
+
+def missing_file() -> str:
+    """Task 7.10: the kind of error where the YAML file is not there."""
+    try:
+        exercises().load_training_config("/no/such/folder/config.yaml")
+    except Exception as error:
+        return type(error).__name__
+    return ""
 
 
 def validated(text: str, others: dict[str, str], without: str = "") -> list:
@@ -425,12 +560,14 @@ def validated(text: str, others: dict[str, str], without: str = "") -> list:
 
     import deepspeed  # noqa: F401  # sets a variable of the environment when it is imported
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as elsewhere:
         for other, content in others.items():
             Path(folder, other).write_text(content)
         path = Path(folder, "config.yaml")
-        path.write_text(text)
+        if text:
+            path.write_text(text)
         before = sorted(Path(folder).iterdir())
-        with mock.patch.dict(sys.modules, {without: None} if without else {}):
+        with mock.patch.dict(sys.modules, {without: None} if without else {}), mock.patch("tempfile.tempdir", elsewhere):
             found = exercises().validate_setup(str(path))
-        return [list(pair) for pair in found] + [["left", "" if sorted(Path(folder).iterdir()) == before else "files"]]
+        left = sorted(Path(folder).iterdir()) != before or list(Path(elsewhere).iterdir())
+        return [list(pair) for pair in found] + [["left", "files" if left else ""]]

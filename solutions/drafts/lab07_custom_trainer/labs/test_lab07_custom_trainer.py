@@ -99,6 +99,7 @@ def test_losses(lab):
                 expected=f"losses in float32 from {shown} for logits in float32",
                 got=str(got["losses"].dtype),
             )
+            require(got["kept"], expected=f"labels that stay as they are, by {shown}", got="others")
             for name, found, wanted in (("losses", got["losses"], losses), ("gradient", got["gradient"], gradient)):
                 unknown = labels == UNKNOWN
                 require(
@@ -114,7 +115,7 @@ def test_losses(lab):
                     f"{labels[row, column]:.0f}" + (f" and the weight {given[column]:g}" if given is not None else ""),
                     got=f"{found[row, column]:.6f}",
                 )
-    extreme = torch.tensor([[-2e4, -120.0, -80.0, 0.0], [80.0, 120.0, 2e4, 17.0]])
+    extreme = torch.tensor([[-1e6, -2e4, -120.0, -80.0, 0.0], [80.0, 120.0, 2e4, 17.0, 1e6]])
     for kind, settings, formula in LOSSES:
         for label in (0.0, 1.0):
             got = lab.observe(f"{PROGRAMS}:entries_of", kind, settings, extreme, torch.full_like(extreme, label))
@@ -123,13 +124,13 @@ def test_losses(lab):
                 expected=f"finite losses and gradients of {kind} with {settings} for {extreme.tolist()} and the label {label:.0f}",
                 got=f"losses {got['losses'].tolist()}, gradients {got['gradient'].tolist()}",
             )
-            if formula[2] == 0:
-                wanted, _ = by_formula(extreme, torch.full_like(extreme, label), *formula, None)
-                require(
-                    torch.allclose(got["losses"].double(), wanted, rtol=1e-4, atol=1e-6),
-                    expected=f"{wanted.tolist()}: {kind} with {settings} for logits {extreme.tolist()} and the label {label:.0f}",
-                    got=got["losses"].tolist(),
-                )
+            wanted, _ = by_formula(extreme, torch.full_like(extreme, label), *formula, None)
+            finite = torch.isfinite(wanted)
+            require(
+                torch.allclose(got["losses"].double()[finite], wanted[finite], rtol=1e-4, atol=1e-6),
+                expected=f"{wanted.tolist()}: {kind} with {settings} for logits {extreme.tolist()} and the label {label:.0f}",
+                got=got["losses"].tolist(),
+            )
     logits, labels = some_entries(40)
     for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)):
         got = lab.observe(f"{PROGRAMS}:entries_of", "AsymmetricLoss", {}, logits.to(dtype), labels)["losses"]
@@ -140,13 +141,16 @@ def test_losses(lab):
             expected=f"losses computed in {wanted} for logits in {dtype}",
             got=f"{got.dtype}, off by {(got.double() - exact).abs().max():.1e}",
         )
-    whole = lab.observe(f"{PROGRAMS}:entries_of", "FocalLoss", {}, logits, labels.long().float())
-    require(
-        torch.isfinite(whole["losses"]).all(), expected="finite losses for labels 0, 1 and UNKNOWN", got=whole["losses"].tolist()
-    )
+    for kind in ("AsymmetricLoss", "FocalLoss"):
+        whole, parts = (
+            lab.observe(f"{PROGRAMS}:entries_of", kind, {}, logits, given)["losses"] for given in (labels.long(), labels)
+        )
+        require(torch.equal(whole, parts), expected=f"the same of {kind} for labels in int64 as in float32", got=whole.tolist())
     for kind, settings in (
         ("AsymmetricLoss", {"gamma_positive": -1.0}),
+        ("AsymmetricLoss", {"gamma_positive": 0.25}),
         ("AsymmetricLoss", {"gamma_negative": 0.5}),
+        ("AsymmetricLoss", {"gamma_negative": -2.0}),
         ("AsymmetricLoss", {"clip": 1.0}),
         ("AsymmetricLoss", {"clip": -0.1}),
         ("AsymmetricLoss", {"label_smoothing": 1.0}),
@@ -159,6 +163,10 @@ def test_losses(lab):
             expected=f"ValueError of {kind}({name}={value}), in a sentence that names {name} and {value}",
             got=said or "no error",
         )
+    said = lab.observe(f"{PROGRAMS}:refused", "FocalLoss", {"gamma": 0.5})
+    require(
+        "gamma" in said and "0.5" in said, expected="ValueError of FocalLoss(gamma=0.5), that names both", got=said or "no error"
+    )
 
 
 # --- 7.2 ------------------------------------------------------------------------------------------------------------
@@ -186,6 +194,13 @@ def test_settings(lab, run_experiments, tmp_path, workspace):
     ):
         require_equal(said.get(name), wanted, of=f"trainer_arguments(config, …).{name}, for {values}")
     require(said["inside"], expected="output_dir as it was given", got=said["output_dir"])
+    require_equal(said["report_to"], [], of="trainer_arguments(config, …).report_to: no other program is told")
+    for gpu in (True, False):
+        require_equal(
+            lab.observe(f"{PROGRAMS}:device_of_settings", gpu),
+            {"use_cpu": not gpu, "bf16": False, "fp16": False},
+            of=f"what TrainingArguments is asked for where torch sees {'a' if gpu else 'no'} GPU",
+        )
     said = lab.observe(f"{PROGRAMS}:arguments_of", values, learning_rate=0.5, save_strategy="epoch", dataloader_drop_last=True)
     for name, wanted in (("learning_rate", 0.5), ("save_strategy", "epoch"), ("dataloader_drop_last", True)):
         require_equal(said[name], wanted, of=f"trainer_arguments(config, …, {name}={wanted!r}).{name}: what is given wins")
@@ -242,12 +257,23 @@ def test_loss_of_a_step(lab, run_experiments):
         require(
             not got["saw_labels"], expected="a model that is not given the labels: it would compute a loss of its own", got="labels"
         )
-    cases = [("one", 1, 1, None), ("one-4", 1, 4, None), ("two", 2, 1, None), ("two-4", 2, 4, None), ("two-4-zero2", 2, 4, 2)]
-    with ranks_come_back():
-        runs = run_experiments(
-            [experiment(name, "by_trainer", ranks=ranks, accumulation=steps, stage=stage) for name, ranks, steps, stage in cases],
-            timeout=90,
+        require(
+            got["saw_positions"],
+            expected="a model that is given all of the batch but the labels, position_ids too",
+            got="without them",
         )
+    largest = lab.observe(f"{PROGRAMS}:gradient_without_labels")
+    require(largest and not any(largest), expected="gradients of 0 where no label is known", got="nan, or others than 0")
+    cases = [("one", 1, 1, None), ("one-4", 1, 4, None), ("two", 2, 1, None), ("two-4", 2, 4, None), ("two-4-zero2", 2, 4, 2)]
+    plans = [experiment(name, "by_trainer", ranks=ranks, accumulation=steps, stage=stage) for name, ranks, steps, stage in cases]
+    with ranks_come_back():
+        runs = run_experiments([*plans, experiment("evaluated", "evaluated", ranks=2)], timeout=90)
+    wanted, got = reference("evaluation_loss", 32), runs["evaluated"].results
+    require(
+        abs(got["eval_loss"] - wanted) < 1e-5 and got["shape"] == [32, 16],
+        expected=f"{wanted:.5f}, the mean over all labels of 32 rows, by evaluate() on two ranks, and predictions [32, 16]",
+        got=f"{got['eval_loss']:.5f}, {got['shape']}",
+    )
     for name, ranks, steps, stage in cases:
         wanted = reference("hand", PARAMS | {"grad_accum": steps}, ROWS)
         got = runs[name].results["losses"]
@@ -271,7 +297,8 @@ def test_adversarial_training(lab, run_experiments):
         ([3e-20, 0.0, 4e-20], "float32", [0.3, 0.0, 0.4]),
         (None, "float32", [0.0, 0.0, 0.0]),
         ([math.inf, 0.0, 0.0], "float32", [0.0, 0.0, 0.0]),
-        ([math.nan, 0.0, 0.0], "float32", [0.0, 0.0, 0.0]),
+        ([math.nan, 3.0, 4.0], "float32", [0.0, 0.0, 0.0]),
+        ([math.inf, math.nan, 3.0], "float32", [0.0, 0.0, 0.0]),
         ([300.0, 0.0, 400.0], "bfloat16", [0.3, 0.0, 0.4]),
     ):
         got = lab.observe(f"{PROGRAMS}:fgm_by_itself", gradient, dtype, 0.5)
@@ -286,16 +313,31 @@ def test_adversarial_training(lab, run_experiments):
             got["stays"], expected="a second restore() that changes nothing: a step may lie between the two", got="the old values"
         )
         require(got["same"], expected="all other parameters as they were", got="others")
+        require(got["kept"], expected=f"the gradient as it was, after attack() {words}", got="another one")
+    for sharded, word in ((True, "ZeRO-3"), (False, "frozen")):
+        said = lab.observe(f"{PROGRAMS}:fgm_refused", sharded)
+        require(
+            word.lower() in said.lower(),
+            expected=f"ValueError of FGM where the embeddings are {'sharded' if sharded else 'frozen'}, in a sentence with {word}",
+            got=said or "no error",
+        )
+    hooks = lab.observe(f"{PROGRAMS}:hooks_after_a_failure")
+    require(not hooks, expected="no hook on the embeddings after a first pass that has failed", got=f"{hooks} hooks")
     plans = [
         experiment("fgm-1", "by_trainer", accumulation=3, fgm=0.5),
         experiment("fgm-2", "by_trainer", ranks=2, accumulation=2, fgm=0.5),
         *(experiment(f"fgm-zero{stage}", "by_trainer", ranks=2, accumulation=2, stage=stage, fgm=0.5) for stage in (1, 2, 3)),
-        experiment("no-fgm", "by_trainer", ranks=2, accumulation=2, fgm=0.0),
     ]
     with ranks_come_back():
-        runs = run_experiments(plans[:-1], timeout=120)
+        runs = run_experiments(plans, timeout=120)
     for name, words, micro, count in (("fgm-1", "on one rank", 8, 3), ("fgm-2", "on two ranks", 4, 4)):
-        got, wanted = runs[name].results, reference("fgm_gradients", ROWS, micro, count, 0.5, 3)
+        got, step = runs[name].results, reference("fgm_step", ROWS, micro, count, 0.5, 3)
+        require(
+            math.isclose(got["losses"][0], step["loss"], rel_tol=1e-5),
+            expected=f"{step['loss']:.5f}, the loss of the batch as it is, in the first step, {words}",
+            got=round(got["losses"][0], 5),
+        )
+        wanted = step["gradients"]
         require(
             got["moved"] == 0,
             expected=f"the embeddings where they were when the optimizer steps, {words}",
@@ -331,42 +373,47 @@ def test_adversarial_training(lab, run_experiments):
 # --- 7.5 ------------------------------------------------------------------------------------------------------------
 
 
+PLACES = [(0, 0), (1, 0), (0, 1), (0, 0), (1, 1), (0, 11), (11, 0), (1, 11), (11, 1), (0, 100), (0, 1000), (100, 0), (2, 1)]
+"""Epochs and rows."""
+
+
 @pytest.mark.milestone(task="7.5", points=10, section="Dropout many times, and words that are missing")
 def test_head_and_augmentation(lab):
     quiet = lab.observe(f"{PROGRAMS}:head", 4, 0.5, False, 0)
     require_equal(
         sorted(quiet["shapes"]), [[7], [7, 64]], of="the shapes of the head's parameters, for hidden_size 64 and 7 labels"
     )
-    exact = quiet["features"][:, 0] @ quiet["weight"].T + quiet["bias"]
-    require(
-        torch.allclose(quiet["logits"], exact, atol=1e-5),
-        expected="in evaluation, one linear layer on the first token's vector, without dropout",
-        got=f"off by {(quiet['logits'] - exact).abs().max():.3f}"
-        if quiet["logits"].shape == exact.shape
-        else list(quiet["logits"].shape),
-    )
     none = lab.observe(f"{PROGRAMS}:head", 3, 0.0, True, 0)
-    require(
-        torch.allclose(none["logits"], none["features"][:, 0] @ none["weight"].T + none["bias"], atol=1e-5),
-        expected="in training with dropout 0 the same: a mean over the samples, not their sum",
-        got=(none["logits"] / none["again"]).mean().item() if torch.isfinite(none["logits"]).all() else "nan",
-    )
+    for got, where in ((quiet, "in evaluation"), (none, "in training with dropout 0")):
+        require_equal(list(got["logits"].shape), [5, 7], of=f"the shape of the logits, {where}")
+        require(
+            torch.allclose(got["logits"], got["exact"], atol=1e-5),
+            expected=f"one linear layer on the first token's vector, {where}: {rounded(got['exact'][0].tolist())}",
+            got=rounded(got["logits"][0].tolist()),
+        )
     spread = {}
     for samples in (1, 64):
         got = lab.observe(f"{PROGRAMS}:head", samples, 0.5, True, 1)
         require(not torch.equal(got["logits"], got["again"]), expected="other masks in each forward pass", got="the same")
-        exact = got["features"][:, 0] @ got["weight"].T + got["bias"]
-        spread[samples] = (got["logits"] - exact).std().item()
+        spread[samples] = (got["logits"] - got["exact"]).std().item()
     require(
         spread[64] < spread[1] / 4,
         expected=f"the mean over 64 masks to spread an eighth of what one does, {spread[1] / 8:.3f}: a mask for each",
         got=f"{spread[64]:.3f}",
     )
-    zeros = lab.observe(f"{PROGRAMS}:head", 16, 0.25, True, 2)["zeros"]
-    require(0.2 < zeros < 0.3, expected="a quarter of the entries dropped with dropout 0.25", got=f"{zeros:.3f}")
+    got = lab.observe(f"{PROGRAMS}:dropped", 0.25, 64)
+    require(
+        0.22 < got["zeros"] < 0.28 and abs(got["others"] - 4 / 3) < 1e-4,
+        expected="a quarter of the entries dropped with dropout 0.25, and the others scaled by 4/3",
+        got=f"{got['zeros']:.3f} dropped, the others scaled by {got['others']:.3f}",
+    )
+    require(got["patterns"] > 60, expected="other entries dropped in each row", got=f"{got['patterns']} patterns in 64 rows")
 
-    ids, settings = [0, *range(5, 400), 2], {"share": 0.3, "mask_id": 4, "special_ids": {0, 1, 2, 3, 4}, "seed": 5}
-    calls = [settings | {"epoch": epoch, "row": row} for epoch, row in ((0, 0), (1, 0), (0, 1), (0, 0), (1, 1), (0, 11), (11, 0))]
+    ids, settings = (
+        [0, *range(5, 200), 3, *range(200, 400), 2],
+        {"share": 0.3, "mask_id": 4, "special_ids": {0, 1, 2, 3, 4}, "seed": 5},
+    )
+    calls = [settings | {"epoch": epoch, "row": row} for epoch, row in PLACES]
     calls += [settings | {"epoch": 0, "row": 0, "seed": 6}, settings | {"epoch": 0, "row": 0, "share": 0.0}]
     calls += [settings | {"epoch": 0, "row": 0, "share": 1.0}]
     first = lab.observe(f"{PROGRAMS}:augmented", ids, calls, False)
@@ -380,7 +427,7 @@ def test_head_and_augmentation(lab):
     for result, given in zip(results, calls):
         masked = [n for n, (a, b) in enumerate(zip(ids, result)) if a != b]
         require(
-            all(result[n] == 4 for n in masked) and result[0] == 0 and result[-1] == 2,
+            all(result[n] == 4 for n in masked) and (result[0], result[196], result[-1]) == (0, 3, 2),
             expected="only mask_id in the place of another token, and special tokens where they were",
             got=result[:12],
         )
@@ -392,6 +439,20 @@ def test_head_and_augmentation(lab):
         )
     drawn = [(f"seed {given['seed']}, epoch {given['epoch']}, row {given['row']}", result) for given, result in zip(calls, results)]
     drawn = dict(pair for pair, given in zip(drawn, calls) if given["share"] == 0.3)
+    fresh = lab.observe(f"{PROGRAMS}:augmented_in_processes", ids, calls[1])
+    require(
+        fresh[0] == fresh[1] == results[1],
+        expected="the same in every process: the ranks of a run, and its next life (PYTHONHASHSEED 1 and 2)",
+        got="something else",
+    )
+    plain = [settings | {"special_ids": set(), "epoch": 0, "row": row} for row in range(60)]
+    more = lab.observe(f"{PROGRAMS}:augmented", list(range(5, 25)), plain, False)["results"]
+    counts = [sum(token == 4 for token in result) for result in more]
+    require(
+        len(set(counts)) > 3 and all(sum(result[place] == 4 for result in more) > 3 for place in (0, 10, 19)),
+        expected="each token masked by a draw of its own, the first and last too: of 60 rows of 20 not all have equally many",
+        got=f"from {min(counts)} to {max(counts)} masked",
+    )
     same = [(one, two) for one, two in itertools.combinations(drawn, 2) if drawn[one] == drawn[two]]
     require(
         not same,
@@ -433,16 +494,27 @@ def test_lora(lab):
         )
         require("peft" not in got["kinds"], expected="nothing of peft in what merged() returns", got=got["kinds"])
         require(
+            got["same"],
+            expected="the adapted model in training mode, its parameters trained or frozen as they were",
+            got="otherwise",
+        )
+        require(
             torch.equal(got["there"], got["there_again"]),
             expected="the adapted model as it was, after merged()",
             got=f"logits off by {(got['there'] - got['there_again']).abs().max():.2e}",
         )
-    said = lab.observe(f"{PROGRAMS}:lora_refused", ("query", "q_proj"))
-    require(
-        "q_proj" in said and "'query'" not in said,
-        expected="ValueError for the target q_proj, which names no layer, in a sentence that names it",
-        got=said or "no error",
-    )
+    for targets, head, wanted in ((("uery",), 5, 85), (("output",), 5, 85), (("query",), 9, 2 * 2 * 32 + 153), ((), 2, 34)):
+        got = lab.observe(f"{PROGRAMS}:lora_counted", targets, head)
+        require_equal(
+            got, wanted, of=f"lora_parameters(model, 2, {targets}), of 2 layers of width 16 and a head of one layer 16 → {head}"
+        )
+    for targets, bad in ((("query", "q_proj"), "q_proj"), (("word_embeddings", "query"), "word_embeddings"), (("self",), "self")):
+        said = lab.observe(f"{PROGRAMS}:lora_refused", targets)
+        require(
+            bad in said,
+            expected=f"ValueError for the target {bad}, which names no linear layer, in a sentence that names it",
+            got=said or "no error",
+        )
 
 
 # --- 7.7 ------------------------------------------------------------------------------------------------------------
@@ -506,6 +578,20 @@ def test_metrics(lab):
                     expected=f"{name} {wanted[name]:.5f}, of 40 rows, 6 labels and the thresholds {thresholds}",
                     got=got[name],
                 )
+    probabilities, labels = some_predictions(7)
+    probabilities = [[0.5 + p / 4000 for p in row] for row in probabilities]  # near each other
+    for row in labels:
+        row[3] = UNKNOWN  # a label that nobody has looked at
+    given, wanted = torch.tensor(labels), metrics_by_hand(probabilities, labels, names, 0.5)
+    for turn in ("first", "second"):
+        got = lab.multilabel_metrics(torch.tensor(probabilities).double(), given, names)
+        require_equal(got["without_positives"], ["memory", "licence"], of="without_positives, where nobody has looked at memory")
+        require(
+            abs(got["roc_auc"] - wanted["roc_auc"]) < 1e-5 and abs(got["micro_f1"] - wanted["micro_f1"]) < 1e-5,
+            expected=f"ROC-AUC {wanted['roc_auc']:.5f}, micro F1 {wanted['micro_f1']:.5f}, of probabilities near 0.5, {turn} call",
+            got=f"{got['roc_auc']:.5f}, {got['micro_f1']:.5f}",
+        )
+    require(torch.equal(given, torch.tensor(labels)), expected="labels that stay as they are", got="others")
     got = lab.multilabel_metrics(torch.tensor([[0.2], [0.6]]), torch.tensor([[0.0], [UNKNOWN]]), ["bug"])
     require(
         math.isnan(got["macro_f1"]) and math.isnan(got["roc_auc"]) and got["without_positives"] == ["bug"],
@@ -530,6 +616,11 @@ def test_thresholds(lab):
         ([0.33, 0.12], [1, 0], 0.3, "0.15 to 0.3 are equally good"),
         ([0.93, 0.72], [1, 0], 0.75, "0.75 to 0.9 are equally good"),
         ([0.57, 0.52, 0.47, 0.46], [1, 0, 1, 0], 0.45, "0.45 and 0.55 are equally good, and equally near to 0.5"),
+        ([0.72, 0.68, 0.33, 0.32], [1, 0, 1, 0], 0.3, "0.3 and 0.7 are equally good, and equally near to 0.5"),
+        ([0.97, 0.93, 0.07, 0.06], [1, 0, 1, 0], 0.05, "0.05 and 0.95 are equally good, and equally near to 0.5"),
+        ([1.0, 0.97], [1, 0], 0.5, "all up to 0.95 are equally good, and 1.0 is none of them"),
+        ([0.96, 0.93], [1, 0], 0.95, "0.95 alone tells the two apart"),
+        ([0.25, 0.2], [1, 0], 0.25, "0.25 is reached by 0.25"),
         ([0.02, 0.03], [1, 0], 0.5, "none finds the positive"),
     ):
         got = lab.best_thresholds(torch.tensor([column]).T, torch.tensor([truth]).T)
@@ -547,7 +638,9 @@ def test_thresholds(lab):
             [min(1.0, max(0.0, c + (0.15 if y == 1 else -0.1) + draw.gauss(0, 0.15))) for c, y in zip(centre, row)]
             for row in labels
         ]
-        got = lab.best_thresholds(torch.tensor(probabilities), torch.tensor(labels).float())
+        given = torch.tensor(labels).float()
+        got = lab.best_thresholds(torch.tensor(probabilities), given)
+        require(torch.equal(given, torch.tensor(labels).float()), expected="labels that stay as they are", got="others")
         require(
             torch.is_tensor(got) and got.dtype == torch.float32 and list(got.shape) == [4],
             expected="thresholds [4] in float32",
@@ -600,7 +693,7 @@ def test_folds(lab):
             share = positive[validation].sum(0)
             for label, count in enumerate(positive.sum(0).tolist()):
                 require(
-                    abs(int(share[label]) - count / folds) <= 1.5 + 0.15 * count / folds and share[label] > 0,
+                    abs(int(share[label]) - count / folds) <= 1.5 + 0.15 * count / folds,
                     expected=f"about {count / folds:.1f} of {count} positives of label {label} in fold {number} of {folds}",
                     got=int(share[label]),
                 )
@@ -611,8 +704,8 @@ def test_folds(lab):
         got="the same",
     )
     few = torch.zeros(30, 3, dtype=torch.long)
-    few[:10, 0], few[:2, 1], few[5:20, 2] = 1, 1, UNKNOWN
-    for folds, names in ((1, ("1",)), (3, ("1", "2", "3"))):
+    few[:10, 0], few[:2, 1], few[2:9, 1], few[5:20, 2] = 1, 1, UNKNOWN, UNKNOWN
+    for folds, names in ((1, ("1",)), (3, ("1", "2"))):
         require_error(
             lambda folds=folds: lab.stratified_folds(few, folds),
             ValueError,
@@ -622,6 +715,14 @@ def test_folds(lab):
     require(
         len(lab.stratified_folds(few, 2)) == 2, expected="2 folds where a label has 2 positives, and another has none", got="others"
     )
+    alone = lab.stratified_folds(few[:, :1], 2)
+    require(
+        [len(validation) for _, validation in alone] == [15, 15]
+        and all((few[validation, 0] == 1).sum() == 5 for _, validation in alone),
+        expected="5 of 10 positives and 15 of 30 rows in each of 2 folds, of one label alone",
+        got=[len(validation) for _, validation in alone],
+    )
+    require(few[2, 1] == UNKNOWN, expected="labels that stay as they are", got="others")
 
 
 # --- 7.10 -----------------------------------------------------------------------------------------------------------
@@ -651,6 +752,17 @@ BAD_FILES = [
     ("- a\n- b\n", ()),
     ("a: [1, 2\n", ()),
     ("model_name: a\nmax_len: 16\nmodel_name: b\n", ("model_name", "line 3")),
+    ("data: 2026-02-31\n", ()),
+    ("max_len: 16\ntrain_params:\n  max_len: 3\n", ("max_len", "line 3")),
+    ("train_params: {epochs: 3,\n  lr: 0.0}\n", ("lr", "line 2")),
+    ("trainparams:\n  lr: 1.0\n", ("trainparams", "line 1")),
+    ("deepspeed: ''\n", ("deepspeed", "line 1")),
+    ("max_len: 16\ndeepspeed: .\n", ("deepspeed", "line 2")),
+    ("deepspeed: 5\n", ("deepspeed", "line 1", "5")),
+    ("data: !!python/object/apply:os.getcwd []\n", ("line 1",)),
+    ("[]\n", ()),
+    ("0\n", ()),
+    ("1: 2\n", ("line 1",)),
 ]
 
 
@@ -675,6 +787,13 @@ def test_configuration_files(lab):
         before.get("config"),
         config | {"deepspeed": None},
         of="the same file without its line `deepspeed`: nothing else is different",
+    )
+    require_equal(lab.observe(f"{PROGRAMS}:missing_file"), "FileNotFoundError", of="the error where the YAML file is not there")
+    said = lab.observe(f"{PROGRAMS}:read_file", "latin.yaml", "data: donn\u00e9es.csv\n", {}).get("refused", "")
+    require(
+        "latin.yaml" in said,
+        expected="ValueError for a file that is not UTF-8, in a sentence that names it",
+        got=said or "no error",
     )
     for text, names in BAD_FILES:
         said = lab.observe(f"{PROGRAMS}:read_file", "bad.yaml", text, {}).get("refused", "")
@@ -703,7 +822,16 @@ def test_set_up_is_looked_at(lab):
             "",
             {"deepspeed": "stage"},
         ),
-        ("a DeepSpeed file that is no JSON", "deepspeed: z.json\n", {"z.json": "{"}, "", {"deepspeed": "line 1"}),
+        ("a DeepSpeed file that is no JSON", "deepspeed: z.json\n", {"z.json": "{"}, "", {"deepspeed": "z.json"}),
+        ("another number of labels", "num_labels: 12\n", {}, "", {"deepspeed": "not used"}),
+        ("no DeepSpeed file, and deepspeed not there", good, {}, "deepspeed", {"deepspeed": "not used"}),
+        (
+            "a file that is not there",
+            "",
+            {},
+            "",
+            {"configuration": "config.yaml", "deepspeed": "not looked at", "model": "not looked at", "trainer": "not looked at"},
+        ),
         ("a model that is not there", "model_name: no/such-model\n", {}, "", {"model": "no/such-model", "deepspeed": "not used"}),
         ("a package that is not there", good, {}, "peft", {"imports": "peft", "deepspeed": "not used"}),
         (

@@ -11,7 +11,8 @@ import sys
 from shardlab.run.experiment import module_of
 
 ADVANCED = {"loss": "asymmetric", "fgm": 0.2, "augment": 0.1, "class_weights": True, "samples": 5, "lora": 0}
-"""Options of `train.py`'s program, and their defaults here; 0 switches a number off."""
+"""Options of the program of `train.py`, and their defaults here; 0 switches a number off. LoRA freezes what FGM moves: --fgm 0."""
+
 
 if __name__ == "__main__":
     sys.exit(module_of("labs/lab07_custom_trainer/train.py").main(sys.argv[1:], ADVANCED))

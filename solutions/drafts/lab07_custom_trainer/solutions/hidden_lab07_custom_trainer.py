@@ -56,7 +56,7 @@ def test_another_adversary(lab, run_experiments):
     plans.append(experiment("fgm-4-zero2", "by_trainer", ranks=2, accumulation=1, stage=2, fgm=2.0))
     plans.append(experiment("fgm-4-ddp", "by_trainer", ranks=2, accumulation=1, fgm=2.0))
     runs = run_experiments(plans, timeout=120)
-    got, wanted = runs["fgm-4"].results, reference("fgm_gradients", public.ROWS, 8, 2, 2.0, 3)
+    got, wanted = runs["fgm-4"].results, reference("fgm_step", public.ROWS, 8, 2, 2.0, 3)["gradients"]
     scale = got["gradients"]["classifier.dense.weight"][0] / wanted["classifier.dense.weight"][0]
     for name, numbers in wanted.items():
         assert all(math.isclose(a, scale * b, rel_tol=1e-3, abs_tol=1e-5) for a, b in zip(got["gradients"][name], numbers)), name
@@ -67,12 +67,11 @@ def test_another_adversary(lab, run_experiments):
 @pytest.mark.milestone(task="7.5")
 def test_another_head(lab):
     got = lab.observe(f"{PROGRAMS}:head", 2, 0.1, False, 9)
-    assert torch.allclose(got["logits"], got["features"][:, 0] @ got["weight"].T + got["bias"], atol=1e-5)
-    spread = []
-    for samples in (1, 100):
-        got = lab.observe(f"{PROGRAMS}:head", samples, 0.3, True, 3)
-        spread.append((got["logits"] - (got["features"][:, 0] @ got["weight"].T + got["bias"])).std().item())
-    assert spread[1] < 0.2 * spread[0]
+    assert torch.allclose(got["logits"], got["exact"], atol=1e-5)
+    one, many = (lab.observe(f"{PROGRAMS}:head", samples, 0.3, True, 3) for samples in (1, 100))
+    assert (many["logits"] - many["exact"]).std() < 0.2 * (one["logits"] - one["exact"]).std()
+    got = lab.observe(f"{PROGRAMS}:dropped", 0.6, 40)
+    assert 0.55 < got["zeros"] < 0.65 and abs(got["others"] - 2.5) < 1e-4 and got["patterns"] == 40
     settings = {"share": 0.5, "mask_id": 9, "special_ids": {7}, "seed": 1}
     calls = [settings | {"epoch": epoch, "row": row} for epoch in range(3) for row in range(3)]
     found = lab.observe(f"{PROGRAMS}:augmented", [7, *range(10, 110), 7], calls, False)
@@ -106,7 +105,7 @@ def test_other_metrics(lab):
 def test_other_thresholds(lab):
     for seed in range(40, 60):
         probabilities, labels = (torch.tensor(table) for table in some_predictions(seed, 30, 6))
-        assert torch.equal(lab.best_thresholds(probabilities, labels), REFERENCE.best_thresholds(probabilities, labels)), seed
+        assert torch.allclose(lab.best_thresholds(probabilities, labels), REFERENCE.best_thresholds(probabilities, labels)), seed
 
 
 @pytest.mark.milestone(task="7.9")
@@ -121,7 +120,7 @@ def test_other_folds(lab):
             assert ((share - 1 / folds).abs() < 0.15).all()
     few = torch.zeros(40, 2, dtype=torch.long)
     few[:3, 0] = 1
-    with pytest.raises(ValueError, match="(?s)0.*3|3.*0"):
+    with pytest.raises(ValueError, match="0.*3|3.*0"):
         lab.stratified_folds(few, 4)
 
 
@@ -138,7 +137,7 @@ def test_other_files(lab):
         ("just text\n", ()),
     ):
         said = lab.observe(f"{PROGRAMS}:read_file", "x.yaml", text, {}).get("refused", "")
-        assert all(name in said for name in ("x.yaml", *names)), (text, said)
+        assert all(name in said.lower() for name in ("x.yaml", *names)), (text, said)
 
 
 @pytest.mark.milestone(task="7.11", needs=("7.2", "7.10"))
@@ -149,4 +148,4 @@ def test_another_set_up(lab):
     reasons = dict(map(tuple, found))
     assert list(reasons) == ["configuration", "imports", "deepspeed", "model", "trainer"] and left == ["left", ""]
     assert reasons["configuration"] == reasons["trainer"] == "" and "torchmetrics" in reasons["imports"]
-    assert "none-such" in reasons["model"] and reasons["deepspeed"] not in ("", "not used")
+    assert "none-such" in reasons["model"] and "a.json" in reasons["deepspeed"]

@@ -31,12 +31,13 @@ class AsymmetricLoss(nn.Module):
 
     With p = σ(logit), the loss of one entry is −(1−p)^γ₊ · log p where the label is 1, and −q^γ₋ · log(1−q) where it
     is 0, with q = max(p − clip, 0): a negative below `clip` costs nothing at all. With both gammas 0 and `clip` 0 it is
-    binary cross-entropy.
+    binary cross-entropy. (1−q with a clip is min(1−p+clip, 1), which is never near 0.)
 
-    Label smoothing s takes y·(1−s) + s/2 for a label y, and weighs the two terms with it and with one less it.
+    With label smoothing s, t = y·(1−s) + s/2 stands for the label y, and the loss is the first term times t plus the second
+    times 1−t.
 
     Args:
-        gamma_positive, gamma_negative: 0, or at least 1.
+        gamma_positive, gamma_negative: 0, or at least 1: between them the gradient is infinite where p is 0 or 1.
         clip: from 0 to less than 1.
         class_weights: a factor per label, of all its entries; [labels].
         label_smoothing: from 0 to less than 1.
@@ -47,8 +48,14 @@ class AsymmetricLoss(nn.Module):
     Source: Ben-Baruch et al., "Asymmetric Loss For Multi-Label Classification", https://arxiv.org/abs/2009.14119, section 2.
     """
 
-    def __init__(self, gamma_positive: float = 1.0, gamma_negative: float = 4.0, clip: float = 0.05,
-                 class_weights: torch.Tensor | None = None, label_smoothing: float = 0.0):
+    def __init__(
+        self,
+        gamma_positive: float = 1.0,
+        gamma_negative: float = 4.0,
+        clip: float = 0.05,
+        class_weights: torch.Tensor | None = None,
+        label_smoothing: float = 0.0,
+    ):
         super().__init__()
         # BEGIN SOLUTION 7.1
         for name, value in (("gamma_positive", gamma_positive), ("gamma_negative", gamma_negative)):
@@ -71,7 +78,8 @@ class AsymmetricLoss(nn.Module):
                 gradient too.
 
         Returns:
-            Losses in float32, or float64 for logits in float64. Finite for every finite logit, and so are the gradients.
+            Losses in float32, or float64 for logits in float64. For logits from −10⁶ to 10⁶ they are finite, and so are the
+            gradients.
         """
         # BEGIN SOLUTION 7.1
         if logits.dtype in (torch.bfloat16, torch.float16):
@@ -93,6 +101,8 @@ class AsymmetricLoss(nn.Module):
 
 class FocalLoss(AsymmetricLoss):
     """Binary cross-entropy that lets easy entries count less, of either label: the asymmetric loss with one gamma, and no clip.
+
+    A gamma that is refused is named as `AsymmetricLoss` names it.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", https://arxiv.org/abs/1708.02002, equation 4.
     """
@@ -179,9 +189,10 @@ class CustomTrainer(Trainer):
 
         Args:
             model: gives an output with `logits`, [rows, labels].
-            inputs: a batch, with `labels`, which the model is not to see. It stays as it is.
-            num_items_in_batch: how many labels of the whole step, over all micro-batches and ranks, are not `UNKNOWN`. None in an
-                evaluation or a prediction outside of training: then the mean is that of this batch.
+            inputs: a batch, with `labels`. The model gets all of it but the labels, and the batch stays as it is.
+            num_items_in_batch: how many labels of the whole step, over all micro-batches and ranks, are not `UNKNOWN`: a tensor on
+                the device. In an evaluation `Trainer` gives it too, of the batch on all ranks, and the same rule holds. It is None
+                where somebody calls this without it: then the loss is the mean over this batch, without the ranks.
 
         Returns:
             The loss; with `return_outputs`, the loss and the model's output. 0 where no label is known.
@@ -198,15 +209,17 @@ class CustomTrainer(Trainer):
         # END SOLUTION
 
     def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
-        """The gradients of a micro-batch, twice where `fgm_epsilon` is not 0: of the batch, and of it with moved embeddings.
+        """The gradients of a micro-batch; where `fgm_epsilon` is not 0 those of the batch with moved embeddings are added to them.
 
         `super().training_step(…)` computes the loss and adds its gradients up. In a step's last micro-batch it would ask the
         other ranks for theirs, and DeepSpeed would take its optimizer step at once. So the first pass goes into
         `no_step(self, model)`. In the second, DeepSpeed's step is due right after the backward pass, and it must find the
         embeddings in their place: `before_step(self, fgm.restore)`.
 
-        `FGM` wants the gradient of this micro-batch alone. In `weight.grad` lie those of the micro-batches before it, and under
-        ZeRO-2 nothing: a hook of the tensor, `weight.register_hook(…)`, is given it while it is computed. It is removed afterwards.
+        `FGM` gets the model itself, `self.accelerator.unwrap_model(model)`, and the gradient of this micro-batch alone. That is
+        not `weight.grad`: there the earlier micro-batches' gradients lie too, and under ZeRO-2 nothing. After
+        `weight.register_hook(function)` each backward pass calls `function` once with the gradient, when it has been computed and
+        before anybody adds it up or sends it. Remove the hook when the first pass is over.
 
         Returns:
             The loss of the batch as it is, detached.
@@ -237,7 +250,7 @@ class FGM:
 
     Raises:
         ValueError: the embeddings are sharded by ZeRO-3 (their parameter has a `ds_id`), so no rank can move them; the sentence
-            names ZeRO-3.
+            names ZeRO-3. Or they are frozen, as LoRA freezes them, and have no gradient; the sentence says frozen.
 
     Source: Miyato et al., "Adversarial Training Methods for Semi-Supervised Text Classification",
         https://arxiv.org/abs/1605.07725, equation 5, for the whole matrix at once.
@@ -248,6 +261,8 @@ class FGM:
         self.weight, self.epsilon, self.kept = model.get_input_embeddings().weight, epsilon, None
         if hasattr(self.weight, "ds_id"):
             raise ValueError("FGM moves the word embeddings, and ZeRO-3 has sharded them: use ZeRO-1 or ZeRO-2, or fgm_epsilon 0")
+        if not self.weight.requires_grad:
+            raise ValueError("FGM moves the word embeddings along their gradient, and they are frozen: use fgm_epsilon 0")
         # END SOLUTION
 
     def attack(self, gradient: torch.Tensor) -> None:
@@ -336,12 +351,14 @@ class MultiSampleDropoutHead(nn.Module):
         # END SOLUTION
 
 
-def augment(input_ids: list[int], *, share: float, mask_id: int, special_ids: set[int], seed: int, epoch: int,
-            row: int) -> list[int]:
+def augment(
+    input_ids: list[int], *, share: float, mask_id: int, special_ids: set[int], seed: int, epoch: int, row: int
+) -> list[int]:
     """Token ids with some of them masked: each that is not special becomes `mask_id` with the probability `share`.
 
     Which ones depends on seed, epoch and row alone: the same on any rank and any number of ranks, others in the next epoch, others
-    in the next row. No random number of torch's, numpy's or Python's own is drawn. `input_ids` stays as it is.
+    in the next row. Nothing is drawn from the generators that others draw from: torch's, numpy's and Python's global ones; a
+    `random.Random` or `torch.Generator` of its own is free. `input_ids` stays as it is.
 
     Returns:
         A new list of the same length.
@@ -361,8 +378,8 @@ def augment(input_ids: list[int], *, share: float, mask_id: int, special_ids: se
 def lora_parameters(model: nn.Module, rank: int, targets: tuple[str, ...]) -> int:
     """How many parameters LoRA will train: its two matrices beside each target, and the whole head, `model.classifier`.
 
-    A target is a linear layer whose own name (after the last dot) is in `targets`. Beside its weight [out, in] stand
-    A [rank, in] and B [out, rank]. The head has none.
+    A target is a linear layer outside of the head whose own name (after the last dot) is in `targets`. Beside its weight [out, in]
+    stand A [rank, in] and B [out, rank].
     """
     # BEGIN SOLUTION 7.6
     head = sum(parameter.numel() for parameter in model.classifier.parameters())
@@ -376,7 +393,10 @@ def lora_parameters(model: nn.Module, rank: int, targets: tuple[str, ...]) -> in
 
 
 def add_lora(model: nn.Module, rank: int, targets: tuple[str, ...] = ("query", "value"), alpha: float = 16.0):
-    """The model with LoRA beside its targets, through peft. The head is trained whole; all else is frozen.
+    """The model with LoRA beside its targets, through peft: `get_peft_model(model, LoraConfig(…))`.
+
+    The head, `model.classifier`, is trained whole (`modules_to_save`), and has no LoRA, whatever its layers are called
+    (`exclude_modules`). All else is frozen.
 
     Args:
         rank: r, the rank of the update B·A.
@@ -387,7 +407,7 @@ def add_lora(model: nn.Module, rank: int, targets: tuple[str, ...] = ("query", "
         A `PeftModel`. `save_pretrained` writes the adapters and the head, and nothing else.
 
     Raises:
-        ValueError: a target names no layer; the sentence names it.
+        ValueError: a target names no linear layer; the sentence names it.
 
     Source: Hu et al., https://arxiv.org/abs/2106.09685; https://huggingface.co/docs/peft/package_reference/lora
     """
@@ -397,14 +417,22 @@ def add_lora(model: nn.Module, rank: int, targets: tuple[str, ...] = ("query", "
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if missing := [target for target in targets if target not in names]:
         raise ValueError(f"target {missing[0]!r} names no linear layer of the model; there are {', '.join(sorted(names))}")
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), modules_to_save=["classifier"],
-                          exclude_modules=r"classifier\..*", lora_dropout=0.0)
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(targets),
+        modules_to_save=["classifier"],
+        exclude_modules=r"classifier\..*",
+        lora_dropout=0.0,
+    )
     return get_peft_model(model, settings)
     # END SOLUTION
 
 
 def merged(adapted) -> nn.Module:
-    """A plain model that gives what the adapted one gives, without peft, to export. The adapted model stays as it is."""
+    """A plain model that gives what the adapted one gives, without peft, to export (`merge_and_unload`). The adapted model stays as
+    it is.
+    """
     # BEGIN SOLUTION 7.6
     return copy.deepcopy(adapted).merge_and_unload()
     # END SOLUTION
@@ -428,7 +456,8 @@ def multilabel_metrics(probabilities: torch.Tensor, labels: torch.Tensor, names:
 
     Returns:
         {"micro_f1", "macro_f1", "macro_precision", "macro_recall", "roc_auc": numbers, "without_positives": the names}.
-        A mean over no label is nan.
+        A mean over no label is nan. Micro F1 is 0 where there is no positive and none is predicted. In ROC-AUC two that are
+        equally likely count a half. (`torchmetrics.functional.classification` does all this, and counts in rows of one label.)
     """
     # BEGIN SOLUTION 7.7
     from torchmetrics.functional import classification
@@ -459,25 +488,27 @@ def multilabel_metrics(probabilities: torch.Tensor, labels: torch.Tensor, names:
 def best_thresholds(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """For each label the threshold with the largest F1, of 0.05, 0.10, … 0.95: of validation data, never of those that you report.
 
-    Of several that are equally good it is the one nearest to 0.5, and of two that are equally near the lower one. Labels
-    that nobody has given count nowhere. Where a label has no positive, it is 0.5.
+    F1 is 2·tp / (2·tp + fp + fn), and an entry is predicted where p ≥ threshold. Of several that are equally good it is the one
+    nearest to 0.5, and of two that are equally near the lower one: 0.3 and not 0.7. Labels that nobody has given count
+    nowhere. Where a label has no positive, it is 0.5.
 
     Args:
         probabilities: [rows, labels].
         labels: [rows, labels], 0, 1 or `UNKNOWN`.
 
     Returns:
-        Thresholds [labels], float32.
+        Thresholds [labels], float32, on the device of the probabilities.
     """
     # BEGIN SOLUTION 7.8
-    candidates = sorted((round(0.05 * n, 2) for n in range(1, 20)), key=lambda threshold: (abs(threshold - 0.5), threshold))
-    candidates = torch.tensor(candidates)
+    # In twentieths, where distances from the middle are exact.
+    nearest_first = sorted(range(1, 20), key=lambda n: (abs(n - 10), n))
+    candidates = torch.tensor([n / 20 for n in nearest_first], device=probabilities.device)
     known, positive = labels != UNKNOWN, labels == 1
     hits = probabilities[None] >= candidates[:, None, None].to(probabilities)
     right = (hits & positive).sum(1)
     f1 = 2 * right / ((hits & known).sum(1) + positive.sum(0)).clamp(min=1)
-    best = [int(max(range(len(candidates)), key=lambda n: f1[n, label].item())) for label in range(labels.shape[1])]
-    return candidates[best].where(positive.any(0), torch.tensor(0.5))
+    best = torch.tensor([f1[:, label].tolist().index(f1[:, label].max().item()) for label in range(labels.shape[1])])
+    return candidates[best.to(candidates.device)].masked_fill(~positive.any(0), 0.5)
     # END SOLUTION
 
 
@@ -485,10 +516,10 @@ def best_thresholds(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 def stratified_folds(labels: torch.Tensor, folds: int, seed: int = 0) -> list[tuple[list[int], list[int]]]:
-    """Rows for training and for validation, fold by fold: each row is in one fold's validation, and each label in all of them.
+    """Rows for training and for validation, fold by fold: each row is in one fold's validation, and each label has its share there.
 
-    Iterative stratification deals the rarest label first. A label that nobody has given counts as 0. The order of the rows within a
-    part is that of the data.
+    Take `MultilabelStratifiedKFold` of `iterstrat.ml_stratifiers`, and shuffle. It deals the rarest label first, and comes near
+    to equal shares. A label that nobody has given counts as 0. The order of the rows within a part is that of the data.
 
     Args:
         labels: [rows, labels], 0, 1 or `UNKNOWN`.
@@ -497,20 +528,22 @@ def stratified_folds(labels: torch.Tensor, folds: int, seed: int = 0) -> list[tu
 
     Raises:
         ValueError: fewer than 2 folds; or a label has fewer positives than folds, though it has some. The sentence names the
-            label's number, and how many it has.
+            label's number, and how many it has; of several, one.
 
     Source: Sechidis et al., "On the Stratification of Multi-label Data", 2011; https://pypi.org/project/iterative-stratification/
     """
     # BEGIN SOLUTION 7.9
     from iterstrat.ml_stratifiers import MultilabelStratifiedKFold
 
-    positive = (labels == 1).int()
+    positive = (labels == 1).int().cpu()
     if folds < 2:
         raise ValueError(f"{folds} folds: there are 2 at least")
     for label, count in enumerate(positive.sum(0).tolist()):
         if 0 < count < folds:
             raise ValueError(f"label {label} has {count} positives, fewer than {folds} folds: not every fold can have one")
-    splits = MultilabelStratifiedKFold(n_splits=folds, shuffle=True, random_state=seed).split(positive, positive)
+    # With one label alone the library takes a column for two classes, and refuses it: a second one, of nothing, changes no share.
+    columns = torch.cat([positive, torch.zeros_like(positive[:, :1])], 1)
+    splits = MultilabelStratifiedKFold(n_splits=folds, shuffle=True, random_state=seed).split(positive, columns)
     return [(training.tolist(), validation.tolist()) for training, validation in splits]
     # END SOLUTION
 
@@ -521,26 +554,34 @@ def stratified_folds(labels: torch.Tensor, folds: int, seed: int = 0) -> list[tu
 def load_training_config(path: str | Path) -> TrainingConfig:
     """Read a YAML file. An entry that is not there keeps its default; so a file from before DeepSpeed is read as ever.
 
-    A path in `deepspeed` begins in the folder of the YAML file, and is returned whole.
+    A path in `deepspeed` begins in the folder of the YAML file; it is returned with that folder before it.
 
     Raises:
-        ValueError: with a sentence that names the file, and for an entry at fault its key, its line (the first is 1) and, where it
-            has one value, that value: no YAML; no mapping at the top (an empty file is one without entries); an unknown key;
-            a value of the wrong type or outside of its range. `1e-3` is text for YAML; it reads `1.0e-3` as a number. A
-            file of `deepspeed` that is not there: the sentence names its path.
+        ValueError: with a sentence that names the file. For an entry at fault it also names the key (the last part is enough),
+            the line of the key, "line 3" (the first is 1), and the value as Python has it, where that is one value. Of several
+            faults one is enough. Faults are
+            no YAML, or no UTF-8;
+            no mapping at the top (an empty file is a mapping without entries);
+            an unknown key; a key given twice, of which the second is at fault;
+            a value of the wrong type or outside of its range (`1e-3` is text for YAML; it reads `1.0e-3` as a number);
+            a file of `deepspeed` that is not there; the sentence names its path.
             (A missing YAML file raises FileNotFoundError by itself.)
     """
     # BEGIN SOLUTION 7.10
     path = Path(path)
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+        text = path.read_text(encoding="utf-8")
+        node, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8, at byte {error.start}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError comes of a date such as 2026-02-31
         line = error.problem_mark.line + 1 if getattr(error, "problem_mark", None) else 1
         raise ValueError(f"{path}, line {line}: no YAML: {getattr(error, 'problem', error)}") from None
+    if values is None:
+        return TrainingConfig()
     if not isinstance(values, dict):
         raise ValueError(f"{path}, line 1: a configuration is a mapping, `key: value`")
-    lines = {}
+    lines: dict[tuple, int] = {}
 
     def walk(mapping, above: tuple) -> None:
         for key, value in mapping.value:
@@ -551,13 +592,12 @@ def load_training_config(path: str | Path) -> TrainingConfig:
             if isinstance(value, yaml.MappingNode):
                 walk(value, (*above, key.value))
 
-    if node is not None:
-        walk(node, ())
+    walk(node, ())
     try:
-        config = TrainingConfig(**values)
+        config = TrainingConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = tuple(str(part) for part in first["loc"])
+        place = tuple(str(part) for part in first["loc"] if part != "[key]")
         why = "there is no such key" if first["type"] == "extra_forbidden" else first["msg"]
         raise ValueError(f"{path}, line {lines.get(place, 1)}: {'.'.join(place)} {first['input']!r}: {why}") from None
     if config.deepspeed is not None:
@@ -581,17 +621,19 @@ def validate_setup(path: str | Path) -> list[tuple[str, str]]:
     In this order, by name:
         "configuration": `load_training_config` reads it;
         "imports": each of `IMPORTS` can be imported, and deepspeed where the configuration names a file;
-        "deepspeed": that file is JSON, and `deepspeed_refuses(…, 1)` has nothing against it;
+        "deepspeed": that file is JSON (where it is not, the reason names the file), and `deepspeed_refuses(…, 1)` has nothing
+            against it;
         "model": `load_classifier` of the library finds it, and one batch of two short texts gives logits [2, num_labels];
         "trainer": `trainer_arguments` can be made, without DeepSpeed, in a temporary folder.
+    What the model has fetched into the hub's cache may stay there.
 
     Args:
         path: the YAML file.
 
     Returns:
-        Pairs of name and reason: "" where all is well, "not used" for a configuration without DeepSpeed, else what is wrong,
-        in one line that names it. Where the configuration cannot be read, the others are "not looked at"; but the imports are.
-        Nothing is raised, and nothing stays on disk.
+        Pairs of name and reason: "" where all is well, "not used" as that of "deepspeed" without a file, else the error's text
+        in one line. Where the configuration cannot be read, the imports are looked at all the same, and the reason of the
+        other three is "not looked at". Nothing is raised, and nothing else stays on disk.
     """
     # BEGIN SOLUTION 7.11
     import json
@@ -612,7 +654,10 @@ def validate_setup(path: str | Path) -> list[tuple[str, str]]:
     def deepspeed():
         if config.deepspeed is None:
             return "not used"
-        return deepspeed_refuses(json.loads(Path(config.deepspeed).read_text(encoding="utf-8-sig")), 1)
+        try:
+            return deepspeed_refuses(json.loads(Path(config.deepspeed).read_text(encoding="utf-8-sig")), 1)
+        except ValueError as error:
+            raise ValueError(f"{config.deepspeed} is not JSON: {error}") from None
 
     def model():
         batch = load_tokenizer(config.model_name)(["a", "b c"], padding=True, return_tensors="pt")

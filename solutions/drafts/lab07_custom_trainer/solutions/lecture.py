@@ -8,14 +8,14 @@
 #
 # ## Losses for labels that are mostly 0
 #
-# A comment of our data has about two of sixteen labels. Binary cross-entropy counts each of the 16 entries the same, so most of its gradient says "0". Two losses let the entries count less that are easily
-# right. With $p = \sigma(z)$:
+# A comment of our data has about two of sixteen labels. Binary cross-entropy counts each of the 16 entries the same, so most of its gradient says "0". Two losses let an entry count less that the model
+# gets right already. With $p = \sigma(z)$:
 #
 # $$\text{focal:}\quad -y\,(1-p)^\gamma \log p - (1-y)\,p^\gamma \log(1-p)$$
 #
 # $$\text{asymmetric:}\quad -y\,(1-p)^{\gamma_+} \log p - (1-y)\,q^{\gamma_-} \log(1-q), \qquad q = \max(p - m, 0)$$
 #
-# The second treats the two labels differently: with $m = 0.05$ a negative with $p \le 0.05$ costs nothing at all. With $\gamma = 0$ and $m = 0$ both are cross-entropy.
+# The second treats the two labels differently: with $m = 0.05$ a negative with $p \le 0.05$ costs nothing at all (without label smoothing). With $\gamma = 0$ and $m = 0$ both are cross-entropy.
 
 # %%
 import matplotlib.pyplot as plt
@@ -32,7 +32,7 @@ axis.set(xlabel="p of a label that is 0", ylabel="its loss", ylim=(0, 3))
 axis.legend()
 
 # %% [markdown]
-# Take logarithms from `logsigmoid`, never of a sigmoid: in float32 $\sigma(20)$ is 1, and $\log(1 - 1)$ is −∞.
+# Take $\log p$ and $\log(1-p)$ from `logsigmoid`, never of a sigmoid: in float32 $\sigma(20)$ is 1, and $\log(1 - 1)$ is −∞. With a clip, $1 - q = \min(\sigma(-z) + m, 1)$ is never below $m$, and its logarithm harmless.
 
 # %%
 z = torch.tensor([10.0, 20.0, 100.0])
@@ -50,7 +50,7 @@ print(torch.nn.functional.logsigmoid(-z))
 # | two groups of parameters, decay on one | the same: transformers leaves biases and layer norms without decay |
 # | `AdamW(lr=…)` | `optim="adamw_torch"`; the default is the fused one, which is as right |
 # | `LambdaLR` to 0 | `lr_scheduler_type="linear"`, `warmup_steps=0` |
-# | `clip_grad_norm_(…, 1.0)` | `max_grad_norm`; under DeepSpeed `gradient_clipping`, and "auto" takes it from there |
+# | `clip_grad_norm_(…, params.clipping)` | `max_grad_norm`; under DeepSpeed `gradient_clipping`, and "auto" takes it from there |
 # | the loss, divided by the labels of the step | `compute_loss` with `num_items_in_batch` |
 # | `loss.backward()` | `accelerator.backward(loss)` in `training_step`; under DeepSpeed it steps too |
 # | `optimizer.step(); schedule.step(); zero_grad()` | `Trainer`, after the step's last micro-batch |
@@ -58,7 +58,7 @@ print(torch.nn.functional.logsigmoid(-z))
 # **Seeds.** `seed` is set when the `Trainer` is made, and draws dropout. A head's new weights are drawn when the model is made, before that: set a seed there. The order of the rows comes from the sampler; transformers' own
 # one draws a seed from torch's generator, so it changes when anything before it draws. Augmentation needs a seed of its own, or an additional word masked changes which neurons are dropped.
 #
-# **Precision.** The loop computes in float32. So does `Trainer`, until `bf16=True`: then it computes under autocast, and the losses are others in the third digit. Move first, change precision after that.
+# **Precision.** The loop computes in float32. So does `Trainer`, until `bf16=True`: then it computes under autocast, and rounds to 8 bits of mantissa. No comparison to 1e-5 is possible any more. Move first, change precision after that.
 #
 # ## A mean over the step, not a mean of means
 #
@@ -83,13 +83,23 @@ print("mean of means:", (first.mean() + second.mean()).item() / 2)
 #
 # - the gradient is read from `weight.grad`, where under accumulation those of earlier micro-batches lie too. Under ZeRO-2 nothing lies there: each gradient is reduced and let go;
 # - the weights are put back by subtracting what was added. In floating point that is not what was there before;
-# - the second backward pass comes after DeepSpeed's step. accelerate calls `engine.backward` and `engine.step` in one: after the first pass the optimizer has stepped already, and after the second it steps with moved embeddings. And what
-#   is put back after *that* step undoes the step.
+# - the second backward pass comes after DeepSpeed's step. accelerate calls `engine.backward` and `engine.step` in one.
+#
+# | | DDP | DeepSpeed by way of accelerate |
+# | --- | --- | --- |
+# | first pass | gradients | gradients, **step** |
+# | embeddings moved | | |
+# | second pass | gradients are added | gradients, **step** with moved embeddings |
+# | embeddings put back | | the old values over those of the step: it is undone |
+# | step | as it should be | |
+#
+# So the first pass is told that no step is due (`no_step`), and the embeddings are put back between the second pass and its step (`before_step`). Both passes' gradients are summed, so clipping sets in sooner; and dropout draws new masks in the second. LoRA freezes the
+# embeddings, so there is no gradient to follow: the two do not go together.
 #
 # ## Dropout many times, and words that are missing
 #
 # Multi-sample dropout computes the head for several masks and takes the mean: more masks for the price of a small layer. Masked words are another kind of noise, on the input. If which word is masked depends on
-# seed, epoch and row alone, then a run on two ranks masks what a run on one does.
+# seed, epoch and row alone (and on its place in the row), then a run on two ranks masks what a run on one does.
 #
 # ## LoRA
 #
@@ -103,12 +113,13 @@ head = hidden * hidden + hidden + hidden * 16 + 16
 print(f"{update:,} and the head's {head:,}: {100 * (update + head) / 124.7e6:.2f} % of 124.7 million")
 
 # %% [markdown]
-# With mixed precision a trained parameter takes 16 bytes (lecture 02), a frozen one 2 or 4. To export, $W + \frac{\alpha}{r} BA$ is written into the weight: nothing of peft is left, and nothing is slower.
+# With mixed precision a trained parameter takes 16 bytes (lecture 02), a frozen one 2 or 4. peft does it in two lines: `LoraConfig(r=…, lora_alpha=…, target_modules=[…], modules_to_save=["classifier"])` says where, and `get_peft_model` puts the matrices there. It takes
+# a target by the end of a layer's name, so `dense` would also be found in the head, which is trained whole anyway: `exclude_modules` leaves it out. To export, $W + \frac{\alpha}{r} BA$ is written into the weight: nothing of peft is left, and nothing is slower.
 #
 # ## Metrics
 #
 # Micro F1 counts all entries together, so the frequent labels decide. Macro F1 is a mean over labels, so a label with four positives counts as much as one with four hundred. A label without any positive has no recall. Taking it for 0 punishes
-# the model for the data, taking it for 1 rewards it: leave it out, and name it.
+# the model for the data, taking it for 1 rewards it: leave it out, and name it. `torchmetrics` counts; which rows and labels are counted is up to you.
 #
 # ## Thresholds
 #
@@ -128,7 +139,7 @@ print(f"{f1(chance[1], truth[1], best):.3f} on others")
 # ## Folds
 #
 # In k-fold cross-validation each row is asked about once, by a model that has not seen it. The **out-of-fold** table of these answers is what thresholds are fitted on. With rare labels chance may leave a fold without one: iterative stratification deals
-# the rarest label first, then the next, each to the fold that lacks it most.
+# the rarest label first, then the next, each to the fold that lacks it most. It is a heuristic: with labels that come together the shares are near what they should be, and not equal.
 #
 # ## A configuration that refuses slips
 #
@@ -142,8 +153,8 @@ print(yaml.safe_load("a: 1e-3\nb: 1.0e-3\nc: no"))
 # %% [markdown]
 # ## What DeepSpeed adds by one line
 #
-# `deepspeed: zero2.json`. The losses stay the same, to 1e-5: that is milestone 7.3. What each rank holds is lecture 02's formula, $4 + 4 + 8$ bytes per parameter in float32, of which ZeRO-1 shards the last two thirds among the ranks. For a model as small as ours
-# that buys nothing; it is here so that you know that nothing was lost on the way.
+# `deepspeed: zero2.json`. The losses stay the same, to 1e-5: that is milestone 7.3. What each rank holds is lab 02's formula. In float32 DDP holds $4 + 4 + 8 = 16$ bytes per parameter: weight, gradient, Adam's two moments. ZeRO-1 holds weight and gradient
+# whole, and the moments and a second copy of the weights, 12 bytes, as a shard: $8 + 12/N$; ZeRO-2 $4 + 16/N$. On two ranks that is 14 and 12. For a model as small as ours it buys nothing; it is here so that you know that nothing was lost on the way.
 #
 # ## A check list for your own code
 #

@@ -91,8 +91,8 @@ predicted_loss = {
 }
 
 # %%
-compare({"of a rank with 10 labels, sum 5, of 40 labels in all, on 2 ranks": 5 / 40 * 2}, predicted_loss)
 check("7.3")
+compare({"of a rank with 10 labels, sum 5, of 40 labels in all, on 2 ranks": 0.25}, predicted_loss)
 
 # %% [markdown]
 # The loop and your trainer side by side, dropout and all:
@@ -123,7 +123,7 @@ table([{"step": n, "loop": a, "Trainer": b} for n, (a, b) in enumerate(zip(by_ha
 #
 # ## 7.4 FGM
 #
-# Complete `FGM`, and the rest of `CustomTrainer.training_step`. `no_step` and `before_step`, below them in the file, are given: read what they do.
+# Complete `FGM`, and the rest of `CustomTrainer.training_step`. `no_step` and `before_step`, below them in the file, are given: read what they do. (accelerate asks `gradient_state.sync_gradients` whether a step is due; DDP asks its own `no_sync`.)
 
 # %%
 check("7.4")
@@ -153,12 +153,7 @@ predicted_lora = {"trained parameters, rank 4 beside query and value": ...}
 # %%
 adapted = lab.add_lora(load_classifier(), rank=4)
 found = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-compare(
-    {"trained parameters, rank 4 beside query and value": found},
-    predicted_lora,
-    {"trained parameters, rank 4 beside query and value": 15_472},
-    reference_name="formula",
-)
+compare({"trained parameters, rank 4 beside query and value": found}, predicted_lora)
 check("7.6")
 
 # %% [markdown]
