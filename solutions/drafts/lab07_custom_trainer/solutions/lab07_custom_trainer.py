@@ -522,7 +522,7 @@ def stratified_folds(labels: torch.Tensor, folds: int, seed: int = 0) -> list[tu
     to equal shares. A label that nobody has given counts as 0. The order of the rows within a part is that of the data.
 
     Args:
-        labels: [rows, labels], 0, 1 or `UNKNOWN`.
+        labels: [rows, labels], 0, 1 or `UNKNOWN`; of one label too, which the library takes for two classes and refuses.
         folds: at least 2.
         seed: of what is drawn.
 
