@@ -25,7 +25,7 @@ test: setup
 	$(BIN)/ruff check
 	$(BIN)/shardlab build --check
 	$(BIN)/shardlab doctor --build-ops >.venv/ops.log 2>&1 & \
-	$(BIN)/pytest tests notebooks --nbval-lax -n 2 --no-loadscope-reorder --durations=40; status=$$?; wait; cat .venv/ops.log; exit $$status
+	$(BIN)/pytest tests notebooks -p nbval.plugin --nbval-lax -n 2 --no-loadscope-reorder --durations=40; status=$$?; wait; cat .venv/ops.log; exit $$status
 
 lab: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/.venv" $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.app_settings_dir=src/shardlab/show/jupyter README.md

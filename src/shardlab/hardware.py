@@ -242,15 +242,18 @@ def describe(for_device: str | None = None) -> dict:
 
 def versions() -> dict:
     """Versions of the packages that a figure depends on."""
+    packages = ("torch", "deepspeed", "transformers", "datasets", "accelerate")
+    return {"python": platform.python_version()} | {package: _version(package) for package in packages}
+
+
+@lru_cache
+def _version(package: str) -> str | None:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version()}
-    for package in ("torch", "deepspeed", "transformers", "datasets", "accelerate"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 @lru_cache

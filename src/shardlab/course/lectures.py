@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from shardlab.data.datasets import text_rows
 from shardlab.data.models import load_model
 from shardlab.run.collectives import gather, rank, world_size
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
-from shardlab.run.training import text_rows
 from shardlab.zero import held_bytes
 
 

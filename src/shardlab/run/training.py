@@ -20,8 +20,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 
-from shardlab.data.datasets import load_squad
-from shardlab.data.models import load_model, load_tokenizer, parameter_count
+from shardlab.data.datasets import text_rows
+from shardlab.data.models import load_model, parameter_count
 from shardlab.run.checkpoints import Checkpointer, NothingLeft, Stopped, newest_checkpoint
 from shardlab.run.collectives import barrier, rank
 from shardlab.run.experiment import Experiment
@@ -206,22 +206,6 @@ def train(
             **device_memory,
         )
     return trainer
-
-
-def text_rows(experiment: Experiment) -> tuple[list[dict], list[dict]]:
-    """The paragraphs of the data as token ids, each cut or padded to `max_tokens`; the label of every real token is itself."""
-    tokenizer = load_tokenizer("bloom-tiny" if experiment.random_weights else experiment.model)
-    data = load_squad(experiment.data, skip_bad=experiment.skip_bad)
-
-    def rows(split: str, limit: int | None) -> list[dict]:
-        contexts = list(dict.fromkeys(data[split]["context"]))[:limit]
-        encoded = tokenizer(contexts, truncation=True, max_length=experiment.max_tokens, padding="max_length", padding_side="right")
-        return [
-            {"input_ids": ids, "attention_mask": mask, "labels": [i if m else -100 for i, m in zip(ids, mask)]}
-            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"])
-        ]
-
-    return rows("train", experiment.train_examples), rows("validation", experiment.eval_examples or 64)
 
 
 def trainer_arguments(experiment: Experiment, run: Run) -> TrainingArguments:

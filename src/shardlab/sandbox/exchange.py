@@ -8,7 +8,9 @@ import os
 import shutil
 import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from shardlab.sandbox.ended import BoxEnded
 from shardlab.sandbox.limits import DEPTH, DISK, FILES, RECORD
@@ -19,7 +21,7 @@ class Exchange:
 
     def __init__(self, here: Path, inside: Path):
         self.here, self.inside = here, inside
-        self._known: dict[str, dict[Path, tuple]] = {}
+        self._known: dict[str, dict[str, tuple]] = {}
 
     def push(self) -> None:
         """What has changed on the judge's side goes into the box, links as links: there they lead no further than the box."""
@@ -34,48 +36,79 @@ class Exchange:
         self._copy(self.inside, self.here)
 
     def _copy(self, source: Path, target: Path, links: bool = False) -> None:
-        found: dict[Path, tuple] = {}
         known_source = self._known.setdefault(str(source), {})
         known_target = self._known.setdefault(str(target), {})
+        found: dict[str, tuple] = {}
         total = 0
-        for folder, below, names, folder_fd in os.fwalk(source, follow_symlinks=False):
-            relative = Path(folder).relative_to(source)
-            if len(relative.parts) > DEPTH:
-                raise BoxEnded(f"folders are {DEPTH} deep")
-            if relative != Path():
-                found[relative] = ("folder",)
-                if known_source.get(relative) != ("folder",):
-                    os.close(_open_folder(target, relative))
-                    known_target[relative] = ("folder",)
-            for path in (relative / name for name in below + names if links):
+        for path, entry, folder in _entries(source):
+            if entry.is_symlink():
+                if links:
+                    found[path] = ("link", os.readlink(entry.name, dir_fd=folder))
+                    if known_source.get(path) != found[path]:
+                        _write_link(target, Path(path), found[path][1])
+            elif entry.is_dir(follow_symlinks=False):
+                found[path] = ("folder",)
+                if known_source.get(path) != ("folder",):
+                    os.close(_open_folder(target, Path(path)))
+                    known_target[path] = ("folder",)
+            elif entry.is_file(follow_symlinks=False):
                 try:
-                    found[path] = ("link", os.readlink(path.name, dir_fd=folder_fd))
+                    status = entry.stat(follow_symlinks=False)
+                    # A box is asked thousands of times, and few answers change a file: what is as it was is not opened.
+                    file = None if known_source.get(path) == _mark(status) else _opened(entry.name, folder)
                 except OSError:
-                    continue  # a folder or a file
-                if known_source.get(path) != found[path]:
-                    _write_link(target, path, found[path][1])
-            for name in names:
-                try:
-                    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder_fd)
-                except OSError:
-                    continue  # a link, a socket, or gone already
-                with os.fdopen(fd, "rb") as file:
-                    status = os.fstat(fd)
-                    if not stat.S_ISREG(status.st_mode):
-                        continue
-                    path, mark = relative / name, ("file", status.st_size, status.st_mtime_ns, status.st_ino)
-                    found[path] = mark
+                    continue  # not to be read, not a file any more, or gone already
+                with file or contextlib.nullcontext():
+                    status = os.fstat(file.fileno()) if file else status
+                    found[path] = _mark(status)
                     total += status.st_size
                     if total > DISK or len(found) > FILES:
                         raise BoxEnded(f"more than {FILES:,} files or {DISK / 2**30:g} GiB were left behind")
-                    if path.suffix in (".json", ".jsonl") and status.st_size > RECORD:
+                    if path.endswith((".json", ".jsonl")) and status.st_size > RECORD:
                         raise BoxEnded(f"{path} is larger than {RECORD // 2**20} MiB")
-                    if known_source.get(path) != mark:
-                        known_target[path] = _write(target, path, file, status)
+                    if file:
+                        known_target[path] = _write(target, Path(path), file, status)
         for path in sorted(set(known_source) - set(found), reverse=True):
-            _remove(target, path)
+            _remove(target, Path(path))
             known_target.pop(path, None)
         self._known[str(source)] = found
+
+
+def _mark(status: os.stat_result) -> tuple:
+    """What is another one once a file has changed."""
+    return "file", status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _entries(folder: Path | int, above: str = "") -> Iterator[tuple[str, os.DirEntry, int]]:
+    """All below a folder, no link followed: the path from there, the entry, and a descriptor of the folder that it is in."""
+    if above.count("/") > DEPTH:
+        raise BoxEnded(f"folders are {DEPTH} deep")
+    fd = folder if isinstance(folder, int) else os.open(folder, os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with os.scandir(fd) as entries:
+            for entry in entries:
+                yield above + entry.name, entry, fd
+                if entry.is_dir(follow_symlinks=False):
+                    try:
+                        below = os.open(entry.name, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+                    except OSError:
+                        continue  # not to be read, a link by now, or gone already
+                    yield from _entries(below, f"{above}{entry.name}/")
+    finally:
+        os.close(fd)
+
+
+def _opened(name: str, folder: int) -> BinaryIO:
+    """A file, open for reading.
+
+    Raises:
+        OSError: it may not be read, or is no file: a link or a pipe.
+    """
+    file = os.fdopen(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a file", name)
+    return file
 
 
 def _open_folder(root: Path, relative: Path) -> int:
@@ -117,7 +150,7 @@ def _write(root: Path, path: Path, source, status: os.stat_result) -> tuple:
             file.flush()
             os.utime(fd, ns=(status.st_mtime_ns, status.st_mtime_ns))
             made = os.fstat(fd)
-        return ("file", made.st_size, made.st_mtime_ns, made.st_ino)
+        return _mark(made)
     finally:
         os.close(folder)
 
