@@ -206,6 +206,7 @@ def ops_folder(for_device: str | None = None) -> Path:
     return ours / hashlib.sha256(made_with.encode()).hexdigest()[:12]
 
 
+@lru_cache
 def _installed(package: str) -> str:
     """A package's version, and when its files were written."""
     from importlib.metadata import distribution

@@ -284,10 +284,10 @@ class Box:
         """
         from shardlab.cluster.slurm import LOCAL_CLUSTER, SlurmError
 
-        for op in ops.needed_by({}):
-            self.provide(op)
         try:
             if self._beside_slurm is None:
+                for op in ops.needed_by({}):
+                    self.provide(op)
                 caller = self.caller()  # it never imports the exercises
                 caller.ask({"op": "observe", "function": "shardlab.cluster.slurm:local_cluster"}, ("up",), {}, 120)
                 self._beside_slurm = caller
