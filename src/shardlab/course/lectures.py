@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from shardlab.data.datasets import text_rows
-from shardlab.data.models import load_model
+from shardlab.data.comments import UNKNOWN, comments
+from shardlab.data.models import load_classifier, load_model, load_tokenizer
 from shardlab.run.collectives import gather, rank, world_size
 from shardlab.run.experiment import Experiment
+from shardlab.run.multilabel import Collator, Encoded
 from shardlab.run.run_folder import Run
+from shardlab.run.text_rows import text_rows
+from shardlab.run.training import train, trainer_arguments
 from shardlab.zero import held_bytes
 
 
@@ -79,3 +82,20 @@ def resume_with_deepspeed_alone(experiment: Experiment, run: Run) -> dict:
             except FileExistsError as error:
                 refused = f"{type(error).__name__}: {error.strerror}"
     return {"losses": losses, "second save": refused or "went through"}
+
+
+def classify(experiment: Experiment, run: Run) -> dict:
+    """Train a classifier of comments with the plain `Trainer`, with DeepSpeed or without; rows with an empty label are left out."""
+    arguments = trainer_arguments(experiment, run)
+    tokenizer = load_tokenizer("comment-tiny")
+    rows = [row for row in comments("train", experiment.train_examples) if UNKNOWN not in row["labels"]]
+    train(
+        run,
+        model=load_classifier("comment-tiny", seed=experiment.seed),
+        arguments=arguments,
+        train_set=Encoded(rows, tokenizer, experiment.max_tokens),
+        eval_set=[],
+        collate=Collator(tokenizer.pad_token_id),
+        tokens_per_sequence=experiment.max_tokens,
+    )
+    return {}

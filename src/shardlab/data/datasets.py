@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from shardlab.data.minisquad import DATA_FOLDER
-from shardlab.data.models import load_tokenizer
 from shardlab.data.squad_file import DataError, read_squad_json
-
-if TYPE_CHECKING:
-    from shardlab.run.experiment import Experiment
 
 
 def load_squad(source: str = "mini", *, validation_share: float = 0.2, skip_bad: bool = False):
@@ -97,19 +92,3 @@ def squad_scores(predictions: list[str], references: list[dict]) -> dict[str, fl
         [{"id": str(number), "answers": row["answers"]} for number, row in enumerate(references)],
     )
     return {name: round(float(value), 2) for name, value in scores.items()}
-
-
-def text_rows(experiment: Experiment) -> tuple[list[dict], list[dict]]:
-    """The paragraphs of the data as token ids, each cut or padded to `max_tokens`; the label of every real token is itself."""
-    tokenizer = load_tokenizer("bloom-tiny" if experiment.random_weights else experiment.model)
-    data = load_squad(experiment.data, skip_bad=experiment.skip_bad)
-
-    def rows(split: str, limit: int | None) -> list[dict]:
-        contexts = list(dict.fromkeys(data[split]["context"]))[:limit]
-        encoded = tokenizer(contexts, truncation=True, max_length=experiment.max_tokens, padding="max_length", padding_side="right")
-        return [
-            {"input_ids": ids, "attention_mask": mask, "labels": [i if m else -100 for i, m in zip(ids, mask)]}
-            for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"])
-        ]
-
-    return rows("train", experiment.train_examples), rows("validation", experiment.eval_examples or 64)

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch.utils.data import DistributedSampler
 
-from shardlab.data.datasets import text_rows
 from shardlab.data.models import load_model, load_tokenizer
 from shardlab.milestones.launches import once, visible_folder
 from shardlab.run.collectives import barrier, gather, rank, world_size
 from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run, write_json
+from shardlab.run.text_rows import text_rows
 from shardlab.zero.nvme import swapped_groups, without_its_nvme_part
 
 

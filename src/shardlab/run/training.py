@@ -20,13 +20,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import IntervalStrategy
 
-from shardlab.data.datasets import text_rows
 from shardlab.data.models import load_model, parameter_count
 from shardlab.run.checkpoints import Checkpointer, NothingLeft, Stopped, newest_checkpoint
 from shardlab.run.collectives import barrier, rank
 from shardlab.run.experiment import Experiment
 from shardlab.run.recorder import RunRecorder, StateRecorder
 from shardlab.run.run_folder import Run
+from shardlab.run.text_rows import text_rows
 from shardlab.zero import memory_model
 
 TORCH_LINEAR = torch.nn.functional.linear

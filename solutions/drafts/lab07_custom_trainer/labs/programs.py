@@ -431,8 +431,8 @@ def augmented(ids: list[int], settings: list[dict], busy: bool) -> dict:
     return {"results": results, "drawn": drawn}
 
 
-def augmented_in_processes(ids: list[int], given: dict) -> list[list[int]]:
-    """Task 7.5: what two fresh processes mask, whose hashes of texts differ."""
+def augmented_elsewhere(ids: list[int], given: dict) -> list[int]:
+    """Task 7.5: what a fresh process masks, in which the hashes of texts are others than here."""
     import json
     import os
     import subprocess
@@ -444,12 +444,10 @@ def augmented_in_processes(ids: list[int], given: dict) -> list[list[int]]:
         f"print(json.dumps(switch.import_exercise({STEM!r}).augment(ids, **given)))"
     )
     words = [sys.executable, "-c", call, json.dumps(given | {"special_ids": sorted(given["special_ids"])}), json.dumps(ids)]
-    results = []
-    for seed in ("1", "2"):
-        variables = os.environ | {"PYTHONHASHSEED": seed, switch.VARIABLE: str(switch.exercises_folder())}
-        ended = subprocess.run(words, capture_output=True, text=True, env=variables, timeout=50)
-        results.append(json.loads(ended.stdout.splitlines()[-1]))
-    return results
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    variables = os.environ | {"PYTHONHASHSEED": seed, switch.VARIABLE: str(switch.exercises_folder())}
+    ended = subprocess.run(words, capture_output=True, text=True, env=variables, timeout=50)
+    return json.loads(ended.stdout.splitlines()[-1])
 
 
 def lora(rank_of_update: int, targets: tuple[str, ...], width: int = 0) -> dict:
@@ -567,7 +565,15 @@ def validated(text: str, others: dict[str, str], without: str = "") -> list:
         if text:
             path.write_text(text)
         before = sorted(Path(folder).iterdir())
-        with mock.patch.dict(sys.modules, {without: None} if without else {}), mock.patch("tempfile.tempdir", elsewhere):
-            found = exercises().validate_setup(str(path))
+        hidden = {name: module for name, module in sys.modules.items() if without and name.split(".")[0] == without}
+        # Not mock.patch.dict: it would forget all modules that are imported meanwhile.
+        sys.modules.update(dict.fromkeys([*hidden, *([without] if without else [])]))
+        try:
+            with mock.patch("tempfile.tempdir", elsewhere):
+                found = exercises().validate_setup(str(path))
+        finally:
+            if without:
+                del sys.modules[without]
+            sys.modules.update(hidden)
         left = sorted(Path(folder).iterdir()) != before or list(Path(elsewhere).iterdir())
         return [list(pair) for pair in found] + [["left", "files" if left else ""]]
