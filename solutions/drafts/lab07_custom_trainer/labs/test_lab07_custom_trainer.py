@@ -612,6 +612,7 @@ def f1_at(probabilities: list[float], labels: list[int], threshold: float) -> fl
 def test_thresholds(lab):
     for column, truth, wanted, why in (
         ([0.9, 0.12], [1, 0], 0.5, "all from 0.15 to 0.9 are equally good"),
+        ([0.9, 0.36, 0.34, 0.33, 0.32, 0.31], [1, 0, 0, 0, 1, 1], 0.3, "F1 is 0.67; at 0.5 more entries are right, and F1 is 0.5"),
         ([0.33, 0.12], [1, 0], 0.3, "0.15 to 0.3 are equally good"),
         ([0.93, 0.72], [1, 0], 0.75, "0.75 to 0.9 are equally good"),
         ([0.57, 0.52, 0.47, 0.46], [1, 0, 1, 0], 0.45, "0.45 and 0.55 are equally good, and equally near to 0.5"),
