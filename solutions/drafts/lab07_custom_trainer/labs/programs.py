@@ -126,12 +126,16 @@ def evaluated(experiment: Experiment, run: Run) -> dict:
     trainer.remove_callback(PrinterCallback)
     loss = trainer.evaluate()["eval_loss"]
     shape = list(trainer.predict(rows_of(32)).predictions.shape)
-    return {"eval_loss": loss, "shape": shape} if rank() == 0 else {}
+    batch = collator()([rows_of(8)[n] for n in range(6)])
+    batch = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+    with torch.no_grad():
+        alone = float(trainer.compute_loss(trainer.model.eval(), batch))
+    return {"eval_loss": loss, "shape": shape, "alone": alone} if rank() == 0 else {}
 
 
-def evaluation_loss(count: int) -> float:
-    """The mean over all labels of the rows. Nothing of the exercises is in it."""
-    rows = rows_of(count)
+def evaluation_loss(count: int, of: int) -> float:
+    """The mean over all labels of the first rows of so many. Nothing of the exercises is in it."""
+    rows = rows_of(of)
     batch, model = collator()([rows[n] for n in range(count)]), plain_model().eval()
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -254,6 +258,14 @@ def gradient_without_labels() -> list[float]:
         trainer.compute_loss(model, batch).backward()
     gradients = [p.grad.abs().max().item() for p in model.parameters() if p.grad is not None]
     return [-1.0 if gradient != gradient else gradient for gradient in gradients]
+
+
+def loss_of_diverged() -> str:
+    """Task 7.3: the loss of a model whose logits are no numbers any more, as text."""
+    model = plain_model().eval()
+    torch.nn.init.constant_(model.classifier.out_proj.bias, float("nan"))
+    with lone_trainer(model) as trainer, torch.no_grad():
+        return str(float(trainer.compute_loss(model, collator()([rows_of(8)[n] for n in range(6)]))))
 
 
 def loss_of_batch(number: int | None, unknown: bool) -> dict:
@@ -522,11 +534,12 @@ def lora_refused(targets: tuple[str, ...]) -> str:
 
 
 def read_file(name: str, text: str, others: dict[str, str]) -> dict:
-    """Task 7.10: what comes of a YAML file in a folder with others beside it."""
-    with tempfile.TemporaryDirectory() as folder:
-        for other, content in others.items():
-            Path(folder, other).parent.mkdir(parents=True, exist_ok=True)
-            Path(folder, other).write_text(content)
+    """Task 7.10: what comes of a YAML file with others beside it; files of the same names lie in the current folder too."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as current, contextlib.chdir(current):
+        for beside in (folder, current):
+            for other, content in others.items():
+                Path(beside, other).parent.mkdir(parents=True, exist_ok=True)
+                Path(beside, other).write_text(content)
         path = Path(folder, name)
         path.write_bytes(text.encode("latin-1" if name.startswith("latin") else "utf-8"))
         try:
@@ -551,9 +564,36 @@ def missing_file() -> str:
     return ""
 
 
-def validated(text: str, others: dict[str, str], without: str = "") -> list:
-    """Task 7.11: what is found for a YAML file; `without` is a package that cannot be imported."""
+@contextlib.contextmanager
+def package_that_fails(name: str, broken: bool):
+    """Meanwhile a package cannot be imported: it is not there, or it is `broken`, and says so when it is imported."""
+    import importlib
     import sys
+
+    hidden = {module: sys.modules[module] for module in list(sys.modules) if name and module.partition(".")[0] == name}
+    with tempfile.TemporaryDirectory() as folder:
+        if broken:
+            Path(folder, f"{name}.py").write_text(f"raise RuntimeError('{name} is damaged')")
+            sys.path.insert(0, folder)
+            importlib.invalidate_caches()
+            for module in hidden:
+                del sys.modules[module]
+        elif name:
+            # Not mock.patch.dict: it would forget all modules that are imported meanwhile.
+            sys.modules.update(dict.fromkeys([*hidden, name]))
+        try:
+            yield
+        finally:
+            if broken:
+                sys.path.remove(folder)
+                sys.path_importer_cache.pop(folder, None)
+            if name:
+                sys.modules.pop(name, None)
+            sys.modules.update(hidden)
+
+
+def validated(text: str, others: dict[str, str], without: str = "", broken: bool = False) -> list:
+    """Task 7.11: what is found for a YAML file; `without` is a package that cannot be imported."""
     from unittest import mock
 
     import deepspeed  # noqa: F401  # sets a variable of the environment when it is imported
@@ -565,15 +605,7 @@ def validated(text: str, others: dict[str, str], without: str = "") -> list:
         if text:
             path.write_text(text)
         before = sorted(Path(folder).iterdir())
-        hidden = {name: module for name, module in sys.modules.items() if without and name.split(".")[0] == without}
-        # Not mock.patch.dict: it would forget all modules that are imported meanwhile.
-        sys.modules.update(dict.fromkeys([*hidden, *([without] if without else [])]))
-        try:
-            with mock.patch("tempfile.tempdir", elsewhere):
-                found = exercises().validate_setup(str(path))
-        finally:
-            if without:
-                del sys.modules[without]
-            sys.modules.update(hidden)
+        with package_that_fails(without, broken), mock.patch("tempfile.tempdir", elsewhere):
+            found = exercises().validate_setup(str(path))
         left = sorted(Path(folder).iterdir()) != before or list(Path(elsewhere).iterdir())
         return [list(pair) for pair in found] + [["left", "files" if left else ""]]

@@ -78,6 +78,7 @@ LOSSES = [
     ("AsymmetricLoss", {"gamma_positive": 0.0, "gamma_negative": 0.0, "clip": 0.0}, (0.0, 0.0, 0.0, 0.0)),
     ("AsymmetricLoss", {"gamma_positive": 2.0, "gamma_negative": 3.0, "clip": 0.0}, (2.0, 3.0, 0.0, 0.0)),
     ("AsymmetricLoss", {"gamma_positive": 0.0, "gamma_negative": 1.5, "clip": 0.2, "label_smoothing": 0.1}, (0.0, 1.5, 0.2, 0.1)),
+    ("AsymmetricLoss", {"gamma_negative": 2.0, "clip": 1e-8}, (1.0, 2.0, 1e-8, 0.0)),
     ("FocalLoss", {}, (2.0, 2.0, 0.0, 0.0)),
     ("FocalLoss", {"gamma": 0.0, "label_smoothing": 0.2}, (0.0, 0.0, 0.0, 0.2)),
     ("FocalLoss", {"gamma": 1.0}, (1.0, 1.0, 0.0, 0.0)),
@@ -264,15 +265,23 @@ def test_loss_of_a_step(lab, run_experiments):
         )
     largest = lab.observe(f"{PROGRAMS}:gradient_without_labels")
     require(largest and not any(largest), expected="gradients of 0 where no label is known", got="nan, or others than 0")
+    got = lab.observe(f"{PROGRAMS}:loss_of_diverged")
+    require(got == "nan", expected="nan where the model's logits are nan: a training that has diverged must be seen", got=got)
     cases = [("one", 1, 1, None), ("one-4", 1, 4, None), ("two", 2, 1, None), ("two-4", 2, 4, None), ("two-4-zero2", 2, 4, 2)]
     plans = [experiment(name, "by_trainer", ranks=ranks, accumulation=steps, stage=stage) for name, ranks, steps, stage in cases]
     with ranks_come_back():
         runs = run_experiments([*plans, experiment("evaluated", "evaluated", ranks=2)], timeout=90)
-    wanted, got = reference("evaluation_loss", 32), runs["evaluated"].results
+    wanted, got = reference("evaluation_loss", 32, 32), runs["evaluated"].results
     require(
         abs(got["eval_loss"] - wanted) < 1e-5 and got["shape"] == [32, 16],
         expected=f"{wanted:.5f}, the mean over all labels of 32 rows, by evaluate() on two ranks, and predictions [32, 16]",
         got=f"{got['eval_loss']:.5f}, {got['shape']}",
+    )
+    wanted = reference("evaluation_loss", 6, 8)
+    require(
+        abs(got["alone"] - wanted) < 1e-5,
+        expected=f"{wanted:.5f}, the mean over this batch's labels, on each of two ranks that calls compute_loss without a number",
+        got=f"{got['alone']:.5f}",
     )
     for name, ranks, steps, stage in cases:
         wanted = reference("hand", PARAMS | {"grad_accum": steps}, ROWS)
@@ -443,6 +452,13 @@ def test_head_and_augmentation(lab):
         lab.observe(f"{PROGRAMS}:augmented_elsewhere", ids, calls[1]) == results[1],
         expected="the same in every process: the ranks of a run, and its next life (with another PYTHONHASHSEED)",
         got="something else",
+    )
+    words = [token + 400 * (token > 4) for token in ids]
+    (other,) = lab.observe(f"{PROGRAMS}:augmented", words, calls[:1], False)["results"]
+    require(
+        [token == 4 for token in other] == [token == 4 for token in results[0]],
+        expected="the same places masked in a row of other words: which ones depends on seed, epoch and row alone",
+        got="others",
     )
     plain = [settings | {"special_ids": set(), "epoch": 0, "row": row} for row in range(60)]
     more = lab.observe(f"{PROGRAMS}:augmented", list(range(5, 25)), plain, False)["results"]
@@ -834,6 +850,7 @@ def test_set_up_is_looked_at(lab):
         ),
         ("a model that is not there", "model_name: /no/such/model\n", {}, "", {"model": "/no/such/model", "deepspeed": "not used"}),
         ("a package that is not there", good, {}, "peft", {"imports": "peft", "deepspeed": "not used"}),
+        ("a damaged package", good, {}, "iterstrat", {"imports": "iterstrat is damaged", "deepspeed": "not used"}),
         (
             "an unknown key",
             "num_label: 3\n",
@@ -842,7 +859,7 @@ def test_set_up_is_looked_at(lab):
             {"configuration": "num_label", "deepspeed": "not looked at", "model": "not looked at", "trainer": "not looked at"},
         ),
     ):
-        *found, left = lab.observe(f"{PROGRAMS}:validated", text, others, without)
+        *found, left = lab.observe(f"{PROGRAMS}:validated", text, others, without, "damaged" in words)
         require_equal([name for name, _ in found], names, of=f"the names that validate_setup() gives, for {words}")
         require_equal(left, ["left", ""], of=f"what lies in the file's folder after validate_setup(), for {words}")
         for name, reason in found:

@@ -195,7 +195,7 @@ class CustomTrainer(Trainer):
                 where somebody calls this without it: then the loss is the mean over this batch, without the ranks.
 
         Returns:
-            The loss; with `return_outputs`, the loss and the model's output. 0 where no label is known.
+            The loss; with `return_outputs`, the loss and the model's output. 0 where no label is known; nan where the logits are.
         """
         # BEGIN SOLUTION 7.3
         labels = inputs["labels"]
@@ -356,8 +356,8 @@ def augment(
 ) -> list[int]:
     """Token ids with some of them masked: each that is not special becomes `mask_id` with the probability `share`.
 
-    Which ones depends on seed, epoch and row alone: the same on any rank and any number of ranks, others in the next epoch, others
-    in the next row. Nothing is drawn from the generators that others draw from: torch's, numpy's and Python's global ones; a
+    Which places depends on seed, epoch and row alone: the same on any rank and any number of ranks, others in the next epoch,
+    others in the next row. Nothing is drawn from the generators that others draw from: torch's, numpy's and Python's global ones; a
     `random.Random` or `torch.Generator` of its own is free. `input_ids` stays as it is.
 
     Returns:
@@ -554,7 +554,7 @@ def stratified_folds(labels: torch.Tensor, folds: int, seed: int = 0) -> list[tu
 def load_training_config(path: str | Path) -> TrainingConfig:
     """Read a YAML file. An entry that is not there keeps its default; so a file from before DeepSpeed is read as ever.
 
-    A path in `deepspeed` begins in the folder of the YAML file; it is returned with that folder before it.
+    A path in `deepspeed` begins in the folder of the YAML file, not in the current one; it is returned with that folder before it.
 
     Raises:
         ValueError: with a sentence that names the file. For an entry at fault it also names the key (the last part is enough),
@@ -620,7 +620,7 @@ def validate_setup(path: str | Path) -> list[tuple[str, str]]:
 
     In this order, by name:
         "configuration": `load_training_config` reads it;
-        "imports": each of `IMPORTS` can be imported, and deepspeed where the configuration names a file;
+        "imports": each of `IMPORTS` is imported, and deepspeed where the configuration names a file;
         "deepspeed": that file is JSON (where it is not, the reason names the file), and `deepspeed_refuses(…, 1)` has nothing
             against it;
         "model": `load_classifier` of the library finds it, and one batch of two short texts gives logits [2, num_labels];
