@@ -510,12 +510,12 @@ def lora(rank_of_update: int, targets: tuple[str, ...], width: int = 0) -> dict:
     }
 
 
-def small_encoder(width: int) -> nn.Module:
+def small_encoder(width: int, vocabulary: int = 800) -> nn.Module:
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 3 * width}
-    return RobertaForSequenceClassification(RobertaConfig(vocab_size=800, num_labels=5, max_position_embeddings=70, **sizes))
+    return RobertaForSequenceClassification(RobertaConfig(vocab_size=vocabulary, num_labels=5, max_position_embeddings=70, **sizes))
 
 
 def lora_counted(targets: tuple[str, ...], head: int) -> int:
@@ -565,15 +565,15 @@ def missing_file() -> str:
 
 
 @contextlib.contextmanager
-def package_that_fails(name: str, broken: bool):
-    """Meanwhile a package cannot be imported: it is not there, or it is `broken`, and says so when it is imported."""
+def package_that_fails(name: str, damage: str):
+    """Meanwhile a package cannot be imported: it is not there, or another one is, which consists of the line `damage`."""
     import importlib
     import sys
 
     hidden = {module: sys.modules[module] for module in list(sys.modules) if name and module.partition(".")[0] == name}
     with tempfile.TemporaryDirectory() as folder:
-        if broken:
-            Path(folder, f"{name}.py").write_text(f"raise RuntimeError('{name} is damaged')")
+        if damage:
+            Path(folder, f"{name}.py").write_text(damage)
             sys.path.insert(0, folder)
             importlib.invalidate_caches()
             for module in hidden:
@@ -584,7 +584,7 @@ def package_that_fails(name: str, broken: bool):
         try:
             yield
         finally:
-            if broken:
+            if damage:
                 sys.path.remove(folder)
                 sys.path_importer_cache.pop(folder, None)
             if name:
@@ -592,8 +592,11 @@ def package_that_fails(name: str, broken: bool):
             sys.modules.update(hidden)
 
 
-def validated(text: str, others: dict[str, str], without: str = "", broken: bool = False) -> list:
-    """Task 7.11: what is found for a YAML file; `without` is a package that cannot be imported."""
+def validated(text: str, others: dict[str, str], without: str = "", damage: str = "") -> list:
+    """Task 7.11: what is found for a YAML file; `without` is a package that cannot be imported.
+
+    `MODEL` in the text becomes a folder with a model that knows fewer tokens than its tokenizer has.
+    """
     from unittest import mock
 
     import deepspeed  # noqa: F401  # sets a variable of the environment when it is imported
@@ -602,10 +605,13 @@ def validated(text: str, others: dict[str, str], without: str = "", broken: bool
         for other, content in others.items():
             Path(folder, other).write_text(content)
         path = Path(folder, "config.yaml")
+        if "MODEL" in text:
+            small_encoder(16, vocabulary=3).save_pretrained(Path(folder, "model"))
+            load_tokenizer("comment-tiny").save_pretrained(Path(folder, "model"))
         if text:
-            path.write_text(text)
+            path.write_text(text.replace("MODEL", str(Path(folder, "model"))))
         before = sorted(Path(folder).iterdir())
-        with package_that_fails(without, broken), mock.patch("tempfile.tempdir", elsewhere):
+        with package_that_fails(without, damage), mock.patch("tempfile.tempdir", elsewhere):
             found = exercises().validate_setup(str(path))
         left = sorted(Path(folder).iterdir()) != before or list(Path(elsewhere).iterdir())
         return [list(pair) for pair in found] + [["left", "files" if left else ""]]

@@ -823,6 +823,10 @@ def test_configuration_files(lab):
 
 # --- 7.11 -----------------------------------------------------------------------------------------------------------
 
+DAMAGE = {"a damaged package": "raise KeyError('no such key')", "a package damaged without a word": "raise AssertionError"}
+ABSENT = {"imports": "deepspeed", "deepspeed": "deepspeed"}
+ONE_RANK = '{"train_batch_size": 3, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1}'
+
 
 @pytest.mark.milestone(task="7.11", points=4, section="A configuration that refuses slips", needs=("7.2", "7.10"))
 def test_set_up_is_looked_at(lab):
@@ -850,7 +854,17 @@ def test_set_up_is_looked_at(lab):
         ),
         ("a model that is not there", "model_name: /no/such/model\n", {}, "", {"model": "/no/such/model", "deepspeed": "not used"}),
         ("a package that is not there", good, {}, "peft", {"imports": "peft", "deepspeed": "not used"}),
-        ("a damaged package", good, {}, "iterstrat", {"imports": "iterstrat is damaged", "deepspeed": "not used"}),
+        ("a damaged package", good, {}, "iterstrat", {"imports": "no such key", "deepspeed": "not used"}),
+        ("a package damaged without a word", good, {}, "iterstrat", {"imports": "AssertionError", "deepspeed": "not used"}),
+        ("a DeepSpeed file, and deepspeed not there", "deepspeed: z.json\n", {"z.json": "{}"}, "deepspeed", ABSENT),
+        ("a DeepSpeed file for one rank", "deepspeed: z.json\n", {"z.json": ONE_RANK}, "", {}),
+        (
+            "a model that knows fewer tokens than its tokenizer",
+            "model_name: MODEL\nnum_labels: 5\n",
+            {},
+            "",
+            {"model": "index", "deepspeed": "not used"},
+        ),
         (
             "an unknown key",
             "num_label: 3\n",
@@ -859,7 +873,7 @@ def test_set_up_is_looked_at(lab):
             {"configuration": "num_label", "deepspeed": "not looked at", "model": "not looked at", "trainer": "not looked at"},
         ),
     ):
-        *found, left = lab.observe(f"{PROGRAMS}:validated", text, others, without, "damaged" in words)
+        *found, left = lab.observe(f"{PROGRAMS}:validated", text, others, without, DAMAGE.get(words, ""))
         require_equal([name for name, _ in found], names, of=f"the names that validate_setup() gives, for {words}")
         require_equal(left, ["left", ""], of=f"what lies in the file's folder after validate_setup(), for {words}")
         for name, reason in found:

@@ -631,8 +631,8 @@ def validate_setup(path: str | Path) -> list[tuple[str, str]]:
         path: the YAML file.
 
     Returns:
-        Pairs of name and reason: "" where all is well, "not used" as that of "deepspeed" without a file, else the error's text
-        in one line. Where the configuration cannot be read, the imports are looked at all the same, and the reason of the
+        Pairs of name and reason: "" where all is well, "not used" as that of "deepspeed" without a file, else the error's type
+        and text in one line. Where the configuration cannot be read, the imports are looked at all the same, and the reason of the
         other three is "not looked at". Nothing is raised, and nothing else stays on disk.
     """
     # BEGIN SOLUTION 7.11
