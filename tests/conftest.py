@@ -154,7 +154,7 @@ def cluster_missing() -> str | None:
 
 def cluster_command(*words: str) -> str:
     """Run `slurm/local_cluster.sh`; what it printed."""
-    done = subprocess.run([hardware.ROOT / "slurm" / "local_cluster.sh", *words], capture_output=True, text=True, timeout=90)
+    done = subprocess.run([hardware.ROOT / "slurm" / "local_cluster.sh", *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

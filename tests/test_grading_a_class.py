@@ -305,7 +305,7 @@ def test_ranks_cannot_forge_what_they_report(tmp_path, walls):
 # --- the other labs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("stem", every_lab())
 def test_solution_passes_in_a_box(stem, tmp_path, walls, may_get):
     """What needs ranks, disks and jobs, hidden milestones too."""
@@ -318,7 +318,7 @@ def test_solution_passes_in_a_box(stem, tmp_path, walls, may_get):
 
 
 @pytest.mark.jobs
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("stem, task", [("lab06_multi_node", "6.6")])
 def test_one_judge_tells_the_clusters_of_two_boxes_apart(stem, task, tmp_path, walls, may_get):
     """Jobs with the same script and the same numbers, in one box after the other."""

@@ -124,7 +124,7 @@ def meet(experiment, run):
     place, total = Path(experiment.data), torch.ones(1)
     dist.all_reduce(total)
     (place / f"{run.folder.parent.name}-{dist.get_rank()}").touch()
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while len(list(place.iterdir())) < 4:
         if time.monotonic() > deadline:
             raise TimeoutError(f"only {sorted(path.name for path in place.iterdir())} came")
@@ -494,7 +494,7 @@ def launchers(programs, tmp_path_factory):
                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
                     )
                 scripts[name] = SimpleNamespace(process=process, runs=runs, log=log, imports=imports, family=[], ranks=[])
-            deadline = time.monotonic() + 150
+            deadline = time.monotonic() + 400
             for name, it in scripts.items():
                 metrics = it.runs / "endless" / "metrics.jsonl"
                 while not (metrics.exists() and metrics.read_text().endswith("\n")):

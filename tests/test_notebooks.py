@@ -33,7 +33,7 @@ def runs_elsewhere(monkeypatch, tmp_path):
     monkeypatch.setenv("SHARDLAB_RUNS", str(tmp_path / "runs"))
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("stem", every_lab())
 def test_lab_runs_with_the_solutions(stem, tmp_path, may_get):
     source = authoring.notebooks()[LABS[stem]]
@@ -57,11 +57,11 @@ def kernel(tmp_path_factory):
     manager.shutdown_kernel(now=True)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("stem", LABS)
 def test_untouched_lab_names_the_task_that_is_missing(stem, kernel):
     notebook = nbformat.read(LABS[stem], as_version=4)
-    client = NotebookClient(notebook, km=kernel, timeout=120, allow_errors=True)
+    client = NotebookClient(notebook, km=kernel, timeout=300, allow_errors=True)
     client.execute(reset_kc=True)
     tasks = authoring.tasks(named(stem).solution.read_text())
     for cell in notebook.cells:

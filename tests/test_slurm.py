@@ -327,16 +327,20 @@ def submit(site, **changes) -> tuple[int, Path]:
     return batch.submit("multi-node", JobSettings(solutions=True, arguments=TRAIN, **changes), site)
 
 
-def wait_for(number: int, seconds: float = 150) -> slurm.Job:
-    job = slurm.follow(number, limit=seconds, display=progress.Quiet())
+# Seconds within which a job has reached what a test waits for, on a slow machine that does other work: 90 were too few once.
+PATIENCE = 400
+
+
+def wait_for(number: int) -> slurm.Job:
+    job = slurm.follow(number, limit=PATIENCE, display=progress.Quiet())
     assert job.state == "COMPLETED", f"{job}\n{slurm.log_tail(number, 60)}"
     return job
 
 
-def wait_for_steps(folder: Path, steps: int, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for_steps(number: int, folder: Path, steps: int) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not (folder / "metrics.jsonl").exists() or len((folder / "metrics.jsonl").read_text().splitlines()) < steps:
-        assert time.monotonic() < deadline, f"{folder} has no {steps} steps after {seconds} s"
+        assert time.monotonic() < deadline, f"{slurm.job(number)}: no {steps} steps\n{slurm.log_tail(number, 60)}"
         time.sleep(0.05)
 
 
@@ -358,10 +362,10 @@ def test_a_controller_that_does_not_answer_is_asked_again(slurm_cluster):
         controller.resume()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1000)
 def test_a_job_that_loses_a_node_goes_on_and_ends_with_the_same_curve(local_site, one_node_losses):
     number, folder = submit(local_site)
-    wait_for_steps(folder, 12)
+    wait_for_steps(number, folder, 12)
     cluster_command("kill", "node2")
     cluster_command("start", "node2")
     job = wait_for(number)
@@ -373,10 +377,10 @@ def test_a_job_that_loses_a_node_goes_on_and_ends_with_the_same_curve(local_site
     assert set(run.memory()) == {"rank0", "rank1"}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1000)
 def test_a_signal_before_the_time_limit_saves_and_requeues(local_site, one_node_losses):
     number, folder = submit(local_site)
-    wait_for_steps(folder, 8)
+    wait_for_steps(number, folder, 8)
     slurm.command("scancel", "--signal=USR1", "--batch", str(number))
     job = wait_for(number)
     run = Run.read(folder)
@@ -385,7 +389,7 @@ def test_a_signal_before_the_time_limit_saves_and_requeues(local_site, one_node_
     assert agree(run.losses(), one_node_losses)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1000)
 def test_two_jobs_side_by_side_and_the_other_launchers(local_site, one_node_losses):
     """Both run at once on the same nodes: they share neither port nor folder."""
     jobs = [submit(local_site, launcher=launcher) for launcher in ("deepspeed", "srun")]
@@ -400,7 +404,7 @@ def test_two_jobs_side_by_side_and_the_other_launchers(local_site, one_node_loss
     assert together
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(1000)
 def test_a_course_on_a_path_with_spaces(slurm_cluster, tmp_path):
     course = tmp_path / "my course"
     for part in ("src", "slurm", "labs", "solutions"):
@@ -417,7 +421,7 @@ def test_a_course_on_a_path_with_spaces(slurm_cluster, tmp_path):
     assert run.outcome == "finished" and len(run.losses()) == 3
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize(
     "on_second_node,address,says",
     [
