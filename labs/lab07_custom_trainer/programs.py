@@ -268,11 +268,12 @@ def loss_of_diverged() -> str:
         return str(float(trainer.compute_loss(model, collator()([rows_of(8)[n] for n in range(6)]))))
 
 
-def loss_of_batch(number: int | None, unknown: bool) -> dict:
-    """Task 7.3: `compute_loss` called by itself, with and without outputs. `unknown`: no label is known."""
+def loss_of_batch(number: int | None, known: int | None) -> dict:
+    """Task 7.3: `compute_loss` called by itself, with and without outputs. `known`: so many labels are known, in the first row."""
     batch = collator()([rows_of(8)[n] for n in range(6)])
-    if unknown:
+    if known is not None:
         batch["labels"] = torch.full_like(batch["labels"], UNKNOWN)
+        batch["labels"][0, :known] = 1
     model = plain_model().eval()
     batch["position_ids"] = torch.arange(2, 2 + batch["input_ids"].shape[1]).expand_as(batch["input_ids"])  # RoBERTa's begin at 2
     keys, labels, seen = list(batch), batch["labels"].clone(), []
@@ -472,7 +473,7 @@ def lora(rank_of_update: int, targets: tuple[str, ...], width: int = 0) -> dict:
     calculated = lab.lora_parameters(model, rank_of_update, tuple(targets))
     batch = load_tokenizer("comment-tiny")(["TODO: a tree", "Returns the list of the node."], padding=True, return_tensors="pt")
     plain = model(**batch).logits.detach().clone()
-    adapted = lab.add_lora(model, rank_of_update, tuple(targets), alpha=8.0)
+    adapted = lab.add_lora(model, rank_of_update, tuple(targets), alpha=12.0)
     adapted.eval()
     trained = {name: parameter.numel() for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     first = adapted(**batch).logits.detach().clone()
@@ -493,7 +494,8 @@ def lora(rank_of_update: int, targets: tuple[str, ...], width: int = 0) -> dict:
         adapted.save_pretrained(folder)
         saved = sum(tensor.numel() for file in Path(folder).glob("*.safetensors") for tensor in load_file(file).values())
     kinds = {type(module).__module__.split(".")[0] for module in merged.modules()}
-    scales = [module.scaling for module in adapted.modules() if hasattr(module, "lora_A")]
+    layers = [module for module in adapted.modules() if hasattr(module, "lora_A")]
+    dropped = [getattr(dropout, "p", 0.0) for module in layers for dropout in module.lora_dropout.values()]
     return {
         "calculated": calculated,
         "trained": sum(trained.values()),
@@ -506,7 +508,8 @@ def lora(rank_of_update: int, targets: tuple[str, ...], width: int = 0) -> dict:
         "kinds": sorted(kinds),
         "same": same,
         "saved": saved,
-        "scale": scales[0].get("default") if scales else None,
+        "scale": layers[0].scaling.get("default") if layers else None,
+        "dropout": max(dropped, default=0.0),
     }
 
 
@@ -592,10 +595,11 @@ def package_that_fails(name: str, damage: str):
             sys.modules.update(hidden)
 
 
-def validated(text: str, others: dict[str, str], without: str = "", damage: str = "") -> list:
+def validated(text: str, others: dict[str, str], without: str = "", damage: str = "", settings: str = "") -> list:
     """Task 7.11: what is found for a YAML file; `without` is a package that cannot be imported.
 
-    `MODEL` in the text becomes a folder with a model that knows fewer tokens than its tokenizer has.
+    `MODEL` in the text becomes a folder with a model that knows fewer tokens than its tokenizer has. With `settings`,
+    `trainer_arguments` raises an error with this text.
     """
     from unittest import mock
 
@@ -611,7 +615,12 @@ def validated(text: str, others: dict[str, str], without: str = "", damage: str 
         if text:
             path.write_text(text.replace("MODEL", str(Path(folder, "model"))))
         before = sorted(Path(folder).iterdir())
-        with package_that_fails(without, damage), mock.patch("tempfile.tempdir", elsewhere):
+        refused = mock.patch.object(switch.import_exercise(STEM), "trainer_arguments", side_effect=RuntimeError(settings))
+        with (
+            package_that_fails(without, damage),
+            mock.patch("tempfile.tempdir", elsewhere),
+            refused if settings else contextlib.nullcontext(),
+        ):
             found = exercises().validate_setup(str(path))
         left = sorted(Path(folder).iterdir()) != before or list(Path(elsewhere).iterdir())
         return [list(pair) for pair in found] + [["left", "files" if left else ""]]

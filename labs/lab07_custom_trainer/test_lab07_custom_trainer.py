@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def test_losses(lab):
         ((name, value),) = settings.items()
         said = lab.observe(f"{PROGRAMS}:refused", kind, settings)
         require(
-            name in said and str(value) in said,
+            re.search(rf"\b{name}\b", said) and str(value) in said,
             expected=f"ValueError of {kind}({name}={value}), in a sentence that names {name} and {value}",
             got=said or "no error",
         )
@@ -240,9 +241,10 @@ def test_settings(lab, run_experiments, tmp_path, workspace):
 
 @pytest.mark.milestone(task="7.3", points=15, section="A mean over the step, not a mean of means")
 def test_loss_of_a_step(lab, run_experiments):
-    for number, unknown in ((None, False), (57, False), (None, True), (0, True)):
-        got = lab.observe(f"{PROGRAMS}:loss_of_batch", number, unknown)
-        words = f"compute_loss with num_items_in_batch={number}" + ", where no label is known" * unknown
+    for number, known in ((None, None), (57, None), (1, None), (None, 1), (None, 0), (0, 0)):
+        got = lab.observe(f"{PROGRAMS}:loss_of_batch", number, known)
+        words = f"compute_loss with num_items_in_batch={number}"
+        words += "" if known is None else f", where {known or 'no'} label is known"
         wanted = got["sum"] / (number or got["known"] or 1)
         require(
             math.isclose(got["loss"], wanted, rel_tol=1e-5, abs_tol=1e-7),
@@ -491,7 +493,8 @@ def test_lora(lab):
         require_equal(got["calculated"], wanted, of=f"lora_parameters() with {words}")
         require_equal(got["trained"], wanted, of=f"parameters that are trained after add_lora() with {words}")
         require_equal(got["saved"], wanted, of=f"numbers in the checkpoint that save_pretrained() writes, with {words}")
-        require_equal(got["scale"], 8.0 / update, of=f"the factor of the update, alpha / rank, with alpha 8 and {words}")
+        require_equal(got["scale"], 12.0 / update, of=f"the factor of the update, alpha / rank, with alpha 12 and {words}")
+        require_equal(got["dropout"], 0.0, of=f"the share that the adapters drop, with {words}")
         require(
             torch.allclose(got["plain"], got["first"], atol=1e-6),
             expected=f"before any training the logits of the model as it was, with {words}",
@@ -728,6 +731,14 @@ def test_folds(lab):
             mentions=names,
             expected=f"ValueError for {folds} folds, where label 1 has 2 positives",
         )
+    one = few.clone()
+    one[1, 1] = 0
+    require_error(
+        lambda: lab.stratified_folds(one, 2),
+        ValueError,
+        mentions=("1",),
+        expected="ValueError for 2 folds, where label 1 has 1 positive",
+    )
     require(
         len(lab.stratified_folds(few, 2)) == 2, expected="2 folds where a label has 2 positives, and another has none", got="others"
     )
@@ -778,7 +789,7 @@ BAD_FILES = [
     ("data: !!python/object/apply:os.getcwd []\n", ("line 1",)),
     ("[]\n", ()),
     ("0\n", ()),
-    ("1: 2\n", ("line 1",)),
+    ("max_len: 64\n1: 2\n", ("line 2",)),
 ]
 
 
@@ -823,6 +834,7 @@ def test_configuration_files(lab):
 
 # --- 7.11 -----------------------------------------------------------------------------------------------------------
 
+REFUSED = "settings that are refused"
 DAMAGE = {"a damaged package": "raise KeyError('no such key')", "a package damaged without a word": "raise AssertionError"}
 ABSENT = {"imports": "deepspeed", "deepspeed": "deepspeed"}
 ONE_RANK = '{"train_batch_size": 3, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1}'
@@ -858,6 +870,7 @@ def test_set_up_is_looked_at(lab):
         ("a package damaged without a word", good, {}, "iterstrat", {"imports": "AssertionError", "deepspeed": "not used"}),
         ("a DeepSpeed file, and deepspeed not there", "deepspeed: z.json\n", {"z.json": "{}"}, "deepspeed", ABSENT),
         ("a DeepSpeed file for one rank", "deepspeed: z.json\n", {"z.json": ONE_RANK}, "", {}),
+        (REFUSED, good, {}, "", {"deepspeed": "not used", "trainer": REFUSED}),
         (
             "a model that knows fewer tokens than its tokenizer",
             "model_name: MODEL\nnum_labels: 5\n",
@@ -873,13 +886,15 @@ def test_set_up_is_looked_at(lab):
             {"configuration": "num_label", "deepspeed": "not looked at", "model": "not looked at", "trainer": "not looked at"},
         ),
     ):
-        *found, left = lab.observe(f"{PROGRAMS}:validated", text, others, without, DAMAGE.get(words, ""))
+        *found, left = lab.observe(
+            f"{PROGRAMS}:validated", text, others, without, DAMAGE.get(words, ""), words * (words == REFUSED)
+        )
         require_equal([name for name, _ in found], names, of=f"the names that validate_setup() gives, for {words}")
         require_equal(left, ["left", ""], of=f"what lies in the file's folder after validate_setup(), for {words}")
         for name, reason in found:
             expected = wanted.get(name, "")
             require(
-                (expected in reason and "\n" not in reason) if expected else reason == "",
+                reason == expected if expected in ("", "not used", "not looked at") else expected in reason and "\n" not in reason,
                 expected=f"for {words}: {name} {f'with {expected!r} in one line' if expected else 'without a reason'}",
                 got=reason or "nothing",
             )

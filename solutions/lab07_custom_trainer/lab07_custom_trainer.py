@@ -396,7 +396,7 @@ def add_lora(model: nn.Module, rank: int, targets: tuple[str, ...] = ("query", "
     """The model with LoRA beside its targets, through peft: `get_peft_model(model, LoraConfig(…))`.
 
     The head, `model.classifier`, is trained whole (`modules_to_save`), and has no LoRA, whatever its layers are called
-    (`exclude_modules`). All else is frozen.
+    (`exclude_modules`). All else is frozen. The adapters drop nothing (`lora_dropout` 0).
 
     Args:
         rank: r, the rank of the update B·A.
