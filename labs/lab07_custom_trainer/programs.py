@@ -161,12 +161,12 @@ class Look(TrainerCallback):
     """What lies in the gradients before the first step, and whether the embeddings are where they were."""
 
     def __init__(self, model: nn.Module):
-        self.before = model.get_input_embeddings().weight.detach().clone()
+        self.before = model.get_input_embeddings().weight.detach().cpu().clone()
         self.gradients, self.moved = {}, None
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **others):
         if self.moved is None:
-            weight = model.get_input_embeddings().weight.detach()
+            weight = model.get_input_embeddings().weight.detach().cpu()
             self.moved = int((weight != self.before).sum()) if weight.shape == self.before.shape else -1
             self.gradients = {name: short(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 

@@ -83,7 +83,7 @@ def test_another_head(lab):
 def test_other_lora(lab):
     got = lab.observe(f"{PROGRAMS}:lora", 5, ("key", "value"), 16)
     wanted = 2 * 2 * 5 * 32 + 16 * 16 + 16 + 16 * 5 + 5
-    assert got["calculated"] == got["trained"] == got["saved"] == wanted and got["scale"] == 8.0 / 5
+    assert got["calculated"] == got["trained"] == got["saved"] == wanted and got["scale"] == 12.0 / 5
     assert torch.allclose(got["merged"], got["there"], atol=1e-5) and torch.equal(got["there"], got["there_again"])
     assert "peft" not in got["kinds"]
     assert "nothing" in lab.observe(f"{PROGRAMS}:lora_refused", ("nothing",))

@@ -597,7 +597,7 @@ def load_training_config(path: str | Path) -> TrainingConfig:
         config = TrainingConfig.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        place = tuple(str(part) for part in first["loc"] if part != "[key]")
+        place = tuple(str(part) for part in first["loc"])
         why = "there is no such key" if first["type"] == "extra_forbidden" else first["msg"]
         raise ValueError(f"{path}, line {lines.get(place, 1)}: {'.'.join(place)} {first['input']!r}: {why}") from None
     if config.deepspeed is not None:

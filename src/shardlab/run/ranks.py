@@ -14,6 +14,7 @@ import traceback
 import warnings
 from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 import psutil
 
@@ -96,7 +97,8 @@ def run_experiment(run: Run) -> dict:
     experiment = run.experiment
     before = os.environ.copy()
     # A lone rank without DeepSpeed is a plain process: with RANK set, Trainer would wrap the model in DDP.
-    if experiment.ranks == 1 and experiment.deepspeed is None:
+    plain = experiment.ranks == 1 and experiment.deepspeed is None
+    if plain:
         for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
             os.environ.pop(variable, None)
     try:
@@ -114,7 +116,8 @@ def run_experiment(run: Run) -> dict:
         barrier()
         results = {}
         try:
-            with MemorySampler(samples, rank(), local_rank if hardware.gpu_count() else None):
+            sampler = MemorySampler(samples, rank(), local_rank if hardware.gpu_count() else None)
+            with sampler, _one_gpu_in_sight() if plain else contextlib.nullcontext():
                 results = program(experiment, run)
             if noted is not None:
                 require_unchanged(noted)
@@ -129,6 +132,13 @@ def run_experiment(run: Run) -> dict:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def _one_gpu_in_sight():
+    """A plain process in which `Trainer` sees several GPUs takes them all, through DataParallel, and makes its batches larger."""
+    import torch
+
+    return mock.patch.object(torch.cuda, "device_count", lambda: min(1, hardware.gpu_count()))
 
 
 def _local_ranks() -> int:
