@@ -110,7 +110,8 @@ print("mean of means:", (first.mean() + second.mean()).item() / 2)
 hidden, layers, rank = 768, 12, 8
 update = layers * 2 * rank * (hidden + hidden)
 head = hidden * hidden + hidden + hidden * 16 + 16
-print(f"{update:,} and the head's {head:,}: {100 * (update + head) / 124.7e6:.2f} % of 124.7 million")
+share = (update + head) / 124.7e6
+print(f"{update:,} and the head's {head:,}: {share:.2%} of 124.7 million")
 
 # %% [markdown]
 # With mixed precision a trained parameter takes 16 bytes (lecture 02), a frozen one 2 or 4. peft does it in two lines: `LoraConfig(r=…, lora_alpha=…, target_modules=[…], modules_to_save=["classifier"])` says where, and `get_peft_model` puts the matrices there. It takes

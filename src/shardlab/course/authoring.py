@@ -97,7 +97,8 @@ def skeleton_of(wanted: str, root: Path = ROOT) -> str:
     if "." not in wanted:
         return text
     parts = re.split(r"^(?= *# --- )", text, flags=re.MULTILINE)
-    parts = {part.split()[3]: part for part in parts if part.lstrip().startswith("# --- Task ")}
+    headed = [(part, re.match(r" *# --- Tasks? ([\d., and]+)", part)) for part in parts]
+    parts = {task: part for part, head in headed if head for task in re.findall(r"\d+\.\d+", head[1])}
     if wanted not in parts:
         raise AuthoringError(f"{lab.stem} has no task {wanted}; it has {', '.join(parts)}.")
     return parts[wanted].partition("\n")[2].strip("\n") + "\n"
