@@ -46,6 +46,7 @@ print(torch.nn.functional.logsigmoid(-z))
 # | --- | --- |
 # | `torch.randperm` with a seed per epoch | a sampler with `set_epoch`: `_get_train_sampler` |
 # | batches of `batch_size` rows | `per_device_train_batch_size`; the batches are dealt to the ranks in turn |
+# | one GPU | all that a plain `python` process sees, through `DataParallel`: with two, each batch is twice as large (4 steps became 2 on two H200s). `torchrun`, or `CUDA_VISIBLE_DEVICES=0` |
 # | rows that are over are left out | the sampler leaves them out. `dataloader_drop_last` would, and would leave rows out of **evaluation and prediction** too |
 # | two groups of parameters, decay on one | the same: transformers leaves biases and layer norms without decay |
 # | `AdamW(lr=…)` | `optim="adamw_torch"`; the default is the fused one, which is as right |
