@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from pydantic import ValidationError
+from torch.utils.data import DataLoader
 
 from shardlab.data.comments import UNKNOWN, comments
 from shardlab.data.models import load_classifier, load_tokenizer
@@ -54,6 +56,16 @@ def test_an_epoch_has_an_order_of_its_own():
     order.set_epoch(0)
     assert list(order) == first and first != list(EpochOrder(10, seed=2, multiple=4))
     assert sorted(EpochOrder(10, seed=1, multiple=1)) == list(range(10))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_are_told_the_epoch_on_any_number_of_ranks(ranks):
+    """Or augmentation would mask the same words in all epochs of a run on two ranks."""
+    rows = Encoded(comments("train", 8), load_tokenizer("comment-tiny"), 16)
+    loader = DataLoader(rows, batch_size=2, sampler=EpochOrder(8, seed=1, multiple=2 * ranks, data=rows))
+    prepared = prepare_data_loader(loader, device=torch.device("cpu"), num_processes=ranks, process_index=ranks - 1)
+    prepared.set_epoch(3)
+    assert rows.epoch == 3
 
 
 def test_batches_are_padded_on_the_right():

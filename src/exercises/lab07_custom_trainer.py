@@ -30,8 +30,8 @@ class AsymmetricLoss(nn.Module):
     """Binary cross-entropy that lets easy negatives count less, for labels that are mostly 0.
 
     With p = σ(logit), the loss of one entry is −(1−p)^γ₊ · log p where the label is 1, and −q^γ₋ · log(1−q) where it
-    is 0, with q = max(p − clip, 0): a negative below `clip` costs nothing at all. With both gammas 0 and `clip` 0 it is
-    binary cross-entropy. (1−q with a clip is min(1−p+clip, 1), which is never near 0.)
+    is 0, with q = max(p − clip, 0): without label smoothing a negative below `clip` costs nothing at all. With both
+    gammas 0 and `clip` 0 it is binary cross-entropy. (1−q with a clip is min(1−p+clip, 1), which is never near 0.)
 
     With label smoothing s, t = y·(1−s) + s/2 stands for the label y, and the loss is the first term times t plus the second
     times 1−t.
@@ -39,7 +39,8 @@ class AsymmetricLoss(nn.Module):
     Args:
         gamma_positive, gamma_negative: 0, or at least 1: between them the gradient is infinite where p is 0 or 1.
         clip: from 0 to less than 1.
-        class_weights: a factor per label, of all its entries; [labels].
+        class_weights: a factor per label, of all its entries; [labels]. `Trainer` moves no loss, so they may lie on another device
+            than the logits.
         label_smoothing: from 0 to less than 1.
 
     Raises:
@@ -64,8 +65,8 @@ class AsymmetricLoss(nn.Module):
 
         Args:
             logits: [rows, labels], in any floating type. In a half type, the loss is computed in float32.
-            labels: [rows, labels], 0 or 1, and `UNKNOWN` where nobody has said which: there the loss is 0, and its
-                gradient too.
+            labels: [rows, labels], floats or integers: 0 or 1, and `UNKNOWN` (−100) where nobody has said which: there the loss
+                is 0, and its gradient too.
 
         Returns:
             Losses in float32, or float64 for logits in float64. For logits from −10⁶ to 10⁶ they are finite, and so are the
@@ -77,7 +78,7 @@ class AsymmetricLoss(nn.Module):
 class FocalLoss(AsymmetricLoss):
     """Binary cross-entropy that lets easy entries count less, of either label: the asymmetric loss with one gamma, and no clip.
 
-    A gamma that is refused is named as `AsymmetricLoss` names it.
+    Where a gamma is refused, the sentence may be that of `AsymmetricLoss`, and name `gamma_positive`.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", https://arxiv.org/abs/1708.02002, equation 4.
     """
@@ -127,14 +128,15 @@ class CustomTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> EpochOrder:
         """The loop's order; `set_epoch` is called by accelerate, which deals the micro-batches to the ranks in turn."""
-        rows = len(self.train_dataset if train_dataset is None else train_dataset)
-        return EpochOrder(rows, self.args.seed, self.args.per_device_train_batch_size * self.args.world_size)
+        data = self.train_dataset if train_dataset is None else train_dataset
+        return EpochOrder(len(data), self.args.seed, self.args.per_device_train_batch_size * self.args.world_size, data)
 
     def compute_loss(self, model, inputs: dict, return_outputs: bool = False, num_items_in_batch=None):
         """The loss of a micro-batch, so that the micro-batches and ranks of a step add up to the mean over the step's labels.
 
         An optimizer step adds up the gradients of a rank's micro-batches, and takes the mean over the ranks. So a micro-batch's
-        loss is the sum over its own entries, divided by the number of labels of the whole step, times the number of ranks.
+        loss is the sum over its own entries, divided by the number of labels of the whole step, times the number of ranks
+        (`self.args.world_size`).
 
         Args:
             model: gives an output with `logits`, [rows, labels].
@@ -159,7 +161,8 @@ class CustomTrainer(Trainer):
         `FGM` gets the model itself, `self.accelerator.unwrap_model(model)`, and the gradient of this micro-batch alone. That is
         not `weight.grad`: there the earlier micro-batches' gradients lie too, and under ZeRO-2 nothing. After
         `weight.register_hook(function)` each backward pass calls `function` once with the gradient, when it has been computed and
-        before anybody adds it up or sends it. Remove the hook when the first pass is over.
+        before anybody adds it up or sends it. What it returns, if not None, takes the gradient's place. Remove the hook when the
+        first pass is over. The second pass is made even where `FGM` has moved nothing: all ranks must make the same passes.
 
         Returns:
             The loss of the batch as it is, detached.
@@ -261,9 +264,9 @@ def augment(
 ) -> list[int]:
     """Token ids with some of them masked: each that is not special becomes `mask_id` with the probability `share`.
 
-    Which places depends on seed, epoch and row alone: the same on any rank and any number of ranks, others in the next epoch,
-    others in the next row. Nothing is drawn from the generators that others draw from: torch's, numpy's and Python's global ones; a
-    `random.Random` or `torch.Generator` of its own is free. `input_ids` stays as it is.
+    Which places depends on seed, epoch and row alone (so there is a draw for each place, special or not): the same on any rank and
+    any number of ranks, others in the next epoch, others in the next row. Nothing is drawn from the generators that others draw
+    from: torch's, numpy's and Python's global ones; a `random.Random` or `torch.Generator` of its own is free. `input_ids` stays as it is.
 
     Returns:
         A new list of the same length.
@@ -277,8 +280,8 @@ def augment(
 def lora_parameters(model: nn.Module, rank: int, targets: tuple[str, ...]) -> int:
     """How many parameters LoRA will train: its two matrices beside each target, and the whole head, `model.classifier`.
 
-    A target is a linear layer outside of the head whose own name (after the last dot) is in `targets`. Beside its weight [out, in]
-    stand A [rank, in] and B [out, rank].
+    A target is a linear layer outside of the head whose own name (after the last dot) is in `targets`; one that names none adds
+    nothing. Beside a weight [out, in] stand A [rank, in] and B [out, rank].
     """
     raise NotImplementedError("Task 7.6: complete lora_parameters() in src/exercises/lab07_custom_trainer.py")
 
@@ -331,7 +334,8 @@ def multilabel_metrics(probabilities: torch.Tensor, labels: torch.Tensor, names:
     Returns:
         {"micro_f1", "macro_f1", "macro_precision", "macro_recall", "roc_auc": numbers, "without_positives": the names}.
         A mean over no label is nan. Micro F1 is 0 where there is no positive and none is predicted. In ROC-AUC two that are
-        equally likely count a half. (`torchmetrics.functional.classification` does all this, and counts in rows of one label.)
+        equally likely count a half. (`torchmetrics.functional.classification` has them. Give it a label's known rows at a time,
+        and 0 or 1 as predictions: of probabilities it takes those *above* a threshold.)
     """
     raise NotImplementedError("Task 7.7: complete multilabel_metrics() in src/exercises/lab07_custom_trainer.py")
 
@@ -340,7 +344,8 @@ def multilabel_metrics(probabilities: torch.Tensor, labels: torch.Tensor, names:
 
 
 def best_thresholds(probabilities: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """For each label the threshold with the largest F1, of 0.05, 0.10, … 0.95: of validation data, never of those that you report.
+    """For each label the threshold with the largest F1, of n/20 in float32, n from 1 to 19: of validation data, never of those
+    that you report.
 
     F1 is 2·tp / (2·tp + fp + fn), and an entry is predicted where p ≥ threshold. Of several that are equally good it is the one
     nearest to 0.5, and of two that are equally near the lower one: 0.3 and not 0.7. Labels that nobody has given count
@@ -372,7 +377,7 @@ def stratified_folds(labels: torch.Tensor, folds: int, seed: int = 0) -> list[tu
 
     Raises:
         ValueError: fewer than 2 folds; or a label has fewer positives than folds, though it has some. The sentence names the
-            label's number, and how many it has; of several, one.
+            label's number, from 0, and how many it has; of several, one.
 
     Source: Sechidis et al., "On the Stratification of Multi-label Data", 2011; https://pypi.org/project/iterative-stratification/
     """
@@ -385,7 +390,8 @@ def stratified_folds(labels: torch.Tensor, folds: int, seed: int = 0) -> list[tu
 def load_training_config(path: str | Path) -> TrainingConfig:
     """Read a YAML file. An entry that is not there keeps its default; so a file from before DeepSpeed is read as ever.
 
-    A path in `deepspeed` begins in the folder of the YAML file, not in the current one; it is returned with that folder before it.
+    A path in `deepspeed` begins in the folder of the YAML file, not in the current one; it is returned as text, with that
+    folder before it.
 
     Raises:
         ValueError: with a sentence that names the file. For an entry at fault it also names the key (the last part is enough),
@@ -414,9 +420,10 @@ def validate_setup(path: str | Path) -> list[tuple[str, str]]:
     In this order, by name:
         "configuration": `load_training_config` reads it;
         "imports": each of `IMPORTS` is imported, and deepspeed where the configuration names a file;
-        "deepspeed": that file is JSON (where it is not, the reason names the file), and `deepspeed_refuses(…, 1)` has nothing
-            against it;
-        "model": `load_classifier` of the library finds it, and one batch of two short texts gives logits [2, num_labels];
+        "deepspeed": that file is JSON (where it is not, the reason names the file), and `deepspeed_refuses(its dictionary, 1)`, for
+            one rank, gives no reason against it;
+        "model": `load_classifier` of `shardlab.data.models` finds it, and one batch of two short texts gives logits
+            [2, num_labels];
         "trainer": `trainer_arguments` can be made, without DeepSpeed, in a temporary folder.
     What the model has fetched into the hub's cache may stay there.
 

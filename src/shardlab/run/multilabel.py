@@ -93,10 +93,13 @@ class EpochOrder(Sampler):
         seed: of the orders.
         multiple: so many come as are a multiple of it, micro-batch × ranks; the few that are over are left out of this epoch. (The
             argument `dataloader_drop_last` of `Trainer` would leave rows out of evaluations too.)
+        data: rows that are told the epoch too, if they have `set_epoch`. On several ranks accelerate 1.15 tells a sampler that
+            wants to know, and then not the data set; on one rank it tells both.
     """
 
-    def __init__(self, rows: int, seed: int, multiple: int):
+    def __init__(self, rows: int, seed: int, multiple: int, data: Dataset | None = None):
         self.rows, self.seed, self.length, self.epoch = rows, seed, rows // multiple * multiple, 0
+        self.data = data
 
     def __len__(self) -> int:
         return self.length
@@ -107,6 +110,8 @@ class EpochOrder(Sampler):
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        if hasattr(self.data, "set_epoch"):
+            self.data.set_epoch(epoch)
 
 
 # --- the loop -------------------------------------------------------------------------------------------------------
