@@ -266,7 +266,8 @@ def augment(
 
     Which places depends on seed, epoch and row alone (so there is a draw for each place, special or not): the same on any rank and
     any number of ranks, others in the next epoch, others in the next row. Nothing is drawn from the generators that others draw
-    from: torch's, numpy's and Python's global ones; a `random.Random` or `torch.Generator` of its own is free. `input_ids` stays as it is.
+    from: torch's, numpy's and Python's global ones; a `random.Random` or `torch.Generator` of its own is free.
+    `input_ids` stays as it is.
 
     Returns:
         A new list of the same length.
