@@ -155,7 +155,7 @@ print(yaml.safe_load("a: 1e-3\nb: 1.0e-3\nc: no"))
 # %% [markdown]
 # ## What DeepSpeed adds by one line
 #
-# `deepspeed: zero2.json`. The losses stay the same, to 1e-5: that is milestone 7.2. What each rank holds before a step, measured with our classifier of 352,624 parameters, on two ranks:
+# `deepspeed: zero2.json`. With the trainer of the lab the losses stay the same, to 1e-5: its check 7.2 asks for that. What each rank holds before a step, measured with our classifier of 352,624 parameters, on two ranks:
 
 # %%
 from shardlab import progress
@@ -195,7 +195,7 @@ table(rows)
 # the step ZeRO-1 has reduced its gradients to a shard as well, so it holds what ZeRO-2 does, $4 + 4/N + 12/N$: 12 on two ranks. (While micro-batches add up, ZeRO-1 holds all of them.) ZeRO-3 shards the weights too: $20/N$, 10. For a model as small as
 # ours it buys nothing; it is here so that you know that nothing was lost on the way.
 #
-# Now look at the losses of these runs, of the first step and of the second:
+# Now look at the losses of these runs (of 64 rows, without those that lack a label), of the first step and of the second:
 
 # %%
 table([{"run": run.name} | dict(zip(("step 1", "step 2"), run.losses())) for run in runs])

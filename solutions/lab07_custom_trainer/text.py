@@ -95,7 +95,7 @@ check("7.3")
 compare({"of a rank with 10 labels, sum 5, of 40 labels in all, on 2 ranks": 0.25}, predicted_loss)
 
 # %% [markdown]
-# The loop and your trainer side by side, dropout and all:
+# The loop and your trainer side by side, both on the CPU, dropout and all:
 
 # %%
 import tempfile
@@ -106,10 +106,11 @@ params = TrainParams(batch_size=8, grad_accum=2, epochs=2)
 by_hand = train_by_hand(
     load_classifier(), fifty, collate, lab.FocalLoss(gamma=0.0), params
 )
+config = TrainingConfig(train_params=params)
 with tempfile.TemporaryDirectory() as folder:
     trainer = lab.CustomTrainer(
         model=load_classifier(),
-        args=lab.trainer_arguments(TrainingConfig(train_params=params), folder, disable_tqdm=True),
+        args=lab.trainer_arguments(config, folder, disable_tqdm=True, use_cpu=True),
         train_dataset=fifty,
         data_collator=collate,
         loss=lab.FocalLoss(gamma=0.0),
