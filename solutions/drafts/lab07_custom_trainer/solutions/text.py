@@ -153,10 +153,10 @@ check("7.5")
 predicted_lora = {"trained parameters, rank 4 beside query and value": ...}
 
 # %%
+check("7.6")
 adapted = lab.add_lora(load_classifier(), rank=4)
 found = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 compare({"trained parameters, rank 4 beside query and value": found}, predicted_lora)
-check("7.6")
 
 # %% [markdown]
 # ## 7.7 Metrics
