@@ -54,7 +54,7 @@ class Box:
     def volume(self) -> float:
         """Its volume."""
         if True:
-            raise NotImplementedError("Task 3.2: complete volume() in lab.py")
+            raise NotImplementedError("Task 3.2: complete Box.volume() in lab.py")
 
 
 def perimeter(radius: float) -> float:
@@ -136,20 +136,24 @@ def test_skeleton_holds_no_line_of_a_solution(stem):
 
 @pytest.mark.parametrize("stem", stems())
 def test_task_function_of_a_skeleton_only_raises_and_says_which_task(stem):
-    unwritten = {}
-    nodes = [node for node in ast.walk(ast.parse(skeleton_source(stem))) if hasattr(node, "lineno")]
-    for node in sorted(nodes, key=lambda node: node.lineno):
-        if isinstance(node, ast.FunctionDef):
-            raises = [inner for inner in ast.walk(node) if isinstance(inner, ast.Raise)]
-            raised = [inner for inner in raises if "NotImplementedError" in ast.dump(inner)]
-            if raised:
-                assert ast.get_docstring(node), f"{node.name}() does not say what it should do"
-                assert node.body[1:] == raised, f"{node.name}() holds something besides its NotImplementedError"
-                text = raised[0].exc.args[0].value
-                task = re.fullmatch(rf"Task (\d+\.\d+): complete {node.name}\(\) in src/exercises/{stem}\.py", text)
-                assert task, text
-                unwritten[node.name] = task[1]
-    assert list(dict.fromkeys(unwritten.values())) == tasks(solution_source(stem))
+    tree, unwritten = ast.parse(skeleton_source(stem)), []
+    classes = {id(inner): node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for inner in node.body}
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    for node in sorted(functions, key=lambda node: node.lineno):
+        raises = [inner for inner in ast.walk(node) if isinstance(inner, ast.Raise)]
+        raised = [inner for inner in raises if "NotImplementedError" in ast.dump(inner)]
+        if not raised:
+            continue
+        owner = classes.get(id(node))
+        name = f"{owner.name}.{node.name}" if owner else node.name
+        said = ast.get_docstring(node)
+        assert said or (node.name == "__init__" and ast.get_docstring(owner)), f"{name}() does not say what it should do"
+        assert node.body[1 if said else 0 :] == raised, f"{name}() holds something besides its NotImplementedError"
+        text = raised[0].exc.args[0].value
+        task = re.fullmatch(rf"Task (\d+\.\d+): complete {re.escape(name)}\(\) in src/exercises/{stem}\.py", text)
+        assert task, text
+        unwritten.append(task[1])
+    assert list(dict.fromkeys(unwritten)) == tasks(solution_source(stem))
 
 
 @pytest.mark.parametrize("stem", stems())
@@ -220,6 +224,16 @@ def test_learner_s_work_is_not_replaced(copy, half):
     assert worked_on.read_text() == before and not other.exists(), "nothing is written then"
     assert sorted(build(copy, force=True)) == sorted([worked_on, other])
     assert worked_on.read_text() == skeletons(copy)[worked_on]
+
+
+def test_work_in_one_of_two_methods_of_the_same_name_is_not_replaced(copy):
+    path = copy / "src/exercises/lab07_custom_trainer.py"
+    line = next(line for line in path.read_text().splitlines() if "complete AsymmetricLoss.__init__()" in line)
+    path.write_text(path.read_text().replace(line, "        super().__init__()"))
+    before = path.read_text()
+    with pytest.raises(AuthoringError, match=r"lab07_custom_trainer\.py has answers to task 7\.1"):
+        build(copy)
+    assert path.read_text() == before
 
 
 def test_skeletons_are_those_of_every_lab():

@@ -136,7 +136,7 @@ class DeepSpeedTrainer:
         Returns:
             The micro-batch's loss, as the model gives it, in the mean over the ranks: a Python float.
         """
-        raise NotImplementedError("Task 3.2: complete train_step() in src/exercises/lab03_engine.py")
+        raise NotImplementedError("Task 3.2: complete DeepSpeedTrainer.train_step() in src/exercises/lab03_engine.py")
 
     # --- Task 3.3 ---------------------------------------------------------------------------------------------------
 
@@ -163,7 +163,7 @@ class DeepSpeedTrainer:
         Returns:
             The mean loss of the micro-batches that were trained on; nan if none was left.
         """
-        raise NotImplementedError("Task 3.3: complete train_epoch() in src/exercises/lab03_engine.py")
+        raise NotImplementedError("Task 3.3: complete DeepSpeedTrainer.train_epoch() in src/exercises/lab03_engine.py")
 
     # --- Task 3.4 ---------------------------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class DeepSpeedTrainer:
             dataloader: batches for this rank, on any device, to be gone through once; every rank has equally many, or stage 3
                 would wait for ever. Sums that go through `all_reduce` must be on the engine's device.
         """
-        raise NotImplementedError("Task 3.4: complete evaluate() in src/exercises/lab03_engine.py")
+        raise NotImplementedError("Task 3.4: complete DeepSpeedTrainer.evaluate() in src/exercises/lab03_engine.py")
 
     # --- Task 3.5 ---------------------------------------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ class DeepSpeedTrainer:
         Raises:
             ValueError: in the middle of an accumulation; gradients are not saved, so they would be lost.
         """
-        raise NotImplementedError("Task 3.5: complete save_checkpoint() in src/exercises/lab03_engine.py")
+        raise NotImplementedError("Task 3.5: complete DeepSpeedTrainer.save_checkpoint() in src/exercises/lab03_engine.py")
 
     # --- Task 3.6 ---------------------------------------------------------------------------------------------------
 
@@ -225,7 +225,7 @@ class DeepSpeedTrainer:
         Raises:
             ValueError: what `check_checkpoint` raises, before the engine has loaded anything.
         """
-        raise NotImplementedError("Task 3.6: complete load_checkpoint() in src/exercises/lab03_engine.py")
+        raise NotImplementedError("Task 3.6: complete DeepSpeedTrainer.load_checkpoint() in src/exercises/lab03_engine.py")
 
 
 # --- Task 3.7 -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from shardlab.errors import CourseError
@@ -37,7 +38,7 @@ def skeleton(source: str, name: str = "solution") -> str:
     Raises:
         AuthoringError: a marker without its partner, one inside another, or one that the pattern does not read.
     """
-    functions = {node.lineno: node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
+    functions = {node.lineno: name for name, node in _functions_of(ast.parse(source))}
     kept, opened = [], None
     for number, line in enumerate(source.splitlines(), start=1):
         if begin := BEGIN.match(line):
@@ -104,6 +105,15 @@ def skeleton_of(wanted: str, root: Path = ROOT) -> str:
     return parts[wanted].partition("\n")[2].strip("\n") + "\n"
 
 
+def _functions_of(node: ast.AST, within: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Each function with its full name, such as `Lion.step`: several classes may have a `step`."""
+    for child in ast.iter_child_nodes(node):
+        name = f"{within}{child.name}" if isinstance(child, ast.FunctionDef | ast.ClassDef) else ""
+        if isinstance(child, ast.FunctionDef):
+            yield name, child
+        yield from _functions_of(child, f"{name}." if name else within)
+
+
 def _functions(source: str) -> dict[str, tuple[str, bool]]:
     """Each function's source, and whether its body is nothing but a `raise`."""
     try:
@@ -111,16 +121,15 @@ def _functions(source: str) -> dict[str, tuple[str, bool]]:
     except SyntaxError:
         return {}
     found = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) else node.body
-            found[node.name] = ast.get_source_segment(source, node), len(body) == 1 and isinstance(body[0], ast.Raise)
+    for name, node in _functions_of(tree):
+        body = node.body[1:] if ast.get_docstring(node) else node.body
+        found[name] = ast.get_source_segment(source, node), len(body) == 1 and isinstance(body[0], ast.Raise)
     return found
 
 
 def _worked_on(path: Path, wanted: str) -> list[str]:
     """Tasks of a skeleton that somebody has written something for; all of them, if the file no longer parses."""
-    asked = re.findall(r'raise NotImplementedError\("Task (\d+\.\d+): complete (\w+)\(\)', wanted)
+    asked = re.findall(r'raise NotImplementedError\("Task (\d+\.\d+): complete ([\w.]+)\(\)', wanted)
     if not path.exists():
         return []
     existing, skeletons_ = _functions(path.read_text()), _functions(wanted)

@@ -11,7 +11,7 @@
 # | 7.1 | `AsymmetricLoss`, `FocalLoss` | 3 |
 # | 7.2 | `trainer_arguments` | 1 |
 # | 7.3 | `CustomTrainer.compute_loss` | 4 |
-# | 7.4 | `FGM`, `CustomTrainer.training_step` | 5 |
+# | 7.4 | `FGM`, `CustomTrainer.adversarial_step` | 5 |
 # | 7.5 | `MultiSampleDropoutHead`, `augment` | 2 |
 # | 7.6 | `lora_parameters`, `add_lora`, `merged` | 3 |
 # | 7.7 | `multilabel_metrics` | 3 |
@@ -125,7 +125,7 @@ table([{"step": n, "loop": a, "Trainer": b} for n, (a, b) in pairs])
 #
 # ## 7.4 FGM
 #
-# Complete `FGM`, and the rest of `CustomTrainer.training_step`. `no_step` and `before_step`, below them in the file, are given: read what they do. (accelerate asks `gradient_state.sync_gradients` whether a step is due; DDP asks its own `no_sync`.)
+# Complete `FGM`, and the rest of `CustomTrainer.adversarial_step`. `no_step` and `before_step`, below them in the file, are given: read what they do. (accelerate asks `gradient_state.sync_gradients` whether a step is due; DDP asks its own `no_sync`.)
 
 # %%
 check("7.4")

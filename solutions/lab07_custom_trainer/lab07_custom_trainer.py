@@ -57,8 +57,8 @@ class AsymmetricLoss(nn.Module):
         class_weights: torch.Tensor | None = None,
         label_smoothing: float = 0.0,
     ):
-        super().__init__()
         # BEGIN SOLUTION 7.1
+        super().__init__()
         for name, value in (("gamma_positive", gamma_positive), ("gamma_negative", gamma_negative)):
             if not (value == 0 or value >= 1):
                 raise ValueError(f"{name} {value}: it is 0, or at least 1")
@@ -211,7 +211,12 @@ class CustomTrainer(Trainer):
         # END SOLUTION
 
     def training_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
-        """The gradients of a micro-batch; where `fgm_epsilon` is not 0 those of the batch with moved embeddings are added to them.
+        """The gradients of a micro-batch are added up; the loss, detached."""
+        step = self.adversarial_step if self.fgm_epsilon else super().training_step
+        return step(model, inputs, num_items_in_batch)
+
+    def adversarial_step(self, model, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        """The gradients of a micro-batch, and to them those of the same batch with moved embeddings.
 
         `super().training_step(…)` computes the loss and adds its gradients up. In a step's last micro-batch it would ask the
         other ranks for theirs, and DeepSpeed would take its optimizer step at once. So the first pass goes into
@@ -227,8 +232,6 @@ class CustomTrainer(Trainer):
         Returns:
             The loss of the batch as it is, detached.
         """
-        if not self.fgm_epsilon:
-            return super().training_step(model, inputs, num_items_in_batch)
         # BEGIN SOLUTION 7.4
         fgm, gradients = FGM(self.accelerator.unwrap_model(model), self.fgm_epsilon), []
         hook = fgm.weight.register_hook(lambda gradient: gradients.append(gradient.detach().clone()))
@@ -338,8 +341,8 @@ class MultiSampleDropoutHead(nn.Module):
     """
 
     def __init__(self, hidden_size: int, num_labels: int, samples: int = 5, dropout: float = 0.3):
-        super().__init__()
         # BEGIN SOLUTION 7.5
+        super().__init__()
         self.samples, self.dropout = samples, nn.Dropout(dropout)
         self.output = nn.Linear(hidden_size, num_labels)
         # END SOLUTION

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from pathlib import Path
 
@@ -147,8 +148,12 @@ def losses_of(trainer: Trainer) -> list[float]:
 
 
 def by_settings(experiment: Experiment, run: Run) -> dict:
-    """Task 7.2: losses of a `Trainer` with the exercise's settings. `options`: `file`, a DeepSpeed configuration's path."""
-    config = config_of(experiment, experiment.options.get("file"))
+    """Task 7.2: losses of a `Trainer` with the exercise's settings, and with the experiment's DeepSpeed, which they get as a file."""
+    file = None
+    if experiment.deepspeed is not None:
+        file = str(run.folder / f"zero-of-rank-{rank()}.json")
+        Path(file).write_text(json.dumps(experiment.deepspeed))
+    config = config_of(experiment, file)
     arguments = exercises().trainer_arguments(config, run.folder / "trainer", disable_tqdm=True)
     rows = rows_of(experiment.train_examples)
     trainer = PlainTrainer(model=plain_model(), args=arguments, train_dataset=rows, data_collator=collator())
@@ -446,7 +451,6 @@ def augmented(ids: list[int], settings: list[dict], busy: bool) -> dict:
 
 def augmented_elsewhere(ids: list[int], given: dict) -> list[int]:
     """Task 7.5: what a fresh process masks, in which the hashes of texts are others than here."""
-    import json
     import os
     import subprocess
     import sys

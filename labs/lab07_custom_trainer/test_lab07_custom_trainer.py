@@ -1,7 +1,6 @@
 """Milestones of lab 07. The judges are the loop, formulas in float64, and what a training leaves in its gradients."""
 
 import itertools
-import json
 import math
 import random
 import re
@@ -175,7 +174,7 @@ def test_losses(lab):
 
 
 @pytest.mark.milestone(task="7.2", points=10, section="What moves where")
-def test_settings(lab, run_experiments, tmp_path, workspace):
+def test_settings(lab, run_experiments):
     values = {"batch_size": 6, "grad_accum": 3, "epochs": 5, "lr": 0.002, "weight_decay": 0.1, "clipping": 0.5, "seed": 11}
     said = lab.observe(f"{PROGRAMS}:arguments_of", values)
     for name, wanted in (
@@ -206,15 +205,11 @@ def test_settings(lab, run_experiments, tmp_path, workspace):
     said = lab.observe(f"{PROGRAMS}:arguments_of", values, learning_rate=0.5, save_strategy="epoch", dataloader_drop_last=True)
     for name, wanted in (("learning_rate", 0.5), ("save_strategy", "epoch"), ("dataloader_drop_last", True)):
         require_equal(said[name], wanted, of=f"trainer_arguments(config, …, {name}={wanted!r}).{name}: what is given wins")
-    folder = workspace / "configurations"
-    folder.mkdir(exist_ok=True)
-    file = folder / "zero2.json"
-    file.write_text(json.dumps(zero_config(2)))
     plans = [
         experiment("settings-1", "by_settings", accumulation=4),
         experiment("settings-2", "by_settings", ranks=2, accumulation=4),
+        experiment("settings-zero2", "by_settings", ranks=2, accumulation=4, stage=2),
     ]
-    plans.append(experiment("settings-zero2", "by_settings", ranks=2, accumulation=4, stage=2, file=str(file)))
     with ranks_come_back():
         runs = run_experiments(plans, timeout=90)
     wanted = reference("hand", PARAMS | {"grad_accum": 4}, ROWS)
