@@ -54,6 +54,9 @@ def test_programs_run_under_every_launcher_and_lose_nothing(folder):
         run = Run.read(folder / "runs" / name)
         assert run.results["tuned"]["macro_f1"] > 0.9 and set(run.results["thresholds"]) == {"todo", "bug"}
         assert sorted(path.name for path in (run.folder / "tensorboard").iterdir()) == ["fold-0", "fold-1"]
+        steps = [row["step"] for row in run.metrics()]
+        assert steps == list(range(1, len(steps) + 1)), "steps are counted through the folds"
+        assert all(row["step"] <= row["steps"] for row in run.metrics())
 
 
 @pytest.mark.ranks

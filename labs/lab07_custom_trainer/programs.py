@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -281,14 +282,14 @@ def loss_of_batch(number: int | None, known: int | None) -> dict:
         batch["labels"][0, :known] = 1
     model = plain_model().eval()
     batch["position_ids"] = torch.arange(2, 2 + batch["input_ids"].shape[1]).expand_as(batch["input_ids"])  # RoBERTa's begin at 2
-    keys, labels, seen = list(batch), batch["labels"].clone(), []
+    keys, labels, seen = sorted(batch), batch["labels"].clone(), []
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(sorted(kwargs)), with_kwargs=True)
     with lone_trainer(model) as trainer, torch.no_grad():
         given = None if number is None else torch.tensor(number)
         loss = trainer.compute_loss(model, batch, num_items_in_batch=given)
         both = trainer.compute_loss(model, batch, return_outputs=True, num_items_in_batch=given)
         right = Entries()(model(**{name: batch[name] for name in batch if name != "labels"}).logits, labels).sum().item()
-    kept = list(batch) == keys and torch.equal(batch["labels"], labels)
+    kept = sorted(batch) == keys and torch.equal(batch["labels"], labels)
     logits = getattr(both[1], "logits", None) if isinstance(both, tuple) and len(both) == 2 else None
     return {
         "loss": float(loss),
@@ -332,15 +333,23 @@ def arguments_of(values: dict, **overrides) -> dict:
         return said | {"inside": found.output_dir == str(Path(folder, "out")), "report_to": list(found.report_to)}
 
 
-def device_of_settings(gpu: bool) -> dict:
-    """Task 7.2: what `TrainingArguments` is asked for where torch sees a GPU, and where it sees none."""
+def asked_for(gpu: bool, **overrides) -> dict:
+    """Task 7.2: what `TrainingArguments` is asked for where torch sees a GPU, and where it sees none, with a DeepSpeed file."""
     from unittest import mock
 
     lab, asked = switch.import_exercise(STEM), []
-    with mock.patch.object(lab, "TrainingArguments", lambda **given: asked.append(given)):
-        with mock.patch("torch.cuda.is_available", lambda: gpu):
-            lab.trainer_arguments(TrainingConfig(), "out")
-    return {name: asked[0].get(name, False) for name in ("use_cpu", "bf16", "fp16")}
+    ask = lambda *args, **given: asked.append(given)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        file = Path(folder, "zero.json")
+        file.write_text("{}")
+        stack.enter_context(mock.patch("transformers.TrainingArguments", ask))
+        for name in [name for name, value in vars(lab).items() if value is TrainingArguments]:
+            stack.enter_context(mock.patch.object(lab, name, ask))
+        stack.enter_context(mock.patch("torch.cuda.is_available", lambda: gpu))
+        stack.enter_context(mock.patch("torch.cuda.device_count", lambda: int(gpu)))
+        lab.trainer_arguments(TrainingConfig(deepspeed=str(file)), "out", **overrides)
+    said = {name: bool(asked[0].get(name)) for name in ("use_cpu", "bf16", "fp16", "tf32")}
+    return said | {"deepspeed": asked[0].get("deepspeed") is not None}
 
 
 def fgm_by_itself(gradient: list[float] | None, dtype: str, epsilon: float) -> dict:
@@ -397,6 +406,18 @@ def hooks_after_a_failure() -> int:
     return len(model.get_input_embeddings().weight._backward_hooks or {})
 
 
+def passes_of_a_step(known: bool) -> int:
+    """Task 7.4: how often the model is asked in a step, where labels are known, and where none is, so that no gradient says where."""
+    model, batch = plain_model(), collator()([rows_of(8)[n] for n in range(4)])
+    if not known:
+        batch["labels"] = torch.full_like(batch["labels"], UNKNOWN)
+    calls = []
+    model.register_forward_pre_hook(lambda module, args: calls.append(1))
+    with lone_trainer(model, fgm_epsilon=0.5) as trainer:
+        trainer.training_step(model, batch, torch.tensor(60))
+    return len(calls)
+
+
 def head(samples: int, dropout: float, training: bool, seed: int) -> dict:
     """Task 7.5: a head's logits of random features, twice, and what they are without dropout."""
     torch.manual_seed(seed)
@@ -447,6 +468,19 @@ def augmented(ids: list[int], settings: list[dict], busy: bool) -> dict:
         if not (torch.equal(a, b) if torch.is_tensor(a) else a == b)
     ]
     return {"results": results, "drawn": drawn}
+
+
+def augmented_alike(ids: list[int], settings: dict) -> list[dict]:
+    """Task 7.5: two of thousands of seeds, epochs and rows for which the same tokens are masked; empty if there are no two."""
+    function, seen = switch.import_exercise(STEM).augment, {}  # unwatched: watching a call costs more than the call
+    for longest in ("seed", "epoch", "row"):
+        few = {"seed": range(2), "epoch": range(2), "row": range(2)} | {longest: range(1300)}
+        for place in itertools.product(few["seed"], few["epoch"], few["row"]):
+            place = dict(zip(("seed", "epoch", "row"), place))
+            masked = tuple(function(list(ids), **settings, **place))
+            if seen.setdefault(masked, place) != place:
+                return [seen[masked], place]
+    return []
 
 
 def augmented_elsewhere(ids: list[int], given: dict) -> list[int]:
@@ -523,6 +557,16 @@ def small_encoder(width: int, vocabulary: int = 800) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 3 * width}
     return RobertaForSequenceClassification(RobertaConfig(vocab_size=vocabulary, num_labels=5, max_position_embeddings=70, **sizes))
+
+
+def four_words():
+    """A tokenizer that knows no word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>")
 
 
 def lora_counted(targets: tuple[str, ...], head: int) -> int:
@@ -602,8 +646,8 @@ def package_that_fails(name: str, damage: str):
 def validated(text: str, others: dict[str, str], without: str = "", damage: str = "", settings: str = "") -> list:
     """Task 7.11: what is found for a YAML file; `without` is a package that cannot be imported.
 
-    `MODEL` in the text becomes a folder with a model that knows fewer tokens than its tokenizer has. With `settings`,
-    `trainer_arguments` raises an error with this text.
+    `MODEL` in the text becomes a folder with a model that knows fewer tokens than its tokenizer has, `WEIGHTLESS` one with a model
+    that has no weights, and `FOUR` one that knows four tokens, as its own tokenizer does. With `settings`, `trainer_arguments` raises an error with this text.
     """
     from unittest import mock
 
@@ -613,11 +657,15 @@ def validated(text: str, others: dict[str, str], without: str = "", damage: str 
         for other, content in others.items():
             Path(folder, other).write_text(content)
         path = Path(folder, "config.yaml")
-        if "MODEL" in text:
-            small_encoder(16, vocabulary=3).save_pretrained(Path(folder, "model"))
-            load_tokenizer("comment-tiny").save_pretrained(Path(folder, "model"))
+        model = Path(folder, "model")
+        if kind := next((kind for kind in ("MODEL", "WEIGHTLESS", "FOUR") if kind in text), None):
+            small_encoder(16, vocabulary={"MODEL": 3, "WEIGHTLESS": 800, "FOUR": 4}[kind]).save_pretrained(model)
+            (four_words() if kind == "FOUR" else load_tokenizer("comment-tiny")).save_pretrained(model)
+            if kind == "WEIGHTLESS":
+                Path(model, "model.safetensors").unlink()
+            text = text.replace(kind, str(model))
         if text:
-            path.write_text(text.replace("MODEL", str(Path(folder, "model"))))
+            path.write_text(text)
         before = sorted(Path(folder).iterdir())
         refused = mock.patch.object(switch.import_exercise(STEM), "trainer_arguments", side_effect=RuntimeError(settings))
         with (

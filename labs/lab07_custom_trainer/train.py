@@ -50,6 +50,36 @@ class Patience(TrainerCallback):
         control.should_training_stop = self.since >= self.evaluations
 
 
+class Steps(TrainerCallback):
+    """Writes each optimizer step into the run folder, counted through the folds: for whoever watches the run.
+
+    Args:
+        before: steps of the folds before this one.
+        folds: how many are left, with this one.
+    """
+
+    def __init__(self, run: Run, before: int, folds: int):
+        self.run, self.before, self.folds, self.since = run, before, folds, time.perf_counter()
+
+    def on_log(self, args, state, control, logs=None, **others):
+        if "loss" not in logs:
+            return
+        seconds, self.since = time.perf_counter() - self.since, time.perf_counter()
+        samples = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if state.is_world_process_zero:
+            self.run.log_step(
+                step=self.before + state.global_step,
+                steps=self.before + self.folds * state.max_steps,
+                loss=logs["loss"],
+                learning_rate=logs["learning_rate"],
+                seconds=round(seconds, 4),
+                samples_per_second=round(samples / seconds, 3),
+            )
+
+    def on_evaluate(self, args, state, control, **others):
+        self.since = time.perf_counter()
+
+
 def rows_of(config: TrainingConfig) -> tuple[list[dict], list[dict], list[str]]:
     """Rows for the folds, test rows, and the labels' names. Of a CSV file every fifth row is a test row."""
     if config.data == "generated":
@@ -98,11 +128,13 @@ def program(experiment: Experiment, run: Run) -> dict:
             seed=params.seed,
         )
     labels = torch.tensor([row["labels"] for row in rows])
-    found, on_test, seconds, seen, losses = torch.zeros(labels.shape), [], 0.0, 0, []
+    found, on_test, seconds, losses = torch.zeros(labels.shape), [], 0.0, []
+    # Where nothing is trained, the order is free: rows of about the same length in a batch have less to fill up.
+    test_rows.sort(key=lambda row: len(row["text"]))
     test_set = Encoded(test_rows, tokenizer, config.max_len)
-    for number, (training, validation) in enumerate(
-        lab.stratified_folds(labels, params.folds, params.seed)[: options.get("folds")]
-    ):
+    folds, steps = lab.stratified_folds(labels, params.folds, params.seed)[: options.get("folds")], 0
+    for number, (training, validation) in enumerate(folds):
+        validation = sorted(validation, key=lambda n: len(rows[n]["text"]))
         arguments = lab.trainer_arguments(
             config,
             run.folder / "trainer",
@@ -123,7 +155,7 @@ def program(experiment: Experiment, run: Run) -> dict:
             train_dataset=Encoded([rows[n] for n in training], tokenizer, config.max_len, augmented),
             eval_dataset=Encoded([rows[n] for n in validation], tokenizer, config.max_len),
             data_collator=Collator(tokenizer.pad_token_id),
-            callbacks=[Patience(params.patience)],
+            callbacks=[Patience(params.patience), Steps(run, steps, len(folds) - number)],
             loss=loss_of(lab, options, labels[training]),
             fgm_epsilon=options.get("fgm", 0.0),
         )
@@ -131,7 +163,7 @@ def program(experiment: Experiment, run: Run) -> dict:
         started = time.perf_counter()
         trainer.train()
         seconds += time.perf_counter() - started
-        seen += trainer.state.global_step * params.batch_size * params.grad_accum * world_size()
+        steps += trainer.state.global_step
         found[validation] = probabilities(trainer, trainer.eval_dataset)
         on_test.append(probabilities(trainer, test_set))
         losses.append([round(entry["eval_loss"], 4) for entry in trainer.state.log_history if "eval_loss" in entry])
@@ -144,7 +176,7 @@ def program(experiment: Experiment, run: Run) -> dict:
         "tuned": lab.multilabel_metrics(answers, truth, names, thresholds),
         "thresholds": dict(zip(names, [round(t, 2) for t in thresholds.tolist()])),
         "eval_losses": losses,
-        "samples_per_second": round(seen / seconds, 1),
+        "samples_per_second": round(steps * params.batch_size * params.grad_accum * world_size() / seconds, 1),
         "train_seconds": round(seconds, 1),
     }
     if torch.cuda.is_available():

@@ -272,7 +272,7 @@ class FGM:
         # END SOLUTION
 
     def attack(self, gradient: torch.Tensor) -> None:
-        """Move the embeddings along their gradient. Where this is zero, or not finite, they stay."""
+        """Move the embeddings along their gradient. Where its norm, in float32, is 0 or not finite, they stay."""
         # BEGIN SOLUTION 7.4
         self.kept = self.weight.detach().clone()
         norm = gradient.float().norm()
@@ -393,7 +393,7 @@ def lora_parameters(model: nn.Module, rank: int, targets: tuple[str, ...]) -> in
     layers = [
         module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets and not name.startswith("classifier.")
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets and name.partition(".")[0] != "classifier"
     ]
     return head + sum(rank * (layer.in_features + layer.out_features) for layer in layers)
     # END SOLUTION
@@ -429,7 +429,7 @@ def add_lora(model: nn.Module, rank: int, targets: tuple[str, ...] = ("query", "
         lora_alpha=alpha,
         target_modules=list(targets),
         modules_to_save=["classifier"],
-        exclude_modules=r"classifier\..*",
+        exclude_modules=r"classifier(\..*)?",
         lora_dropout=0.0,
     )
     return get_peft_model(model, settings)
