@@ -647,7 +647,8 @@ def validated(text: str, others: dict[str, str], without: str = "", damage: str 
     """Task 7.11: what is found for a YAML file; `without` is a package that cannot be imported.
 
     `MODEL` in the text becomes a folder with a model that knows fewer tokens than its tokenizer has, `WEIGHTLESS` one with a model
-    that has no weights, and `FOUR` one that knows four tokens, as its own tokenizer does. With `settings`, `trainer_arguments` raises an error with this text.
+    that has no weights, and `FOUR` one that knows four tokens, as its own tokenizer does. With `settings`, `trainer_arguments`
+    raises an error with this text.
     """
     from unittest import mock
 

@@ -141,6 +141,7 @@ def program(experiment: Experiment, run: Run) -> dict:
             eval_strategy="epoch",
             per_device_eval_batch_size=64,
             disable_tqdm=True,
+            ddp_find_unused_parameters=False,
             report_to=["tensorboard"] if rank() == 0 else "none",
         )
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard" / f"fold-{number}")
@@ -190,7 +191,7 @@ def table_of(runs: list[Run]):
 
     table = Table(title="Test rows")
     for name in ("run", "macro F1 at 0.5", "macro F1, tuned", "micro F1, tuned", "ROC-AUC", "samples/s"):
-        table.add_column(name, justify="left" if name == "run" else "right")
+        table.add_column(name, justify="left" if name == "run" else "right", no_wrap=name == "run")
     for run in runs:
         half, tuned = run.results["at_half"], run.results["tuned"]
         numbers = (half["macro_f1"], tuned["macro_f1"], tuned["micro_f1"], tuned["roc_auc"])

@@ -47,7 +47,7 @@ print(torch.nn.functional.logsigmoid(-z))
 # | `torch.randperm` with a seed per epoch | a sampler with `set_epoch`: `_get_train_sampler` |
 # | batches of `batch_size` rows | `per_device_train_batch_size`; the batches are dealt to the ranks in turn |
 # | one GPU | all that a plain `python` process sees, through `DataParallel`: with two, each batch is twice as large (4 steps became 2 on two H200s). `torchrun`, or `CUDA_VISIBLE_DEVICES=0` |
-# | rows that are over are left out | the sampler leaves them out. `dataloader_drop_last` would, and would leave rows out of **evaluation and prediction** too |
+# | rows that are over are left out | the sampler leaves them out. `dataloader_drop_last=True` does so too, but it also leaves rows out of **evaluation and prediction** |
 # | two groups of parameters, decay on one | the same: transformers leaves biases and layer norms without decay |
 # | `AdamW(lr=…)` | `optim="adamw_torch"`; the default is the fused one, which is as right |
 # | `LambdaLR` to 0 | `lr_scheduler_type="linear"`, `warmup_steps=0` |
@@ -91,7 +91,7 @@ print("mean of means:", (first.mean() + second.mean()).item() / 2)
 # | first pass | gradients | gradients, **step** |
 # | embeddings moved | | |
 # | second pass | gradients are added | gradients, **step** with moved embeddings |
-# | embeddings put back | | the old values over those of the step: it is undone |
+# | embeddings put back | | the old values are written over the new ones: the step is undone |
 # | step | as it should be | |
 #
 # So the first pass is told that no step is due (`no_step`), and the embeddings are put back between the second pass and its step (`before_step`). Both passes' gradients are summed, so clipping sets in sooner; and dropout draws new masks in the second. LoRA freezes the
@@ -116,7 +116,7 @@ print(f"{update:,} and the head's {head:,}: {share:.2%} of 124.7 million")
 
 # %% [markdown]
 # With mixed precision a trained parameter takes 16 bytes (lecture 02), a frozen one 2 or 4. peft does it in two lines: `LoraConfig(r=…, lora_alpha=…, target_modules=[…], modules_to_save=["classifier"])` says where, and `get_peft_model` puts the matrices there. It takes
-# a target by the end of a layer's name, so `dense` would also be found in the head, which is trained whole anyway: `exclude_modules` leaves it out. To export, $W + \frac{\alpha}{r} BA$ is written into the weight: nothing of peft is left, and nothing is slower.
+# a target by the end of a layer's name, so `dense` is found in each layer; in the head too, but what is trained whole peft leaves out by itself. To export, $W + \frac{\alpha}{r} BA$ is written into the weight: nothing of peft is left, and nothing is slower.
 #
 # ## Metrics
 #
@@ -155,7 +155,7 @@ print(yaml.safe_load("a: 1e-3\nb: 1.0e-3\nc: no"))
 # %% [markdown]
 # ## What DeepSpeed adds by one line
 #
-# `deepspeed: zero2.json`. With the trainer of the lab the losses stay the same, to 1e-5: its check 7.2 asks for that. What each rank holds before a step, measured with our classifier of 352,624 parameters, on two ranks:
+# `deepspeed: zero2.json`. With the trainer of the lab the losses stay the same, to 1e-5: its check 7.3 asks for that. What each rank holds before a step, measured with our classifier of 352,624 parameters, on two ranks:
 
 # %%
 from shardlab import progress
@@ -179,9 +179,7 @@ experiments = [Experiment(name="lecture-ddp", **settings)]
 for stage in (1, 2, 3):
     config = auto | {"zero_optimization": {"stage": stage}}
     experiments.append(Experiment(name=f"lecture-zero{stage}", deepspeed=config, **settings))
-runs = launch_each(
-    experiments, runs=RUNS / "lecture", display=progress.Quiet(say=print), or_cpu=True
-)
+runs = launch_each(experiments, runs=RUNS / "lecture", display=progress.Quiet(say=print), or_cpu=True)
 rows = []
 for run in runs:
     states = run.states()
@@ -201,7 +199,7 @@ table(rows)
 table([{"run": run.name} | dict(zip(("step 1", "step 2"), run.losses())) for run in runs])
 
 # %% [markdown]
-# A loss for sixteen labels of which nothing is known yet is $\log 2 = 0.69$. The first step reports eight times that, the second twice. These runs take the loss of transformers' own model, which is a mean. Its `forward` has `**kwargs`, so `Trainer` believes that
+# A loss for sixteen labels of which nothing is known yet is $\log 2 = 0.69$. The first step, of four micro-batches on two ranks, reports eight times that; the second, of one micro-batch on two ranks, twice. These runs take the loss of transformers' own model, which is a mean. Its `forward` has `**kwargs`, so `Trainer` believes that
 # the model has divided by the labels of the step, and does not divide by the 4 micro-batches; then it multiplies by the 2 ranks. The second step is the last of its epoch, with one micro-batch. (transformers 5.23; known as
 # [issue 47688](https://github.com/huggingface/transformers/issues/47688).) Adam divides a constant factor out again, clipping does not, and here the factor is not even constant. Your own `compute_loss` of task 7.3 has none of it.
 #

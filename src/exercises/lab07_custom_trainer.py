@@ -77,7 +77,7 @@ class AsymmetricLoss(nn.Module):
 class FocalLoss(AsymmetricLoss):
     """Binary cross-entropy that lets easy entries count less, of either label: the asymmetric loss with one gamma, and no clip.
 
-    Where a gamma is refused, the sentence may be that of `AsymmetricLoss`, and name `gamma_positive`.
+    A gamma that is refused may be called `gamma_positive` in the sentence, as in `AsymmetricLoss`.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", https://arxiv.org/abs/1708.02002, equation 4.
     """
@@ -145,7 +145,7 @@ class CustomTrainer(Trainer):
                 where somebody calls this without it: then the loss is the mean over this batch, without the ranks.
 
         Returns:
-            The loss; with `return_outputs`, the loss and the model's output. 0 where no label is known; nan where the logits are.
+            The loss; with `return_outputs`, the loss and the model's output. 0 where no label is known, else nan where a logit is.
         """
         raise NotImplementedError("Task 7.3: complete CustomTrainer.compute_loss() in src/exercises/lab07_custom_trainer.py")
 
@@ -193,7 +193,7 @@ class FGM:
         raise NotImplementedError("Task 7.4: complete FGM.__init__() in src/exercises/lab07_custom_trainer.py")
 
     def attack(self, gradient: torch.Tensor) -> None:
-        """Move the embeddings along their gradient. Where this is zero, or not finite, they stay."""
+        """Move the embeddings along their gradient. Where its norm, in float32, is 0 or not finite, they stay."""
         raise NotImplementedError("Task 7.4: complete FGM.attack() in src/exercises/lab07_custom_trainer.py")
 
     def restore(self) -> None:
@@ -291,8 +291,8 @@ def lora_parameters(model: nn.Module, rank: int, targets: tuple[str, ...]) -> in
 def add_lora(model: nn.Module, rank: int, targets: tuple[str, ...] = ("query", "value"), alpha: float = 16.0):
     """The model with LoRA beside its targets, through peft: `get_peft_model(model, LoraConfig(…))`.
 
-    The head, `model.classifier`, is trained whole (`modules_to_save`), and has no LoRA, whatever its layers are called
-    (`exclude_modules`). All else is frozen. The adapters drop nothing (`lora_dropout` 0).
+    The head, `model.classifier`, is trained whole (`modules_to_save`), and has no LoRA, whatever its layers are called: peft leaves
+    what is trained whole out of the targets. All else is frozen. The adapters drop nothing (`lora_dropout` 0).
 
     Args:
         rank: r, the rank of the update B·A.
@@ -300,7 +300,8 @@ def add_lora(model: nn.Module, rank: int, targets: tuple[str, ...] = ("query", "
         alpha: the update is scaled by alpha / rank.
 
     Returns:
-        A `PeftModel`. `save_pretrained` writes the adapters and the head, and nothing else.
+        A `PeftModel`, of which the given model is a part from now on. `save_pretrained` writes the adapters and the head, and
+        nothing else.
 
     Raises:
         ValueError: a target names no linear layer; the sentence names it.
@@ -331,7 +332,7 @@ def multilabel_metrics(probabilities: torch.Tensor, labels: torch.Tensor, names:
         probabilities: [rows, labels], from 0 to 1.
         labels: [rows, labels], 0, 1 or `UNKNOWN`.
         names: of the labels.
-        thresholds: one for all, or one per label, [labels].
+        thresholds: a number for all, or a tensor with one per label, [labels].
 
     Returns:
         {"micro_f1", "macro_f1", "macro_precision", "macro_recall", "roc_auc": numbers, "without_positives": the names}.
@@ -373,7 +374,8 @@ def stratified_folds(labels: torch.Tensor, folds: int, seed: int = 0) -> list[tu
     to equal shares. A label that nobody has given counts as 0. The order of the rows within a part is that of the data.
 
     Args:
-        labels: [rows, labels], 0, 1 or `UNKNOWN`; of one label too, which the library takes for two classes and refuses.
+        labels: [rows, labels], 0, 1 or `UNKNOWN`. One column alone the library takes for two classes, and refuses: a second one, of
+            nothing but 0, changes no share.
         folds: at least 2.
         seed: of what is drawn.
 
@@ -421,7 +423,8 @@ def validate_setup(path: str | Path) -> list[tuple[str, str]]:
 
     In this order, by name:
         "configuration": `load_training_config` reads it;
-        "imports": each of `IMPORTS` is imported, and deepspeed where the configuration names a file;
+        "imports": each of `IMPORTS` is imported, and deepspeed where the configuration names a file; of several that fail the
+            first is named;
         "deepspeed": that file is JSON (where it is not, the reason names the file), and `deepspeed_refuses(its dictionary, 1)`, for
             one rank, gives no reason against it;
         "model": `load_classifier` of `shardlab.data.models` finds it, and one batch of two short texts gives logits

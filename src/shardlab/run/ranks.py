@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -201,13 +202,36 @@ def run_under_launcher(experiment: Experiment, runs: Path | str, *, resume: bool
     barrier()
     run = Run.read(Path(runs).resolve() / experiment.name)
     try:
-        run_experiment(run)
+        with _shown(run) if rank() == 0 else contextlib.nullcontext():
+            run_experiment(run)
     except BaseException as error:
         if Run.read(run.folder).record_json["outcome"] in ("waiting", "running"):
             run.finish("failed", f"rank {rank()}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
         raise
     barrier()
     return Run.read(run.folder)
+
+
+@contextlib.contextmanager
+def _shown(run: Run) -> Iterator[None]:
+    """Meanwhile, show how far the run is: a bar in a terminal, lines in a log file."""
+    from shardlab.progress import default_display
+    from shardlab.run.live_run import LiveRun
+
+    display, live, over = default_display(), LiveRun(run), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.3):
+            display.update(lambda: [live.row()])
+
+    watching = threading.Thread(target=watch, daemon=True, name="show the run")
+    watching.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watching.join()
+        display.end(lambda: [live.row()])
 
 
 def end_with_the_command() -> None:
