@@ -179,7 +179,9 @@ experiments = [Experiment(name="lecture-ddp", **settings)]
 for stage in (1, 2, 3):
     config = auto | {"zero_optimization": {"stage": stage}}
     experiments.append(Experiment(name=f"lecture-zero{stage}", deepspeed=config, **settings))
-runs = launch_each(experiments, runs=RUNS / "lecture", display=progress.Quiet(say=print), or_cpu=True)
+runs = launch_each(
+    experiments, runs=RUNS / "lecture", display=progress.Quiet(say=print), or_cpu=True
+)
 rows = []
 for run in runs:
     states = run.states()

@@ -103,7 +103,9 @@ import tempfile
 from shardlab.run.multilabel import TrainingConfig
 
 params = TrainParams(batch_size=8, grad_accum=2, epochs=2)
-by_hand = train_by_hand(load_classifier(), fifty, collate, lab.FocalLoss(gamma=0.0), params)
+by_hand = train_by_hand(
+    load_classifier(), fifty, collate, lab.FocalLoss(gamma=0.0), params
+)
 config = TrainingConfig(train_params=params)
 with tempfile.TemporaryDirectory() as folder:
     trainer = lab.CustomTrainer(
@@ -232,7 +234,7 @@ check("7.11")
 # %% [markdown]
 # ## All together
 #
-# `labs/lab07_custom_trainer/train.py` puts your functions together: three folds, out-of-fold answers, thresholds from them, test rows last. Five ways, on two ranks: about three minutes on two cores. (In a terminal `python labs/lab07_custom_trainer/train.py CONFIG` runs one of them on one rank, about a minute, and `train_advanced.py` two or three. One rank takes twice as many steps, each of half the rows, so its numbers are others.) Predict first: macro F1 on the test rows.
+# `labs/lab07_custom_trainer/train.py` puts your functions together: three folds, out-of-fold answers, thresholds from them, test rows last. Five ways, on two ranks: about three minutes on two cores. (In a terminal `python labs/lab07_custom_trainer/train.py CONFIG` runs one of them on one rank, in one to two minutes, and `train_advanced.py` in twice that. One rank takes twice as many steps, each of half the rows, so its numbers are others.) Predict first: macro F1 on the test rows.
 
 # %%
 predicted_f1 = {
@@ -255,7 +257,9 @@ ways = {
     "fgm": {"fgm": 0.2},
     "lora": {"lora": 8},
 }
-experiments = [train.experiment_of(config, f"lab07-{name}", 2, **options) for name, options in ways.items()]
+experiments = [
+    train.experiment_of(config, f"lab07-{name}", 2, **options) for name, options in ways.items()
+]
 runs = dict(zip(ways, launch(experiments, runs=RUNS, or_cpu=True)))
 
 
@@ -295,7 +299,9 @@ table(
 
 # %%
 zero2 = lab.load_training_config(configs / "zero2.yaml")
-(zero2_run,) = launch(train.experiment_of(zero2, "lab07-zero2", 2, folds=1), runs=RUNS, or_cpu=True)
+(zero2_run,) = launch(
+    train.experiment_of(zero2, "lab07-zero2", 2, folds=1), runs=RUNS, or_cpu=True
+)
 compare(
     {"evaluation loss, fold 0, last": zero2_run.results["eval_losses"][0][-1]},
     {"evaluation loss, fold 0, last": runs["plain"].results["eval_losses"][0][-1]},

@@ -316,7 +316,7 @@ def _of_an_error(excinfo, folder) -> str:
         likely = GPU_ADVICE
     elif APART.search(got):
         likely = "a tensor on the CPU where one on the GPU is due, or the other way round; the task's docstring says which device"
-    lines = [f"expected  {expected}", f"got       {got}", *(f"at        {place}" for place in places)]
+    lines = [f"expected  {expected}", f"got       {got}", *(f"at        {place}" for place in dict.fromkeys(places))]
     lines += [f"of        {call}" for call in [getattr(error, "exercise_call", "")] if call]
     return "\n".join(lines + [f"likely    {likely}"] * bool(likely))
 
