@@ -128,7 +128,7 @@ def main() -> None:
         results.append(found)
         print(json.dumps({key: value for key, value in found.items() if key != "deepspeed"}))
     record = runs[-1].record_json
-    chosen = f"--ranks {options.ranks} --model {options.model} --micro-batch {options.micro_batch}"
+    chosen = f"--ranks {options.ranks} --model {options.model} --micro-batch {options.micro_batch} --steps {options.steps}"
     provenance = {
         "what": __doc__.splitlines()[0],
         "command": f"python bench/classifier.py {chosen}",
