@@ -17,7 +17,7 @@ from shardlab import switch
 from shardlab.data.comments import UNKNOWN, comments
 from shardlab.data.models import load_classifier, load_tokenizer
 from shardlab.milestones.exercises import watched_exercises
-from shardlab.run.collectives import rank
+from shardlab.run.collectives import gather, rank
 from shardlab.run.experiment import Experiment
 from shardlab.run.multilabel import Collator, Encoded, EpochOrder, TrainingConfig, TrainParams, train_by_hand
 from shardlab.run.run_folder import Run
@@ -483,22 +483,10 @@ def augmented_alike(ids: list[int], settings: dict) -> list[dict]:
     return []
 
 
-def augmented_elsewhere(ids: list[int], given: dict) -> list[int]:
-    """Task 7.5: what a fresh process masks, in which the hashes of texts are others than here."""
-    import os
-    import subprocess
-    import sys
-
-    call = (
-        "import json, sys; from shardlab import switch; given = json.loads(sys.argv[1]); "
-        "given['special_ids'] = set(given['special_ids']); ids = json.loads(sys.argv[2]); "
-        f"print(json.dumps(switch.import_exercise({STEM!r}).augment(ids, **given)))"
-    )
-    words = [sys.executable, "-c", call, json.dumps(given | {"special_ids": sorted(given["special_ids"])}), json.dumps(ids)]
-    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
-    variables = os.environ | {"PYTHONHASHSEED": seed, switch.VARIABLE: str(switch.exercises_folder())}
-    ended = subprocess.run(words, capture_output=True, text=True, env=variables, timeout=50)
-    return json.loads(ended.stdout.splitlines()[-1])
+def augmented_on_ranks(experiment: Experiment, run: Run) -> dict:
+    """Task 7.5: what each rank masks; the hash of a text is another there than here. `options`: `ids`, `given`."""
+    given = experiment.options["given"] | {"special_ids": set(experiment.options["given"]["special_ids"])}
+    return {"results": gather(exercises().augment(list(experiment.options["ids"]), **given))}
 
 
 def lora(rank_of_update: int, targets: tuple[str, ...], width: int = 0) -> dict:
