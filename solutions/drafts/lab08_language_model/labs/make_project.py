@@ -1,0 +1,56 @@
+"""Put a project together that runs without the course: what is given in my_project, and your exercises.
+
+    python labs/lab08_language_model/make_project.py ~/my_project
+
+The exercises are those in `src/exercises`; they become `language_model.py`. A project that is there already gets the newest exercises,
+and its other files stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from shardlab import switch
+
+STEM = "lab08_language_model"
+GIVEN = Path(__file__).parent / "my_project"
+
+
+def make(folder: Path) -> list[str]:
+    """Make or renew a project.
+
+    Returns:
+        The names of the files that were written.
+    """
+    written = []
+    for path in sorted(GIVEN.rglob("*")):
+        target = folder / path.relative_to(GIVEN)
+        if path.is_file() and "__pycache__" not in path.parts and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+            written.append(str(path.relative_to(GIVEN)))
+    exercises = Path(switch.import_exercise(STEM).__file__)
+    target = folder / "language_model.py"
+    if not target.exists() or target.read_bytes() != exercises.read_bytes():
+        shutil.copy(exercises, target)
+        written.append(target.name)
+    return written
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="the project's folder, made if it is not there")
+    folder = parser.parse_args().folder.expanduser()
+    if folder.exists() and not folder.is_dir():
+        print(f"{folder} is a file, and a project is a folder: name another", file=sys.stderr)
+        return 1
+    written = make(folder)
+    print(f"{folder}: {', '.join(written) or 'nothing new'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
