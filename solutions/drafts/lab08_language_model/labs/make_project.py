@@ -2,8 +2,8 @@
 
     python labs/lab08_language_model/make_project.py ~/my_project
 
-The exercises are those in `src/exercises`; they become `language_model.py`. A project that is there already gets the newest exercises,
-and its other files stay as they are.
+The exercises are those in `src/exercises`; they become `language_model.py`. A project that is there already gets
+the newest exercises, and its other files stay as they are.
 """
 
 from __future__ import annotations
