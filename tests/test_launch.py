@@ -574,5 +574,5 @@ def test_the_fork_server_does_not_keep_the_exercises_of_the_moment_it_was_starte
         "pool = multiprocessing.get_context('forkserver').Pool(1); print(pool.apply(os.getenv, (switch.VARIABLE,))); "
         "print(os.environ[switch.VARIABLE]); pool.terminate()"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=400)
     assert done.stdout.split() == ["None", str(tmp_path)], done.stderr
