@@ -57,6 +57,23 @@ def test_a_run_that_was_started_again_is_read_from_its_beginning(run):
     assert live.row().done == 1
 
 
+def test_a_run_that_begins_again_is_followed_from_its_new_file(tmp_path):
+    """The new file may be longer than the place where reading had stopped, and another line is there."""
+    run = Run.create(Experiment(name="again", steps=9), tmp_path)
+    run.start()
+    live = LiveRun(run)
+    for step in range(1, 4):
+        run.log_step(step=step, steps=9, loss=1.0, samples_per_second=1.0)
+    assert live.row().done == 3
+    run.keep_steps(1)
+    for step in range(2, 8):
+        run.log_step(step=step, steps=9, loss=0.123456789, samples_per_second=10.0)
+    assert live.row().done == 7
+    with open(run.folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "st{"step": 8, "steps": 9, "loss": 1.0, "samples_per_second": 1.0}\n')
+    assert live.row().done == 7, "a line that a kill has cut short is passed over"
+
+
 def test_what_could_not_be_done_here_is_not_called_finished(run):
     run.start()
     run.record(not_run="quantized weights need a GPU")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import time
 
 from shardlab.progress import Row
@@ -17,20 +19,23 @@ class LiveRun:
     """
 
     def __init__(self, run: Run):
-        self.run, self._metrics, self._position = run, [], 0
+        self.run, self._metrics, self._position, self._file = run, [], 0, None
 
     def refresh(self) -> None:
         path = self.run.folder / "metrics.jsonl"
         if not path.exists():
             return
         with open(path) as file:
-            if path.stat().st_size < self._position:  # a run that was started again begins with fewer lines than it had
-                self._metrics, self._position = [], 0
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._file or found.st_size < self._position:
+                # A run that was started again begins with another file, of the steps that it keeps.
+                self._metrics, self._position, self._file = [], 0, found.st_ino
             file.seek(self._position)
             for line in iter(file.readline, ""):
                 if not line.endswith("\n"):
                     break
-                self._metrics.append(json.loads(line))
+                with contextlib.suppress(json.JSONDecodeError):  # a line that a kill has cut short, and the next life's behind it
+                    self._metrics.append(json.loads(line))
                 self._position = file.tell()
 
     def row(self) -> Row:
@@ -49,7 +54,7 @@ class LiveRun:
             outcome = "not run"  # the program has ended as it should, and says that it could not do this here
         facts = {
             "ranks": str(experiment.ranks),
-            "loss": f"{last['loss']:.3f}" if last else "",
-            "samples/s": f"{last['samples_per_second']:.1f}" if last else "",
+            "loss": f"{last['loss']:.3f}" if "loss" in last else "",
+            "samples/s": f"{last['samples_per_second']:.1f}" if "samples_per_second" in last else "",
         }
         return Row(experiment.method, outcome, facts, done, total, over)
