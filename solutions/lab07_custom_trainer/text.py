@@ -234,7 +234,7 @@ check("7.11")
 # %% [markdown]
 # ## All together
 #
-# `labs/lab07_custom_trainer/train.py` puts your functions together: three folds, out-of-fold answers, thresholds from them, test rows last. Five ways, on two ranks: three to four minutes on two cores. (In a terminal `python labs/lab07_custom_trainer/train.py CONFIG` runs one of them on one rank, in one to two minutes, and `train_advanced.py` in twice that. One rank takes twice as many steps, each of half the rows, so its numbers are others.) Predict first: macro F1 on the test rows.
+# `labs/lab07_custom_trainer/train.py` puts your functions together: three folds, out-of-fold answers, thresholds from them, test rows last. Five ways, on two ranks: about three minutes on two cores (177 s). (In a terminal `python labs/lab07_custom_trainer/train.py CONFIG` runs one of them on one rank, in one to two minutes, and `train_advanced.py` in twice that. One rank takes twice as many steps, each of half the rows, so its numbers are others.) Predict first: macro F1 on the test rows.
 
 # %%
 predicted_f1 = {
@@ -291,9 +291,9 @@ table(
 )
 
 # %% [markdown]
-# On two cores, macro F1 at 0.5 and tuned, and ROC-AUC, were: plain 0.063, 0.307, 0.660; asymmetric 0.511, 0.544, 0.904; focal 0.142, 0.464, 0.880; with FGM 0.074, 0.323, 0.776; with LoRA 0.138, 0.389, 0.817.
+# On two cores, macro F1 at 0.5 and tuned, and ROC-AUC, were: plain 0.066, 0.310, 0.686; asymmetric 0.519, 0.564, 0.906; focal 0.155, 0.473, 0.882; with FGM 0.039, 0.284, 0.677; with LoRA 0.140, 0.373, 0.808.
 #
-# With the plain loss next to nothing is found at 0.5: most labels are 0 in most rows, and so are the answers. Thresholds from the out-of-fold answers bring back a large part of it, and cost nothing. The asymmetric loss needs them least: in the same three epochs it has learned more (ROC-AUC, which no threshold changes), and its answers lie around 0.5.
+# With the plain loss next to nothing is found at 0.5: most labels are 0 in most rows, and so are the answers. Thresholds from the out-of-fold answers bring back a large part of it, and cost nothing. FGM takes 1.7 times as long here, and in these three epochs it has learned less. The asymmetric loss needs them least: in the same three epochs it has learned more (ROC-AUC, which no threshold changes), and its answers lie around 0.5.
 #
 # Now the first fold with DeepSpeed, by one line. The same losses?
 
