@@ -13,6 +13,23 @@ import torch.distributed as dist
 from torch.optim.lr_scheduler import LambdaLR
 
 
+def device_of_rank() -> torch.device:
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free on a GPU, or of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return 1024 * int(lines["MemAvailable"].split()[0])
+
+
+def nothing_compiled() -> bool:
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    return not any(folder.rglob("*.so"))
+
+
 def start_ranks(deepspeed: bool) -> torch.device:
     """Join the ranks that `torchrun` or `deepspeed` has started. Under `python` there is one, which DeepSpeed wants to meet too."""
     if "RANK" not in os.environ and deepspeed:
@@ -20,12 +37,13 @@ def start_ranks(deepspeed: bool) -> torch.device:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
+    device = device_of_rank()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if cuda else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if deepspeed:
+        if os.environ["RANK"] == "0" and nothing_compiled():
+            print("DeepSpeed compiles what it needs at its first use: some minutes, once", flush=True)
         from deepspeed import init_distributed
 
         init_distributed(backend)  # torch's ranks, and DeepSpeed's view of them, which ZeRO-3 asks when a model is loaded

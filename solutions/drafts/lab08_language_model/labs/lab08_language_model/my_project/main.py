@@ -4,14 +4,17 @@
     torchrun --nproc-per-node 2 main.py --deepspeed_config config/deepspeed/zero-2.json
     deepspeed --num_gpus 2 main.py --model_name gpt2 --dataset_name wikitext --dataset_config wikitext-2-raw-v1
 
-`python main.py --help` names all options. What a run leaves is in --output_dir: metrics.jsonl, checkpoints, summary.json.
+`python main.py --help` names all options. What a run leaves is in --output_dir: metrics.jsonl, usage.csv, checkpoints,
+trace.json of --profile, summary.json.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,42 +23,59 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import corpora
 import engines
 import language_model as lm
+import prediction
 import small_gpt2
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from usage import Usage
+
+PROFILED, BEFORE = 3, 2
+"""Steps in a trace, and those before it, which are slower than the others."""
 
 
 class Unfit(ValueError):
     """Options that do not fit each other; the sentence says which and what to do."""
 
 
-def tokenizer_and_model(options, documents: dict[str, list[str]], config: dict | None):
-    name = options.model_name
-    if name == "small":
-        name = str(Path(options.output_dir, "small"))
-        if lm.rank() == 0 and not Path(name, "config.json").exists():
-            small_gpt2.make(Path(name), documents["train"], options.seed)
-        lm.barrier()
+def name_of_model(options, documents: dict[str, list[str]], folder: Path) -> str:
+    """What transformers loads: the name that was given, or the folder in which the model `small` was made."""
+    if options.model_name != "small":
+        return options.model_name
+    if lm.rank() == 0 and not (folder / "config.json").exists():
+        small_gpt2.make(folder, documents["train"], options.seed)
+    lm.barrier()
+    return str(folder)
+
+
+def tokenizer_and_shape(options, name: str):
+    try:
+        tokenizer, shape = lm.get_tokenizer(name), AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise Unfit(f"there is no model {options.model_name}: {str(error).strip().splitlines()[0]}") from None
+    positions = shape.max_position_embeddings
+    if options.max_length > positions:
+        raise Unfit(f"--max_length {options.max_length}: {options.model_name} has {positions} positions")
+    return tokenizer, shape
+
+
+def loaded(name: str, config: dict | None):
+    """The model. Where DeepSpeed shards parameters, each is sharded as soon as it is there."""
     keep = None
     if config and config.get("zero_optimization", {}).get("stage") == 3:
         from transformers.integrations import HfDeepSpeedConfig
 
         keep = HfDeepSpeedConfig(config)  # while it lives, from_pretrained shards what it loads
-    try:
-        tokenizer, model = lm.get_tokenizer(name), AutoModelForCausalLM.from_pretrained(name)
-    except OSError as error:
-        raise Unfit(f"there is no model {options.model_name}: {str(error).strip().splitlines()[0]}") from None
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     del keep
-    positions = model.config.max_position_embeddings
-    if options.max_length > positions:
-        raise Unfit(f"--max_length {options.max_length}: {options.model_name} has {positions} positions")
-    return tokenizer, model
+    return model
 
 
 def blocks_of(documents: dict[str, list[str]], tokenizer, length: int) -> dict[str, lm.Blocks]:
+    disable_progress_bar()
     found = {}
     for split in corpora.SPLITS:
         rows = Dataset.from_dict({"text": documents[split]})
@@ -69,6 +89,49 @@ def metrics_file(path: Path, step: int):
     lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
     path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
     return open(path, "a")
+
+
+def profiler(path: Path, steps: int):
+    """A trace of three steps, for chrome://tracing or ui.perfetto.dev."""
+    from torch.profiler import profile, schedule
+
+    return profile(
+        schedule=schedule(wait=min(BEFORE, max(0, steps - PROFILED)), warmup=0, active=PROFILED, repeat=1),
+        on_trace_ready=lambda done: done.export_chrome_trace(str(path)),
+    )
+
+
+def dry_run(options, ranks: int) -> None:
+    """Say what would be done: nothing is trained, no rank is started, and nothing is written into the output folder."""
+    device = engines.device_of_rank()
+    documents = corpora.read(options.dataset_name, options.dataset_config)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer, shape = tokenizer_and_shape(options, name_of_model(options, documents, Path(folder)))
+        blocks = blocks_of(documents, tokenizer, options.max_length)
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(shape).num_parameters()
+    precision = engines.precision_of(device)
+    zero = None
+    if options.deepspeed_config:
+        zero = json.loads(Path(options.deepspeed_config).read_text()).get("zero_optimization", {})
+    tokens = options.batch_size * options.max_length
+    found = prediction.predict(parameters, shape, tokens=tokens, ranks=ranks, precision=precision, zero=zero)
+    needed, free = found.states + found.activations, engines.free_bytes(device)
+    an_epoch = -(-len(blocks["train"]) // (options.batch_size * ranks))
+    steps = min(options.num_epochs * an_epoch, options.max_train_steps or sys.maxsize)
+    lines = {
+        "parameters": f"{parameters:,}",
+        "tokens": ", ".join(f"{split} {len(found.tokens):,}" for split, found in blocks.items()),
+        "steps": f"{steps:,}, of {ranks} rank(s) with {options.batch_size} blocks of {options.max_length} tokens each",
+        "precision": precision,
+        "states": f"{prediction.shown(found.states)} per rank",
+        "activations": f"about {prediction.shown(found.activations)} per rank",
+        "on the host": f"{prediction.shown(found.host)} per rank, offloaded",
+        "free": f"{prediction.shown(free)} on {device}",
+        "fits": "yes" if needed < free else "no: a smaller batch, ZeRO-3, or more ranks",
+    }
+    for name, line in lines.items():
+        print(f"{name:<12} {line}")
 
 
 def run(options) -> dict:
@@ -87,7 +150,9 @@ def run(options) -> dict:
             precision=engines.precision_of(device),
             learning_rate=options.learning_rate,
         )
-    tokenizer, model = tokenizer_and_model(options, documents, config)
+    name = name_of_model(options, documents, output / "small")
+    tokenizer, _ = tokenizer_and_shape(options, name)
+    model = loaded(name, config)
     loaders = lm.get_dataloaders(
         blocks_of(documents, tokenizer, options.max_length),
         options.batch_size,
@@ -118,8 +183,15 @@ def run(options) -> dict:
 
     before, text_before = figures("validation"), text()
     started, losses = time.perf_counter(), []
-    bar = tqdm(total=steps, initial=position["step"], desc="training", unit="step", disable=not first)
+    # In a log file a line is never written over, so there are few of them.
+    every = 0.1 if sys.stderr.isatty() else 5.0
+    bar = tqdm(total=steps, initial=position["step"], desc="training", unit="step", disable=not first, mininterval=every)
     log = metrics_file(output / "metrics.jsonl", position["step"]) if first else None
+    usage, left = Usage(output / "usage.csv"), steps - position["step"]
+    around = contextlib.ExitStack()
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        around.enter_context(usage)
+    trace = around.enter_context(profiler(output / "trace.json", left)) if options.profile and first else None
     for epoch in range(position["epoch"], options.num_epochs):
         sampler = loaders["train"].sampler
         skipped = position["batches"] if epoch == position["epoch"] else 0
@@ -133,10 +205,13 @@ def run(options) -> dict:
                 log.flush()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
+            if trace:
+                trace.step()
             if options.save_checkpoint and (position["step"] % options.save_checkpoint == 0 or position["step"] == steps):
                 lm.save_checkpoint(engine, checkpoints, position)
         if position["step"] >= steps:
             break
+    around.close()
     bar.close()
     seconds = time.perf_counter() - started
     after = {split: figures(split) for split in ("validation", "test")}
@@ -151,6 +226,8 @@ def run(options) -> dict:
         "steps": position["step"],
         "last_loss": losses[-1] if losses else None,
         "seconds": round(seconds, 1),
+        "gpus": usage.summary(),
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "tokens_per_second": round(len(losses) * options.batch_size * options.max_length * lm.world_size() / seconds),
         "validation_before": before,
         "validation": after["validation"],
@@ -168,6 +245,8 @@ def run(options) -> dict:
 def show(summary: dict) -> None:
     speed = f"{summary['tokens_per_second']} tokens/s on {summary['ranks']} rank(s)"
     print(f"\n{summary['steps']} steps in {summary['seconds']} s, {speed}")
+    for gpu in summary["gpus"]:
+        print(f"GPU {gpu['gpu']}: {gpu['percent_busy']:.0f} % busy (median), {prediction.shown(gpu['peak_bytes'])} at most")
     for name, values in (("before", summary["validation_before"]), ("after", summary["validation"]), ("test", summary["test"])):
         print(f"{name:<8}" + "  ".join(f"{metric} {value:.4g}" for metric, value in values.items()))
     for name in ("text_before", "text"):
@@ -178,7 +257,11 @@ def show(summary: dict) -> None:
 def main(arguments: list[str]) -> int:
     options = lm.command_line().parse_args(arguments)
     try:
-        run(options)
+        if options.dry_run:
+            if os.environ.get("RANK", "0") == "0":
+                dry_run(options, int(os.environ.get("WORLD_SIZE", "1")))
+        else:
+            run(options)
     except ValueError as error:
         if lm.rank() == 0:
             print(error, file=sys.stderr)
