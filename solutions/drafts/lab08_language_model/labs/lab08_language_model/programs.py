@@ -615,7 +615,7 @@ def never_stopped(experiment: Experiment, run: Run) -> dict:
 
 
 def goes_on(experiment: Experiment, run: Run) -> dict:
-    """`load_checkpoint` into an engine with other weights, and the steps after it. `options`: `after`, the run that never stopped."""
+    """`load_checkpoint` into an engine with other weights, and the steps after it. `options`: `after`, the run before it."""
     engine = engine_with_dropout(experiment, seed=1)
     steps_of(engine, 0, 1)
     position = exercises().load_checkpoint(engine, run.folder.parent / experiment.options["after"] / "checkpoints")

@@ -426,7 +426,7 @@ def test_a_run_goes_on(lab, run_experiments):
         for place, (losses, wanted) in enumerate(zip(got["losses"], whole)):
             require(
                 farthest(losses, wanted[3:]) < 1e-4,
-                expected=f"the losses {rounded(wanted[3:])} after load_checkpoint(), of the run that never stopped, {name}, rank {place}",
+                expected=f"the losses {rounded(wanted[3:])} after load_checkpoint(), as without a stop, {name}, rank {place}",
                 got=rounded(losses),
             )
 
