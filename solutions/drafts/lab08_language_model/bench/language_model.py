@@ -142,6 +142,11 @@ def main() -> None:
             }
         results.append(row)
         print(json.dumps(row), flush=True)
+        write(options, results)
+
+
+def write(options, results: list[dict]) -> None:
+    """The results so far: a run that is ended early has measured something all the same."""
     chosen = (
         f"--ranks {options.ranks} --micro-batch {options.micro_batch} --max-tokens {options.max_tokens} --steps {options.steps}"
     )

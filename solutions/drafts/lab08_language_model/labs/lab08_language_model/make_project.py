@@ -9,11 +9,13 @@ the newest exercises, and its other files stay as they are.
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 from pathlib import Path
 
 from shardlab import switch
+from shardlab.errors import CourseError
 
 STEM = "lab08_language_model"
 GIVEN = Path(__file__).parent / "my_project"
@@ -24,6 +26,9 @@ def make(folder: Path) -> list[str]:
 
     Returns:
         The names of the files that were written.
+
+    Raises:
+        CourseError: the exercises import something of the course.
     """
     written = []
     for path in sorted(GIVEN.rglob("*")):
@@ -32,7 +37,11 @@ def make(folder: Path) -> list[str]:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
             written.append(str(path.relative_to(GIVEN)))
-    exercises = Path(switch.import_exercise(STEM).__file__)
+    exercises = switch.exercise_file(STEM)
+    if found := re.search(r"^\s*(from|import) (shardlab|exercises)\b.*", exercises.read_text(encoding="utf-8"), re.MULTILINE):
+        raise CourseError(
+            f"{exercises.name} has the line `{found[0].strip()}`, and the project runs without the course: take it out"
+        )
     target = folder / "language_model.py"
     if not target.exists() or target.read_bytes() != exercises.read_bytes():
         shutil.copy(exercises, target)
@@ -47,7 +56,11 @@ def main() -> int:
     if folder.exists() and not folder.is_dir():
         print(f"{folder} is a file, and a project is a folder: name another", file=sys.stderr)
         return 1
-    written = make(folder)
+    try:
+        written = make(folder)
+    except CourseError as error:
+        print(error, file=sys.stderr)
+        return 1
     print(f"{folder}: {', '.join(written) or 'nothing new'}")
     return 0
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import copy
 import importlib.util
 import io
 import json
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -25,8 +28,8 @@ from shardlab.run.experiment import Experiment
 from shardlab.run.run_folder import Run
 
 STEM = "lab08_language_model"
-END, START, FILL = "<|endoftext|>", "<|start|>", "<|fill|>"
-TEXT = "def add(a, b): Return the sum of a and b. Raise ValueError if one of them is below zero; see help(add)."
+END, START, FILL = "<|endoftext|>", "<|start|>", "[FILL]"
+TEXT = "def add(a, b): Return the sum of a and b. Raise ValueError if one is below zero; see help(add), naïve naïve naïve."
 LENGTH, ROWS, STEPS = 12, 4, 6
 
 
@@ -46,14 +49,17 @@ def given(name: str) -> ModuleType:
 
 
 @cache
-def tokenizer_of(*, end: bool = True, fill: bool = False, start: bool = False):
-    """A byte-level tokenizer as GPT-2's; `start`: one that puts a token in front of each text, as Llama's does."""
+def tokenizer_of(*, end: bool = True, fill: bool = False, start: bool = False, fill_first: bool = False):
+    """A byte-level tokenizer as GPT-2's, for texts of 16 tokens as it says. `start`: one that puts a token in front of each text, as
+    Llama's does. `fill_first`: the token to fill up with has the number 0, as T5's."""
     from tokenizers import ByteLevelBPETokenizer
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     words = ByteLevelBPETokenizer()
-    words.train_from_iterator([TEXT] * 3, vocab_size=300, special_tokens=[END, START, FILL], show_progress=False)
+    words.train_from_iterator(
+        [TEXT] * 3, vocab_size=300, special_tokens=[FILL, START, END] if fill_first else [END, START, FILL], show_progress=False
+    )
     if start:
         words._tokenizer.post_processor = TemplateProcessing(
             single=f"{START} $A", special_tokens=[(START, words.token_to_id(START))]
@@ -61,7 +67,7 @@ def tokenizer_of(*, end: bool = True, fill: bool = False, start: bool = False):
     names = {"eos_token": END} if end else {}
     names |= {"bos_token": START} if start else {}
     names |= {"pad_token": FILL} if fill else {}
-    return PreTrainedTokenizerFast(tokenizer_object=words._tokenizer, **names)
+    return PreTrainedTokenizerFast(tokenizer_object=words._tokenizer, model_max_length=16, **names)
 
 
 def small_gpt2(*, dropout: float = 0.0, seed: int = 0, layers: int = 2, spread: float = 0.3, vocabulary: int = 300) -> nn.Module:
@@ -119,6 +125,7 @@ def preprocessed(texts: list[str], options: dict) -> dict:
     plain = exercises().preprocess_function({"text": list(texts)}, tokenizer)
     return {
         "columns": mapped.column_names,
+        "blank": exercises().preprocess_function({"text": [" ", ""]}, tokenizer),
         "ids": ids,
         "plain": [list(document) for document in plain["input_ids"]],
         "texts": [tokenizer.decode(document[:-1]) for document in ids],
@@ -146,8 +153,10 @@ def blocks_of(documents: list[list[int]], length: int, filling: int, at: int | N
     }
 
 
-def blocks_of_a_generator(documents: list[list[int]], length: int) -> int:
-    return len(exercises().Blocks((document for document in documents), length, 0))
+def blocks_of_a_generator(documents: list[list[int]], length: int) -> list:
+    """How many blocks there are, and the tokens of the first."""
+    blocks = exercises().Blocks((document for document in documents), length, 0)
+    return [len(blocks), blocks[0]["input_ids"].tolist()]
 
 
 def shares(blocks: int, ranks: int, seed: int | None, epoch: int, first: int = 0) -> dict:
@@ -200,8 +209,9 @@ class OwnBlocks(torch.utils.data.Dataset):
 
 
 def rows_of_step(step: int, unpredicted: int = -100) -> dict[str, torch.Tensor]:
-    """The rows of all ranks in a step. Rows differ in how much of them is filling: in the third step the second half of the rows
-    is filling alone, and in the fifth all rows are."""
+    """The rows of all ranks in a step. Rows differ in how much of them is filling: in the third step every other row is filling
+    alone, in the fifth all rows are, and in the sixth one token is predicted in all. In the fourth two places are in no loss that
+    are no filling."""
     draw = torch.Generator().manual_seed(100 + step)
     ids = torch.randint(4, 300, (ROWS, LENGTH), generator=draw)
     kept = torch.tensor([LENGTH, 3, LENGTH - 2, 5]).roll(step)
@@ -209,8 +219,13 @@ def rows_of_step(step: int, unpredicted: int = -100) -> dict[str, torch.Tensor]:
         kept[1::2] = 0
     if step == 4:
         kept[:] = 0
+    if step == 5:
+        kept = torch.tensor([2, 1, 0, 0])
     mask = (torch.arange(LENGTH)[None] < kept[:, None]).long()
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, unpredicted)}
+    labels = ids.masked_fill(mask == 0, unpredicted)
+    if step == 3:
+        labels[:, 2:4] = unpredicted
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def batches_of(steps: int, rank_: int, ranks: int, taken: list[int]):
@@ -286,7 +301,14 @@ def trained(experiment: Experiment, run: Run) -> dict:
     """`train_epoch` on the rows of `rows_of_step`, of which each rank has its part. `options`: `steps`, or all batches."""
     lab, device = exercises(), device_of_rank()
     model = small_gpt2(spread=0.1)
-    engine, taken, seen = sgd_engine(experiment, model), [], []
+    engine, taken, seen, stepped = sgd_engine(experiment, model), [], [], []
+    step = engine.step
+
+    def counted(*given, **named):
+        stepped.append(1)
+        return step(*given, **named)
+
+    engine.step = counted
     model.register_forward_pre_hook(
         lambda module, args, inputs: seen.append((module.training, inputs["attention_mask"].sum().item())), with_kwargs=True
     )
@@ -295,7 +317,7 @@ def trained(experiment: Experiment, run: Run) -> dict:
     values = lab.train_epoch(engine, batches, device, experiment.options.get("steps"))
     losses, lazily = [], None
     for loss in values:
-        lazily = len(taken) if lazily is None else lazily
+        lazily = [len(taken), len(stepped)] if lazily is None else lazily
         losses.append(loss)
     return {
         "losses": gather([loss if isinstance(loss, float) else f"a {type(loss).__name__}" for loss in losses]),
@@ -342,7 +364,7 @@ def rows_to_evaluate(batch_size: int, rank_: int, ranks: int):
 
 
 def bytes_of_tokens() -> torch.Tensor:
-    return torch.arange(300) % 7
+    return 1 + torch.arange(300) % 7
 
 
 def evaluation_by_hand(rows: int | None = None) -> dict[str, float]:
@@ -382,18 +404,24 @@ def evaluated(experiment: Experiment, run: Run) -> dict:
     """`evaluate` on ranks, of a model with dropout, for several batch sizes."""
     module, device = switch.import_exercise(STEM), device_of_rank()
     model = small_gpt2(dropout=0.5)
-    engine = sgd_engine(experiment, model) if experiment.deepspeed else model.to(device)
+    engine = sgd_engine(experiment, model) if experiment.deepspeed else adam_engine(experiment, model)
+    engine.precision = "fp32"
     lab, found = exercises(), {}
     with only_evaluate(module):
         for batch_size in (1, 4, 6):
             batches = rows_to_evaluate(batch_size, rank(), world_size())
             got = lab.evaluate(engine, batches, device, token_bytes=bytes_of_tokens())
             found[str(batch_size)] = gather({name: float(value) for name, value in got.items()})
-    return {"metrics": found}
+        # One rank has all, and the other nothing but filling.
+        numbers = (0, 1) if rank() == 0 else (99, 99)
+        rows = [{name: tensor[None] for name, tensor in own_rows(number, EVALUATED).items()} for number in numbers]
+        got = lab.evaluate(engine, rows, device, token_bytes=bytes_of_tokens())
+        uneven = gather({name: float(value) for name, value in got.items()})
+    return {"metrics": found, "uneven": uneven}
 
 
 def evaluated_here(what: str) -> dict:
-    """`evaluate` in one process. `what`: whole, steps, modes, gradients, bytes, or nothing (to predict)."""
+    """`evaluate` in one process. `what`: whole, steps, modes, gradients, bytes, many (tokens), or nothing (to predict)."""
     module, lab, device = switch.import_exercise(STEM), exercises(), torch.device("cpu")
     model = small_gpt2(dropout=0.5)
     batches = list(rows_to_evaluate(2, 0, 1))
@@ -405,6 +433,9 @@ def evaluated_here(what: str) -> dict:
         except ValueError as error:
             return {"refused": str(error) or "ValueError"}
     with only_evaluate(module):
+        if what == "many":
+            module.summed_loss = lambda logits, labels: (torch.tensor(2.0), torch.tensor(2**24 + 1))
+            return {name: float(value) for name, value in lab.evaluate(model, batches, device).items()}
         if what == "steps":
             return {name: float(v) for name, v in lab.evaluate(model, batches, device, 2).items()}
         if what == "modes":
@@ -434,9 +465,9 @@ PROMPTS = ["Return the", "def add(a, b): Return the sum of a"]
 NEW = 8
 
 
-def greedy_by_hand(prompt: str, new_tokens: int, end: int | None) -> list[int]:
+def greedy_by_hand(prompt: str, new_tokens: int, end: int | None, seed: int = 0) -> list[int]:
     """The likeliest token at each place, by a forward pass of everything for each. Nothing of the exercises is in it."""
-    model, tokenizer = small_gpt2().eval(), tokenizer_of()
+    model, tokenizer = small_gpt2(seed=seed).eval(), tokenizer_of()
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
     ids, new = ids[-(32 - new_tokens) :], []
     for _ in range(new_tokens):
@@ -448,19 +479,19 @@ def greedy_by_hand(prompt: str, new_tokens: int, end: int | None) -> list[int]:
 
 
 def generation_tokenizer(end: int | None = None):
-    """The small tokenizer; with `end`, that token is its end-of-sequence token."""
-    import copy
-
-    tokenizer = copy.deepcopy(tokenizer_of())
+    """The small tokenizer, of the kind that puts a token in front; with `end`, that token is its end-of-sequence token."""
+    tokenizer = copy.deepcopy(tokenizer_of(start=True))
     tokenizer.padding_side, tokenizer.pad_token = "left", END
     if end is not None:
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        tokenizer.add_special_tokens({"eos_token": tokenizer.convert_ids_to_tokens(end)})
     return tokenizer
 
 
-def text_by_hand(prompt: str, new_tokens: int = NEW, end: int | None = None) -> str:
+def text_by_hand(prompt: str, new_tokens: int = NEW, end: int | None = None, seed: int = 0) -> str:
     tokenizer = generation_tokenizer(end)
-    return tokenizer.decode(greedy_by_hand(prompt, new_tokens, tokenizer.eos_token_id), skip_special_tokens=True)
+    new = greedy_by_hand(prompt, new_tokens, tokenizer.eos_token_id, seed)
+    special = {0, 1, 2, tokenizer.eos_token_id}
+    return tokenizer.decode([token for token in new if token not in special])
 
 
 def generated(experiment: Experiment, run: Run) -> dict:
@@ -473,14 +504,13 @@ def generated(experiment: Experiment, run: Run) -> dict:
     return {"texts": gather(text), "training": gather(bool(engine.module.training))}
 
 
-def generated_here(prompt: str, new_tokens: int, dropout: float, training: bool, end: int | None = None) -> dict:
-    model = small_gpt2(dropout=dropout)
+def generated_here(prompt: str, new_tokens: int, dropout: float, training: bool, end: int | None = None, seed: int = 0) -> dict:
+    """`generate_text` of a model that would sample if nobody told it otherwise."""
+    model = small_gpt2(dropout=dropout, seed=seed)
+    model.generation_config.do_sample = True
     model.train(training)
-    calls = []
-    handle = model.register_forward_pre_hook(lambda module, args, inputs: calls.append(1), with_kwargs=True)
     text = exercises().generate_text(model, generation_tokenizer(end), prompt, new_tokens)
-    handle.remove()
-    return {"text": text, "training": model.training, "passes": len(calls)}
+    return {"text": text, "training": model.training}
 
 
 # --- 8.7 and 8.8 ----------------------------------------------------------------------------------------------------
@@ -516,21 +546,73 @@ def engine_with_dropout(experiment: Experiment, seed: int = 0):
 
 
 class WatchedSave:
-    """An engine whose `save_checkpoint` tells how it was called, and on the last rank takes its time."""
+    """An engine whose `save_checkpoint` tells how it was called and what it found, and on the last rank takes its time.
+
+    Attributes:
+        calls: for each, its tag, whether a file `latest` is asked for, whether the folder of that tag was there and fresh, and
+            whether one with its last name is there at the end.
+        done: that last name.
+        earlier: a file of an earlier whole checkpoint, which has to be there as long as the new one is being written.
+    """
 
     def __init__(self, engine):
-        self._engine, self.calls = engine, []
+        self._engine, self.calls, self.done, self.earlier = engine, [], None, None
 
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
     def save_checkpoint(self, save_dir, tag=None, client_state=None, save_latest=True, **others):
+        found = Path(save_dir, str(tag))
+        fresh = found.is_dir() and not (found / "left-behind.txt").exists()
         if rank() == world_size() - 1:
-            time.sleep(0.5)
+            time.sleep(1.0)  # longer than a rename takes here
         self._engine.save_checkpoint(str(save_dir), tag=tag, save_latest=save_latest)
-        self.calls.append({"tag": str(tag), "latest": bool(save_latest), "whole": self.done.exists() if self.done else None})
+        if self.earlier is not None:
+            fresh = fresh and self.earlier.exists()
+        self.calls.append(
+            {"tag": str(tag), "latest": bool(save_latest), "fresh": fresh, "whole": bool(self.done and self.done.exists())}
+        )
 
-    done: Path | None = None
+
+@contextlib.contextmanager
+def slow_to_rename():
+    """Meanwhile, a name is given half a second late: whoever does not wait for it sees that it is not there.
+
+    The last rank takes its time for its random state too.
+
+    Yields:
+        The names of folders that are removed while they are there, and (name, new name, files) of what is renamed.
+    """
+    true, removed, remove = {name: getattr(os, name) for name in ("rename", "replace")}, [], shutil.rmtree
+    renamed_to, save = [], torch.save
+
+    def late(name: str):
+        def renamed(path, to, *given, **named):
+            if Path(path).is_dir():
+                renamed_to.append([Path(path).name, Path(to).name, listing(Path(path))])
+            time.sleep(0.5)
+            return true[name](path, to, *given, **named)
+
+        return renamed
+
+    def watched(path, *given, **named):
+        removed.extend([Path(path).name] * Path(path).exists())
+        return remove(path, *given, **named)
+
+    def slow_save(value, path, *given, **named):
+        if "random-of-rank" in str(path) and rank() == world_size() - 1:
+            time.sleep(1.0)
+        return save(value, path, *given, **named)
+
+    for name in true:
+        setattr(os, name, late(name))
+    shutil.rmtree, torch.save = watched, slow_save
+    try:
+        yield removed, renamed_to
+    finally:
+        shutil.rmtree, torch.save = remove, save
+        for name, function in true.items():
+            setattr(os, name, function)
 
 
 def listing(folder: Path) -> list[str]:
@@ -538,7 +620,7 @@ def listing(folder: Path) -> list[str]:
 
 
 def saved(experiment: Experiment, run: Run) -> dict:
-    """`save_checkpoint` after two steps and after four, over what a killed run has left."""
+    """`save_checkpoint` after two steps and after four, over what a killed run has left, and after six into a new folder."""
     lab, folder = exercises(), run.folder / "checkpoints"
     trained_engine = engine_with_dropout(experiment)
     engine = WatchedSave(trained_engine)
@@ -549,28 +631,30 @@ def saved(experiment: Experiment, run: Run) -> dict:
         earlier = folder / "step-000004"
         earlier.mkdir()
         (earlier / "earlier.txt").write_text("of an earlier run")
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    found, before = {"after": []}, {}
-    for step in (2, 4):
+    wait()
+    found, before, states, random = {"after": [], "position_kept": True, "removed": [], "renamed": []}, {}, {}, []
+    for step, place in ((2, folder), (4, str(folder)), (6, run.folder / "new" / "checkpoints")):
         steps_of(trained_engine, step - 2, step)
         position = {"step": step, "epoch": 1, "batches": step + 1}
-        engine.done = folder / f"step-{step:06d}" if step == 2 else None
+        done = Path(place, f"step-{step:06d}")
+        engine.done, engine.earlier = (done, None) if step != 4 else (None, done / "earlier.txt")
         before[step] = torch.get_rng_state()
-        path = lab.save_checkpoint(engine, folder if step == 2 else str(folder), position)
-        here = listing(folder / f"step-{step:06d}") if (folder / f"step-{step:06d}").is_dir() else []
+        wait()
+        if rank() == 0:
+            time.sleep(0.3)  # the others are there first
+        with slow_to_rename() as (removed, renamed):
+            path = lab.save_checkpoint(engine, place, position)
+        found["removed"] += removed
+        found["renamed"] += renamed
         # What each rank sees as soon as its call is over.
+        here = listing(done) if done.is_dir() else []
         found["after"].append(gather({"path": Path(path).name if path is not None else "None", "files": here}))
-        found["position_kept"] = position == {"step": step, "epoch": 1, "batches": step + 1}
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-    states, random = {}, []
-    for step in (2, 4):
-        place = folder / f"step-{step:06d}"
+        found["position_kept"] &= position == {"step": step, "epoch": 1, "batches": step + 1}
+        wait()
         with contextlib.suppress(OSError, ValueError):
-            states[str(step)] = json.loads((place / "state.json").read_text())
-        kept = place / f"random-of-rank-{rank()}.pt"
-        random.append(kept.exists() and torch.equal(torch.load(kept, weights_only=True)["cpu"], before[step]))
+            states[str(step)] = json.loads((done / "state.json").read_text())
+        kept = done / f"random-of-rank-{rank()}.pt"
+        random.append(kept.exists() and torch.equal(torch.load(kept)["cpu"], before[step]))
     wanted = {"ranks": world_size(), "model": switch.import_exercise(STEM).identity(engine.module)}
     return found | {
         "calls": gather(engine.calls),
@@ -582,21 +666,24 @@ def saved(experiment: Experiment, run: Run) -> dict:
     }
 
 
+def wait() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def own_save(engine, folder: Path, position: dict) -> None:
     """A checkpoint as it should be, by the milestones' own lines."""
     module = switch.import_exercise(STEM)
     place = folder / f"step-{position['step']:06d}"
     if rank() == 0:
         place.mkdir(parents=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    wait()
     engine.save_checkpoint(str(folder), tag=place.name, save_latest=False)
     torch.save(module.random_state(), place / f"random-of-rank-{rank()}.pt")
     if rank() == 0:
         state = position | {"ranks": world_size(), "model": module.identity(engine.module)}
         (place / "state.json").write_text(json.dumps(state))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    wait()
 
 
 def never_stopped(experiment: Experiment, run: Run) -> dict:
@@ -623,35 +710,39 @@ def goes_on(experiment: Experiment, run: Run) -> dict:
 
 
 class NoEngine:
-    """An engine that only counts how often something is loaded."""
+    """An engine that only counts how often something is loaded, and never can."""
 
     def __init__(self, **changes):
         self.module, self.loaded = small_gpt2(**changes), 0
 
     def load_checkpoint(self, *given, **named):
         self.loaded += 1
+        return None, {}
 
 
 def loaded_where(what: str) -> dict:
-    """`load_checkpoint` of folders that have no fitting checkpoint. `what`: none, no folder, partial, model, ranks."""
+    """`load_checkpoint` of folders that have no fitting checkpoint. `what`: none, no folder, partial, model, ranks,
+    large (steps), or broken: it fits, and the engine cannot load it."""
     module, lab = switch.import_exercise(STEM), exercises()
     with tempfile.TemporaryDirectory() as folder:
-        engine, here = NoEngine(layers=2), Path(folder, "checkpoints")
+        engine, here = NoEngine(vocabulary=301), Path(folder, "checkpoints")
         if what != "no folder":
             here.mkdir()
-        name = "step-000007.partial" if what == "partial" else "step-000007"
-        if what in ("partial", "model", "ranks"):
+        names = {"partial": ["step-000007.partial", "step-000008.old"], "large": ["step-099999", "step-1000001", "step-900000"]}
+        names |= dict.fromkeys(("model", "ranks", "broken"), ["step-000007"])
+        for name in names.get(what, []):
             (here / name).mkdir()
-            other = NoEngine(layers=3 if what == "model" else 2).module
-            state = {"step": 7, "epoch": 0, "batches": 7, "ranks": 2 if what == "ranks" else 1, "model": module.identity(other)}
+            other = NoEngine(vocabulary=307 if what == "model" else 301).module
+            ranks = 2 if what in ("ranks", "large") else 1
+            state = {"step": int(name[5:].split(".")[0]), "epoch": 0, "batches": 7, "ranks": ranks, "model": module.identity(other)}
             (here / name / "state.json").write_text(json.dumps(state))
             torch.save(module.random_state(), here / name / "random-of-rank-0.pt")
         state = torch.get_rng_state()
         try:
-            got = lab.load_checkpoint(engine, here)
+            got = lab.load_checkpoint(engine, str(here) if what in ("large", "none") else here)
             said = ""
         except ValueError as error:
-            got, said = None, str(error)
+            got, said = None, str(error).replace(folder, "FOLDER")
         untouched = torch.equal(state, torch.get_rng_state())
     return {"got": got, "refused": said, "loaded": engine.loaded, "untouched": untouched}
 
@@ -672,8 +763,16 @@ def parsed(words: list[str], files: dict[str, str] | None = None) -> dict:
         except SystemExit as ended:
             return {"status": ended.code, "said": (out.getvalue() + err.getvalue()).replace(folder, "FOLDER")}
     return {
-        "options": {name: value.replace(folder, "FOLDER") if isinstance(value, str) else value for name, value in found.items()}
+        "options": {
+            name: str(value).replace(folder, "FOLDER") if isinstance(value, str | Path) else value for name, value in found.items()
+        }
     }
+
+
+def helps() -> dict[str, str]:
+    """Each option that `--help` shows, and its words."""
+    actions = switch.import_exercise(STEM).command_line()._actions
+    return {name: action.help or "" for action in actions if action.help != argparse.SUPPRESS for name in action.option_strings}
 
 
 def paragraphs_of(articles: list[dict] | None, registered: bool = False) -> dict:
@@ -691,8 +790,9 @@ def paragraphs_of(articles: list[dict] | None, registered: bool = False) -> dict
 
 
 def bytes_of_tokenizer(options: dict, texts: list[str]) -> dict:
-    """`token_bytes` of a tokenizer, and the sum over a text's tokens."""
-    tokenizer = tokenizer_of(**options)
+    """`token_bytes` of a tokenizer to which a token was added, and the sum over a text's tokens."""
+    tokenizer = copy.deepcopy(tokenizer_of(**options))
+    tokenizer.add_tokens(["<more>"])
     got = exercises().token_bytes(tokenizer)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     return {

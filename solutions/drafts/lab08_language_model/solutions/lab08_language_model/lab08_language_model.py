@@ -114,7 +114,7 @@ class Blocks(Dataset):
     def __init__(self, documents: Iterable[list[int]], length: int, filling: int):
         # BEGIN SOLUTION 8.2
         self.length, self.filling = length, filling
-        self.tokens = torch.tensor([token for document in documents for token in document], dtype=torch.long)
+        self.tokens = torch.tensor([token for document in documents for token in document])
         if length < 2:
             raise ValueError(f"blocks of {length} token: it takes 2, one to predict from and one to predict")
         if not len(self.tokens):
@@ -169,12 +169,13 @@ class Share(Sampler):
         self.epoch, self.first = 0, 0
 
     def begin(self, epoch: int, first: int = 0) -> None:
-        """The next pass is that of `epoch`, without the rank's first so many blocks, which a stopped run has had."""
+        """The next pass is that of `epoch`, without the rank's first so many blocks, which a stopped run has had; with more than
+        there are, it is empty."""
         self.epoch, self.first = epoch, first
 
     def __len__(self) -> int:
         # BEGIN SOLUTION 8.3
-        return math.ceil(self.blocks / self.ranks) - self.first
+        return max(0, math.ceil(self.blocks / self.ranks) - self.first)
         # END SOLUTION
 
     def __iter__(self) -> Iterator[int]:
@@ -236,8 +237,8 @@ def train_epoch(engine, batches: Iterable[dict], device: torch.device, steps: in
     rank has a token gives 0.
 
     Args:
-        engine: of DeepSpeed, or one that is used alike: `engine(input_ids=…, attention_mask=…).logits`, `engine.backward(loss)`,
-            `engine.step()`.
+        engine: of DeepSpeed, or one that is used alike: `engine.train()`, once, before the first batch;
+            `engine(input_ids=…, attention_mask=…).logits`, `engine.backward(loss)`, `engine.step()`.
         steps: so many, and not the rest of the batches; all without it.
 
     Yields:
@@ -308,13 +309,14 @@ def perplexity(totals: Totals) -> float:
 def evaluate(
     model, batches: Iterable[dict], device: torch.device, steps: int | None = None, token_bytes: torch.Tensor | None = None
 ) -> dict[str, float]:
-    """Ask the model for all batches, and report each of `METRICS`, the same on all ranks.
+    """Ask the model for all batches, add up their `summed_loss`, and report each of `METRICS`, the same on all ranks.
 
     Sums are added up over batches and ranks, and divided once, at the end: a mean of means would weigh a short batch like a long
-    one. The model drops nothing meanwhile, and is in training again afterwards if it was so before.
+    one. The number of tokens is exact however large it is: float32 counts to 2^24 and no further. The model drops nothing
+    meanwhile, and is in training again afterwards if it was so before.
 
     Args:
-        model: or engine, as in `train_epoch`.
+        model: or engine, as in `train_epoch`, with `training`, `eval()` and `train(mode)`.
         steps: at most so many batches of this rank.
         token_bytes: of each token, how many bytes it stands for, [vocabulary].
 
@@ -350,16 +352,19 @@ def evaluate(
 
 
 def generate_text(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
-    """The text that the model goes on with, greedily: at each place the likeliest token.
+    """The text that the model goes on with, greedily: at each place the likeliest token, also where the model's own
+    `generation_config` says that it samples.
 
     Under ZeRO-3 each forward pass gathers the parameters from all ranks, so all ranks must make equally many: those that are
     done go on until the last one is (`generate(…, synced_gpus=True)`). Parameters that ZeRO-3 has sharded have a `ds_id`.
 
     Args:
         model: of transformers, not the engine.
-        prompt: on each rank its own, if you like; an empty one begins with the end-of-sequence token, as a document does.
-        new_tokens: at most; it ends earlier at an end-of-sequence token. Prompt and new tokens have to fit in the model's
-            positions, `model.config.max_position_embeddings`: of a prompt that is too long the beginning is left out.
+        prompt: on each rank its own, if you like. Nothing is put in front of it, as in training; an empty one is the
+            end-of-sequence token, behind which a document begins.
+        new_tokens: at most, and fewer than the model's positions, `model.config.max_position_embeddings`; the text ends earlier at
+            the tokenizer's end-of-sequence token. Prompt and new tokens have to fit in the positions: of a prompt that is too long
+            the beginning is left out.
 
     Returns:
         What is new, without special tokens.
@@ -370,16 +375,15 @@ def generate_text(model, tokenizer, prompt: str, new_tokens: int = 40) -> str:
     training = model.training
     model.eval()
     sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            synced_gpus=sharded and world_size() > 1,
-        )
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        synced_gpus=sharded and world_size() > 1,
+    )
     model.train(training)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     # END SOLUTION
@@ -415,10 +419,13 @@ def save_checkpoint(engine, folder: str | Path, position: dict) -> Path:
     `folder`/`name`. Beside them come each rank's `random_state()`, as `random-of-rank-0.pt` and so on (`torch.save`), and from
     rank 0 `state.json`: `position`, and with it "ranks", how many there are, and "model", `identity(engine.module)`.
 
-    It is all written under another name, step-000120.partial, and gets its own when every rank is done. What is there of that
-    name, from a run that was killed while it wrote, goes first.
+    It is all written under another name, step-000120.partial, which is made before any rank writes, and gets its own when every
+    rank is done. What is there of that other name, from a run that was killed while it wrote, goes first. A whole checkpoint of an
+    earlier run, step-000120 itself, is replaced: it gets the name step-000120.old, and goes when the new one has its name. A whole
+    name is on whole checkpoints alone, at every moment.
 
     Args:
+        folder: made if it is not there.
         position: "step", "epoch", and "batches", how many of the epoch's batches a rank has had.
 
     Returns:
@@ -428,20 +435,23 @@ def save_checkpoint(engine, folder: str | Path, position: dict) -> Path:
     import shutil
 
     done = Path(folder) / f"step-{position['step']:06d}"
-    partial = done.with_name(done.name + ".partial")
+    partial, old = done.with_name(done.name + ".partial"), done.with_name(done.name + ".old")
     if rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
     engine.save_checkpoint(str(folder), tag=partial.name, save_latest=False)
     torch.save(random_state(), partial / f"random-of-rank-{rank()}.pt")
     if rank() == 0:
         state = position | {"ranks": world_size(), "model": identity(engine.module)}
-        (partial / "state.json").write_text(json.dumps(state, indent=1) + "\n")
+        (partial / "state.json").write_text(json.dumps(state) + "\n")
     barrier()
     if rank() == 0:
-        shutil.rmtree(done, ignore_errors=True)
+        if done.exists():
+            done.rename(old)
         partial.rename(done)
+        shutil.rmtree(old, ignore_errors=True)
     barrier()
     return done
     # END SOLUTION
@@ -450,14 +460,15 @@ def save_checkpoint(engine, folder: str | Path, position: dict) -> Path:
 def load_checkpoint(engine, folder: str | Path) -> dict | None:
     """Go on from the newest whole checkpoint of `folder`: weights, optimizer and random generators. All ranks call it.
 
-    The newest is that of the largest step. One whose name ends in `.partial` is not whole.
+    The newest is that of the largest step. One whose name ends in `.partial` or `.old` is not whole.
 
     Returns:
         The `position` that was saved; None where there is no checkpoint, and nothing has changed then.
 
     Raises:
         ValueError: the newest is that of another model, or of another number of ranks, whose parts do not fit. The sentence
-            names the checkpoint and both values. It is raised before anything is loaded.
+            names the checkpoint and both values, and is raised before anything is loaded. Or the engine could not load it:
+            `engine.load_checkpoint` gives (path, …), and None for the path where it has loaded nothing.
     """
     # BEGIN SOLUTION 8.8
     found = {int(path.name[5:]): path for path in Path(folder).glob("step-*") if path.name[5:].isdigit()}
@@ -469,8 +480,10 @@ def load_checkpoint(engine, folder: str | Path) -> dict | None:
     for name, value in here.items():
         if state[name] != value:
             raise ValueError(f"{newest} is a checkpoint of {name} {state[name]}; here it is {value}")
-    engine.load_checkpoint(str(folder), tag=newest.name)
-    set_random_state(torch.load(newest / f"random-of-rank-{rank()}.pt", weights_only=True))
+    path, _ = engine.load_checkpoint(str(folder), tag=newest.name)
+    if path is None:
+        raise ValueError(f"{newest} could not be loaded")
+    set_random_state(torch.load(newest / f"random-of-rank-{rank()}.pt"))
     return {name: state[name] for name in ("step", "epoch", "batches")}
     # END SOLUTION
 
@@ -479,7 +492,7 @@ def load_checkpoint(engine, folder: str | Path) -> dict | None:
 
 
 def command_line() -> argparse.ArgumentParser:
-    """The options of `main.py`, each with a word of help and, where it has one, its default.
+    """The options of `main.py`, each with a word of help and its default, as `ArgumentDefaultsHelpFormatter` shows it.
 
     | option | what it is | without it |
     | --- | --- | --- |
@@ -489,7 +502,7 @@ def command_line() -> argparse.ArgumentParser:
     | --batch_size | blocks per rank and step, at least 1 | 8 |
     | --max_length | tokens per block, at least 2 | 128 |
     | --num_epochs | at least 1 | 1 |
-    | --learning_rate | above 0 | 1e-3 |
+    | --learning_rate | above 0, and finite | 1e-3 |
     | --seed | a whole number | 0 |
     | --deepspeed_config | a DeepSpeed file that is there | None: without DeepSpeed |
     | --max_train_steps | at least 1 | None: all |
@@ -505,8 +518,8 @@ def command_line() -> argparse.ArgumentParser:
     its beginning (`allow_abbrev`): --max would be two.
 
     Returns:
-        A parser whose `parse_args` ends the program with status 2 and a sentence where a value is out of its range or a file is
-        not there.
+        A parser whose `parse_args` ends the program with status 2 and a sentence, with the option and the value, where a value is
+        out of its range or a file is not there.
     """
 
     # BEGIN SOLUTION 8.9
@@ -553,7 +566,7 @@ def command_line() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on from the newest checkpoint of --output_dir")
     add("--profile", action="store_true", help="write a trace of three steps")
     add("--dry-run", action="store_true", help="say what would be done, and start nothing")
-    add("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
     # END SOLUTION
 
@@ -579,27 +592,30 @@ def squad_paragraphs(path: str | None) -> dict[str, list[str]]:
     """The paragraphs of a SQuAD file, without their questions; `--dataset_config` names the file.
 
     In the file, {"data": articles}, an article is {"title": …, "paragraphs": [{"context": text, …}, …]}. All paragraphs of an
-    article go to one split, or the model would be asked about a text of which it has read the next paragraph: of every ten
-    articles, in the order of the file, the ninth goes to "validation" and the tenth to "test". A text that is there twice is
-    taken once, where it comes first.
+    article go to one split, or the model would be asked about a text of which it has read the next paragraph. Of n articles the
+    last n // 10, and one at least, are "test"; as many before them are "validation", and the rest is "train", in the order of the
+    file. A text that is there twice is taken once, where it comes first.
 
     Raises:
-        ValueError: no path; or a split is left without any text, as fewer than ten articles leave "test". The sentence says
-        which.
+        ValueError: no path, in a sentence with the option, --dataset_config; or a split is left without any text, as "train" is of
+            two articles, in one with the split and the file.
     """
     # BEGIN SOLUTION 8.10
     if path is None:
         raise ValueError("the data set squad is a file: name it with --dataset_config")
     splits, seen = {"train": [], "validation": [], "test": []}, set()
-    for number, article in enumerate(json.loads(Path(path).read_text(encoding="utf-8"))["data"]):
-        split = {8: "validation", 9: "test"}.get(number % 10, "train")
+    articles = json.loads(Path(path).read_text(encoding="utf-8"))["data"]
+    held_out = max(1, len(articles) // 10)
+    for number, article in enumerate(articles, start=1):
+        behind = len(articles) - number
+        split = "test" if behind < held_out else "validation" if behind < 2 * held_out else "train"
         for paragraph in article["paragraphs"]:
             if paragraph["context"] not in seen:
                 seen.add(paragraph["context"])
                 splits[split].append(paragraph["context"])
     for name, documents in splits.items():
         if not documents:
-            raise ValueError(f"{path} leaves no text for {name}: it takes ten articles at least")
+            raise ValueError(f"{path} leaves no text for {name}: it takes three articles at least")
     return splits
     # END SOLUTION
 

@@ -253,14 +253,14 @@ table(
 )
 
 # %% [markdown]
-# GPUS
+# It is, to about four digits: the Adam on the host computes the same formula and rounds elsewhere. A difference in the second digit would be a mistake.
 #
 # ## Questions
 #
 # 1. Two models have perplexities 20 and 30 on the same text. Which one is better?
 # 2. Why does `Blocks` take labels from the place and not from the filling token?
 # 3. What would happen if each rank renamed the checkpoint's folder when it is done itself?
-# 4. Perplexity on the first 20 batches fell from 4100 to 700, on the whole validation text to 760. Which of the two do you report?
+# 4. `--max_eval_steps 20` gives one perplexity, all batches of the validation text another. Which of the two do you report?
 #
 # <details><summary>Answers</summary>
 #

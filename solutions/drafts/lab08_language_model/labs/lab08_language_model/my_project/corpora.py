@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 import sysconfig
 import warnings
 from pathlib import Path
@@ -25,6 +26,8 @@ def split_of(name: str) -> str:
 @dataset("stdlib")
 def standard_library(config: str | None) -> dict[str, list[str]]:
     """The documentation strings of Python's standard library, a document for each; all of a module are in one split."""
+    if config is not None:
+        raise NoText("stdlib takes no --dataset_config")
     splits = {name: [] for name in SPLITS}
     root, seen = Path(sysconfig.get_path("stdlib")), set()
     for path in sorted(root.rglob("*.py")):
@@ -57,8 +60,13 @@ def read(name: str, config: str | None) -> dict[str, list[str]]:
         NoText: there is no such text, or nothing in it.
     """
     if name in DATASETS:
-        splits = DATASETS[name](config)
+        try:
+            splits = DATASETS[name](config)
+        except OSError as error:
+            raise NoText(f"--dataset_config {config}: {error.strerror}") from None
     elif Path(name).exists():
+        if config is not None:
+            raise NoText(f"{name} is a file or folder, and takes no --dataset_config")
         splits = files(Path(name))
     else:
         splits = from_hub(name, config)
@@ -98,6 +106,18 @@ def from_hub(name: str, config: str | None) -> dict[str, list[str]]:
         raise NoText(
             f"there is no text {name}: not one of {', '.join(sorted(DATASETS))}, no file or folder, and on the hub: {why}"
         ) from None
-    if "text" not in found["train"].column_names:
-        raise NoText(f"{name} has no column text; it has {', '.join(found['train'].column_names)}")
-    return {split: list(found[split]["text"]) for split in SPLITS if split in found}
+    if "train" not in found or "text" not in found["train"].column_names:
+        columns = ", ".join(f"{split} with {' and '.join(rows.column_names)}" for split, rows in found.items())
+        raise NoText(f"{name} has no split train with a column text; it has {columns}")
+    texts = {split: list(found[split]["text"]) for split in SPLITS if split in found}
+    return {split: articles(lines) for split, lines in texts.items()} if "wikitext" in name else texts
+
+
+def articles(lines: list[str]) -> list[str]:
+    """WikiText is given line by line. A line such as " = Title = " begins an article; " = = Section = = " does not."""
+    found = []
+    for line in lines:
+        if not found or re.fullmatch(r" = [^=]+ = \n?", line):
+            found.append([])
+        found[-1].append(line)
+    return ["".join(part) for part in found]

@@ -18,7 +18,7 @@ def device_of_rank() -> torch.device:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is free on a GPU, or of the machine's memory."""
+    """What is free on a GPU, or of the machine's memory (Linux)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -75,7 +75,8 @@ class PlainEngine:
         self.module, self.device = model.to(device), device
         self.net = self.module
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self.net = torch.nn.parallel.DistributedDataParallel(self.module)
+            # Without the view each gradient is there twice: in its bucket too.
+            self.net = torch.nn.parallel.DistributedDataParallel(self.module, gradient_as_bucket_view=True)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=learning_rate)
         self.schedule = falling(self.optimizer, steps)
         self.precision = precision_of(device)
@@ -115,15 +116,31 @@ class PlainEngine:
         if not dist.is_initialized() or dist.get_rank() == 0:
             torch.save({name: part.state_dict() for name, part in self._parts().items()}, Path(folder, tag, "plain.pt"))
 
-    def load_checkpoint(self, folder: str, tag: str) -> None:
-        found = torch.load(Path(folder, tag, "plain.pt"), map_location=self.device, weights_only=True)
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict]:
+        path = Path(folder, tag, "plain.pt")
+        if not path.exists():
+            return None, {}
+        found = torch.load(path, map_location=self.device, weights_only=True)
         for name, part in self._parts().items():
             part.load_state_dict(found[name])
+        return str(path), {}
+
+
+def file_of(path: str) -> dict:
+    """A DeepSpeed file.
+
+    Raises:
+        ValueError: it is no JSON; the sentence names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
 
 
 def filled_in(path: str, *, batch_size: int, ranks: int, precision: str, learning_rate: float) -> dict:
     """A DeepSpeed file whose "auto" are numbers."""
-    config = json.loads(Path(path).read_text())
+    config = file_of(path)
     values = {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": 1,
@@ -139,6 +156,13 @@ def filled_in(path: str, *, batch_size: int, ranks: int, precision: str, learnin
     if config.get("optimizer", {}).get("params", {}).get("lr") == "auto":
         config["optimizer"]["params"]["lr"] = learning_rate
     return config
+
+
+def precision_in_use(engine, device: torch.device) -> str:
+    """What the engine computes in: a DeepSpeed file may say something else than the device would get."""
+    if isinstance(engine, PlainEngine):
+        return engine.precision
+    return "fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"
 
 
 def deepspeed_engine(model, config: dict, steps: int):

@@ -33,13 +33,13 @@ def predict(parameters: int, shape, *, tokens: int, ranks: int, precision: str, 
         shape: the model's configuration.
         tokens: of a rank's batch.
         zero: `zero_optimization` of the DeepSpeed file; None without DeepSpeed: then weights, gradients and Adam's two moments
-            are float32, 16 bytes too.
+            are float32, 16 bytes too, and autocast keeps a copy of the weights in half precision until the backward pass is over.
     """
     size = BYTES[precision]
     hidden, layers = shape.hidden_size, shape.num_hidden_layers
     activations = tokens * (33 * size * hidden * layers + 16 * shape.vocab_size)
     if zero is None:
-        return Prediction(16 * parameters, activations, 0)
+        return Prediction((16 + (size if size < 4 else 0)) * parameters, activations, 0)
     stage = zero.get("stage", 0)
     weights = size * parameters / (ranks if stage >= 3 else 1)
     gradients = size * parameters / (ranks if stage >= 2 else 1)

@@ -1,4 +1,4 @@
-"""How busy each GPU of this machine is, and how full: a line per GPU and second, in usage.csv of the output folder."""
+"""How busy each GPU of a machine is, and how full: a line per GPU and second, in usage.csv of the output folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 
 
 class Usage:
-    """Within `with Usage(path):` a thread asks the driver each second. Without a GPU nothing is written.
+    """Within `with Usage(path):` a thread asks the driver each second. Without a GPU, or where the driver does not say, nothing is
+    written.
 
     Args:
         path: the file; a new run begins a new one.
@@ -32,9 +33,15 @@ class Usage:
             self.thread.join()
 
     def _watch(self) -> None:
-        import pynvml
+        try:
+            import pynvml
 
-        pynvml.nvmlInit()
+            pynvml.nvmlInit()
+            self._write(pynvml)
+        except Exception as error:  # a part of a GPU (MIG) does not say how busy it is, and training goes on without
+            print(f"{self.path.name} is not written: {error}", flush=True)
+
+    def _write(self, pynvml) -> None:
         started = time.perf_counter()
         devices = [pynvml.nvmlDeviceGetHandleByIndex(n) for n in range(pynvml.nvmlDeviceGetCount())]
         with open(self.path, "w") as file:
@@ -47,11 +54,15 @@ class Usage:
                     file.write(f"{time.perf_counter() - started:.1f},{number},{busy},{used}\n")
                 file.flush()
 
-    def summary(self) -> list[dict]:
-        """For each GPU the median of how busy it was, in percent, and the most bytes; empty without a GPU."""
+    def summary(self, first: int = 0) -> list[dict]:
+        """For each GPU the median of how busy it was, in percent, and the most bytes; empty without a GPU.
+
+        Args:
+            first: the number of the first of `rows` that counts.
+        """
         found = []
-        for number in sorted({row[0] for row in self.rows}):
-            rows = [row for row in self.rows if row[0] == number]
+        for number in sorted({row[0] for row in self.rows[first:]}):
+            rows = [row for row in self.rows[first:] if row[0] == number]
             busy = statistics.median(row[1] for row in rows)
             found.append({"gpu": number, "percent_busy": busy, "peak_bytes": max(row[2] for row in rows)})
         return found
