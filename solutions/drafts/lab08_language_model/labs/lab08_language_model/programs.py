@@ -50,8 +50,8 @@ def given(name: str) -> ModuleType:
 
 @cache
 def tokenizer_of(*, end: bool = True, fill: bool = False, start: bool = False, fill_first: bool = False):
-    """A byte-level tokenizer as GPT-2's, for texts of 16 tokens as it says. `start`: one that puts a token in front of each text, as
-    Llama's does. `fill_first`: the token to fill up with has the number 0, as T5's."""
+    """A byte-level tokenizer as GPT-2's, for texts of 16 tokens as it says. `start`: one that puts a token in front of each text,
+    as Llama's does. `fill_first`: the token to fill up with has the number 0, as T5's."""
     from tokenizers import ByteLevelBPETokenizer
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast

@@ -383,8 +383,8 @@ def test_checkpoints_are_written(lab, run_experiments):
             )
             require(
                 all(call["fresh"] for call in ranks),
-                expected=f"the folder that ends in .partial there, with nothing of a killed run, before any rank writes, and an earlier "
-                f"whole checkpoint untouched meanwhile; {shown}",
+                expected=f"the folder that ends in .partial there, with nothing of a killed run, before any rank writes, and an "
+                f"earlier whole checkpoint untouched meanwhile; {shown}",
                 got=[call["fresh"] for call in ranks],
             )
             require(not any(call["latest"] for call in ranks), expected=f"save_latest=False; {shown}", got="a file `latest`")
@@ -435,7 +435,7 @@ def test_checkpoints_are_written(lab, run_experiments):
             files = set(named.get((f"step-{step:06d}.partial", f"step-{step:06d}"), []))
             require(
                 {"state.json", "random-of-rank-0.pt", "random-of-rank-1.pt"} <= files,
-                expected=f"step-{step:06d}.partial renamed to step-{step:06d} when state.json and both ranks' files are in it; {shown}",
+                expected=f"step-{step:06d}.partial renamed to step-{step:06d} with state.json and both ranks' files in it; {shown}",
                 got=[[name, to, sorted(files)] for (name, to), files in named.items()],
             )
         require(got["position_kept"], expected=f"position as it was; {shown}", got="another")
