@@ -142,7 +142,6 @@ def program(experiment: Experiment, run: Run) -> dict:
             per_device_eval_batch_size=64,
             disable_tqdm=True,
             ddp_find_unused_parameters=False,
-            optim="adamw_torch_fused",
             report_to=["tensorboard"] if rank() == 0 else "none",
         )
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.folder / "tensorboard" / f"fold-{number}")
