@@ -234,7 +234,7 @@ check("7.11")
 # %% [markdown]
 # ## All together
 #
-# `labs/lab07_custom_trainer/train.py` puts your functions together: three folds, out-of-fold answers, thresholds from them, test rows last. Five ways, on two ranks: about three minutes on two cores (177 s). (In a terminal `python labs/lab07_custom_trainer/train.py CONFIG` runs one of them on one rank, in one to two minutes, and `train_advanced.py` in twice that. One rank takes twice as many steps, each of half the rows, so its numbers are others.) Predict first: macro F1 on the test rows.
+# `labs/lab07_custom_trainer/train.py` puts your functions together: three folds, out-of-fold answers, thresholds from them, test rows last. Five ways, on two ranks: about three minutes on two cores. (In a terminal `python labs/lab07_custom_trainer/train.py CONFIG` runs one of them on one rank, in one to two minutes, and `train_advanced.py` in twice that. One rank takes twice as many steps, each of half the rows, so its numbers are others.) Predict first: macro F1 on the test rows.
 
 # %%
 predicted_f1 = {
